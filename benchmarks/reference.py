@@ -1,0 +1,78 @@
+"""A user's own clone of facebookresearch/mae, importable beside today's packages, to compare with.
+
+The reference was written for timm 0.3.2 and numpy < 1.20. Here its ``models_mae.py`` is imported as it stands, with the three
+names it needs put back for as long as the import takes: ``np.float``, ``qk_scale`` of timm's block, and, next to a torch
+without torchvision's operators, ``torchvision::nms``. Nothing of it is copied; its licence is CC BY-NC 4.0.
+"""
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from fastmae.errors import InputError
+
+_operators: list[torch.library.Library] = []  # torch forgets operators whose library object is gone
+
+
+def load_reference(clone: str | Path) -> ModuleType:
+    """The module ``models_mae`` of the clone. Raises InputError if it or timm is not there."""
+    path = Path(clone) / "models_mae.py"
+    if not path.is_file():
+        raise InputError(f"{path}: not there; give a clone of github.com/facebookresearch/mae")
+    with _todays_packages(), _on_path(Path(clone)):
+        spec = importlib.util.spec_from_file_location("reference_models_mae", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _todays_packages() -> Iterator[None]:
+    _declare_torchvision_operators()
+    try:
+        from timm.models import vision_transformer
+    except ImportError as error:
+        raise InputError(f"the reference needs timm: pip install -c constraints.txt timm ({error})") from error
+    block = vision_transformer.Block
+
+    class Block(block):
+        def __init__(self, *args, qk_scale=None, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    vision_transformer.Block = Block
+    # Stays: the reference asks for it when a model is made.
+    if not hasattr(np, "float"):
+        np.__dict__["float"] = float
+    try:
+        yield
+    finally:
+        vision_transformer.Block = block
+
+
+@contextlib.contextmanager
+def _on_path(folder: Path) -> Iterator[None]:
+    """``folder`` in front of the import path; its packages are forgotten afterwards, for they have names like ``util``."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] == "util":
+                del sys.modules[name]
+
+
+def _declare_torchvision_operators() -> None:
+    if hasattr(torch.ops.torchvision, "nms"):
+        return
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _operators.append(library)

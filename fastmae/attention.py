@@ -1,0 +1,74 @@
+"""Scaled dot-product attention behind one function, whoever computes it.
+
+    out[b, n, h] = sum_m softmax_m(q[b, n, h] . k[b, m, h] / sqrt(d)) v[b, m, h]
+
+B images, N queries, M keys, H heads of d channels. A backend is chosen by name; ``auto`` is xformers on CUDA where a probe
+shows that it works, else torch's own choice among its SDPA kernels.
+"""
+
+import contextlib
+import functools
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastmae.errors import InputError
+
+BACKENDS = ("auto", "xformers", "sdpa", "flash", "cudnn", "efficient", "math")
+"""``sdpa`` leaves the choice to torch; ``flash``, ``cudnn``, ``efficient`` and ``math`` are its kernels by name."""
+
+_SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
+    """Attention of ``q`` (B, N, H, d) over ``k`` and ``v`` (B, M, H, d): (B, N, H, d), same dtype; no mask, no dropout.
+
+    Raises InputError on an unknown backend, RuntimeError where a backend chosen by name does not work on these tensors.
+    """
+    if backend == "auto":
+        backend = resolve(q.device.type, q.dtype, q.shape[-1])
+    if backend == "xformers":
+        return _xformers_ops().memory_efficient_attention(q, k, v)
+    if backend not in BACKENDS:
+        raise InputError(f"attention backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    with sdpa_kernel(_SDPA[backend]) if backend in _SDPA else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+@torch.compiler.assume_constant_result  # decided once, outside the graph
+def resolve(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend that ``auto`` stands for on these tensors."""
+    if device_type != "cuda":
+        return "sdpa"
+    return "sdpa" if why_not("xformers", device_type, dtype, head_dim) else "xformers"
+
+
+@functools.cache
+def why_not(backend: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None if a small forward and backward pass works with ``backend`` on such tensors, else the reason in one line."""
+    try:
+        with torch.enable_grad():
+            q = torch.ones(2, 5, 2, head_dim, dtype=dtype, device=device_type, requires_grad=True)
+            attention(q, q, q, backend).sum().backward()
+            return None if bool(q.grad.isfinite().all()) else "it returns non-finite gradients"
+    except Exception as error:  # a probe: whatever a third-party kernel raises is its answer
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+@functools.cache
+def _xformers_ops():
+    # Imported here because it is slow, and because its extension may not load beside this torch: it warns about that at
+    # import although attention needs nothing from it.
+    logging.getLogger("xformers").setLevel(logging.ERROR)
+    import xformers.ops
+
+    return xformers.ops

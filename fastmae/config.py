@@ -1,0 +1,137 @@
+"""What a masked autoencoder is made of: one frozen record, checked when it is made.
+
+Sizes are those of He et al. 2021 (arXiv 2111.06377), section 4 and appendix A.1, with the reference's names.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from fastmae.errors import InputError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A model's shape and objective. Raises InputError on a value that cannot work."""
+
+    # What changes the result.
+    img_size: int | tuple[int, int] = 224
+    """Pixels, one number for a square or (height, width); a multiple of ``patch_size``."""
+    patch_size: int = 16
+    """Side of a square patch, pixels."""
+    in_chans: int = 3
+    """Channels of an image."""
+    embed_dim: int = 768
+    """Encoder width, a multiple of 4 (sin-cos positions) and of ``num_heads``."""
+    depth: int = 12
+    """Encoder blocks."""
+    num_heads: int = 12
+    """Attention heads of an encoder block."""
+    decoder_embed_dim: int = 512
+    """Decoder width, a multiple of 4 and of ``decoder_num_heads``."""
+    decoder_depth: int = 8
+    """Decoder blocks, at least 1."""
+    decoder_num_heads: int = 16
+    """Attention heads of a decoder block."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's MLP over its width."""
+    norm_pix_loss: bool = False
+    """Predict each patch's pixels normalised by the patch's own mean and deviation, rather than plain pixels."""
+    pixel_mean: tuple[float, ...] | None = None
+    """Per channel, in units of [0, 1]; taken off uint8 images. None: ImageNet's for 3 channels, else 0.5."""
+    pixel_std: tuple[float, ...] | None = None
+    """Per channel, in units of [0, 1]; uint8 images are divided by it. None: ImageNet's for 3 channels, else 0.25."""
+
+    # What only changes the speed.
+    attention: str = "auto"
+    """Attention backend, one of ``fastmae.attention.BACKENDS``."""
+
+    def __post_init__(self):
+        size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
+        object.__setattr__(self, "img_size", size)
+        is_rgb = self.in_chans == 3
+        defaults = {"pixel_mean": IMAGENET_MEAN if is_rgb else (0.5,) * self.in_chans,
+                    "pixel_std": IMAGENET_STD if is_rgb else (0.25,) * self.in_chans}  # fmt: skip
+        for name, default in defaults.items():
+            value = getattr(self, name)
+            object.__setattr__(self, name, default if value is None else tuple(float(v) for v in value))
+        self._check()
+
+    def _check(self):
+        positive = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads",
+                    "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "mlp_ratio")  # fmt: skip
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+        if len(self.img_size) != 2 or any(s <= 0 or s % self.patch_size for s in self.img_size):
+            raise InputError(
+                f"image size {self.img_size} must be (height, width), each a positive multiple of the patch size "
+                f"{self.patch_size}; the nearest are {nearest_multiples(self.img_size, self.patch_size)}"
+            )
+        for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
+            if getattr(self, width) % getattr(self, heads) or getattr(self, width) % 4:
+                raise InputError(
+                    f"{width} must be a multiple of {heads} ({getattr(self, heads)}) and of 4, got {getattr(self, width)}"
+                )
+        for name in ("pixel_mean", "pixel_std"):
+            if len(getattr(self, name)) != self.in_chans:
+                raise InputError(f"{name} must have {self.in_chans} values, one a channel, got {getattr(self, name)}")
+        if min(self.pixel_std) <= 0:
+            raise InputError(f"pixel_std must be positive, got {self.pixel_std}")
+        if self.norm_pix_loss and self.patch_values < 2:
+            raise InputError("norm_pix_loss needs patches of at least 2 values: the variance of one is undefined")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per image, (rows, columns)."""
+        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patches per image, L."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def patch_values(self) -> int:
+        """Pixel values of a patch, P = C p p."""
+        return self.in_chans * self.patch_size**2
+
+    def to_json(self) -> str:
+        """The config as a JSON object; ``from_json`` reads it back equal."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelConfig":
+        """Read what ``to_json`` wrote. Raises InputError on unknown fields."""
+        fields = json.loads(text)
+        unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise InputError(f"model config has unknown fields {sorted(unknown)}: it was written by a newer fastmae")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def nearest_multiples(sizes: tuple[int, ...], patch_size: int) -> list[int]:
+    """Multiples of ``patch_size`` around each size, for an error message."""
+    below = {max(s // patch_size, 1) * patch_size for s in sizes}
+    return sorted(below | {(s // patch_size + 1) * patch_size for s in sizes})
+
+
+_NARROW_DECODER = {"decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8}
+
+# Encoder sizes: base, large and huge are the paper's; tiny and small are DeiT's, with a decoder of matching size.
+PRESETS = {
+    "tiny": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, **_NARROW_DECODER},
+    "small": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, **_NARROW_DECODER},
+    "base": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "huge": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
+
+
+def preset(name: str, **overrides) -> ModelConfig:
+    """The config of ``name``, one of ``PRESETS``, with any field overridden. Raises InputError on an unknown name."""
+    if name not in PRESETS:
+        raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return ModelConfig(**{**PRESETS[name], **overrides})

@@ -1,0 +1,175 @@
+"""Weights in and out of files: ours and the reference's, without ever running code from a file.
+
+Ours is a safetensors file whose metadata holds the model's config; the reference's ``.pth`` holds ``{'model': state dict}``, of
+the whole autoencoder or of its encoder alone, with the same parameter names, so converting renames nothing.
+"""
+
+import argparse
+import json
+import math
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fastmae.config import ModelConfig
+from fastmae.errors import DataError, InputError
+from fastmae.files import write_atomically
+from fastmae.mae import MAE
+
+_CONFIG = "fastmae.model"  # key of the safetensors metadata
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # encoder width to heads; the widths of fastmae's presets
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file holds."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    config: ModelConfig | None
+    """None where the file does not state it and shapes cannot tell."""
+    knows_target: bool
+    """Whether the file itself says if the target was normalised pixels."""
+
+    @property
+    def is_encoder_only(self) -> bool:
+        """No decoder: features can be had, reconstructions cannot."""
+        return "mask_token" not in self.tensors
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read a ``.safetensors`` file of ours or a ``.pth`` of the reference. Raises DataError that names the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give a .safetensors or .pth file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_pth(path)
+
+
+def save_model(model: MAE, path: str | Path) -> None:
+    """Write the model's weights and config as safetensors, whole or not at all."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_tensors(state, path, {_CONFIG: model.config.to_json()})
+
+
+def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write named tensors as safetensors, whole or not at all."""
+    with write_atomically(Path(path)) as file:
+        file.write(save(tensors, metadata))
+
+
+def save_pth(weights: Weights, path: str | Path) -> None:
+    """Write the reference's form: ``{'model': state dict, 'args': ...}``, which its own scripts load."""
+    arguments = argparse.Namespace(norm_pix_loss=weights.config.norm_pix_loss) if weights.config else argparse.Namespace()
+    with write_atomically(Path(path)) as file:
+        torch.save({"model": weights.tensors, "args": arguments}, file)
+
+
+def load_model(path: str | Path, *, norm_pix_loss: bool | None = None) -> MAE:
+    """The autoencoder in ``path``, on the CPU. ``norm_pix_loss`` states the target where the file does not.
+
+    Raises InputError on an encoder-only file, an unknown architecture, or a target that neither file nor caller states.
+    """
+    weights = read_weights(path)
+    if weights.is_encoder_only:
+        raise InputError(
+            f"{weights.path}: holds an encoder only, and pixels need the decoder too; use a full pretraining checkpoint "
+            "(the reference publishes them as mae_visualize_*.pth)"
+        )
+    if weights.config is None:
+        raise InputError(f"{weights.path}: cannot tell the architecture from its shapes; convert it with its config first")
+    fields = json.loads(weights.config.to_json())
+    if norm_pix_loss is None and not weights.knows_target:
+        raise InputError(f"{weights.path}: does not say what it predicts; add --norm-pix-loss True or --norm-pix-loss False")
+    if norm_pix_loss is not None:
+        fields["norm_pix_loss"] = norm_pix_loss
+    model = MAE(ModelConfig.from_json(json.dumps(fields)))
+    load_strictly(model, weights)
+    return model
+
+
+def load_strictly(model: MAE, weights: Weights) -> None:
+    """Load all of ``weights`` into ``model``. Raises DataError naming the first difference of names or shapes."""
+    own = model.state_dict()
+    for name in sorted(set(own) ^ set(weights.tensors)):
+        where = "not in the file" if name in own else "not in the model"
+        raise DataError(f"{weights.path}: another architecture, {name} is {where}; use the preset it was trained with")
+    for name, tensor in weights.tensors.items():
+        if tensor.shape != own[name].shape:
+            raise DataError(
+                f"{weights.path}: another architecture, {name} is {tuple(tensor.shape)} there and {tuple(own[name].shape)} "
+                "in the model; use the preset and image size it was trained with"
+            )
+    model.load_state_dict(weights.tensors)
+
+
+def infer_config(tensors: dict[str, Tensor], norm_pix_loss: bool = False) -> ModelConfig | None:
+    """The config of a full state dict from its shapes, for square images; None if they fit no known width.
+
+    Heads cannot be seen in shapes: the encoder's follow from its width, the decoder's are 32 channels each.
+    """
+    dim, in_chans, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+    side = math.isqrt(tensors["pos_embed"].shape[1] - 1)
+    if dim not in _HEADS or side**2 != tensors["pos_embed"].shape[1] - 1:
+        return None
+    decoder = {}
+    if "mask_token" in tensors:
+        decoder_dim = tensors["mask_token"].shape[-1]
+        decoder = {"decoder_embed_dim": decoder_dim, "decoder_num_heads": decoder_dim // 32,
+                   "decoder_depth": _count(tensors, "decoder_blocks")}  # fmt: skip
+    return ModelConfig(
+        img_size=side * patch_size,
+        patch_size=patch_size,
+        in_chans=in_chans,
+        embed_dim=dim,
+        depth=_count(tensors, "blocks"),
+        num_heads=_HEADS[dim],
+        mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        norm_pix_loss=norm_pix_loss,
+        **decoder,
+    )
+
+
+def _count(tensors: dict[str, Tensor], prefix: str) -> int:
+    return len({name.split(".")[1] for name in tensors if name.startswith(f"{prefix}.")})
+
+
+def _read_safetensors(path: Path) -> Weights:
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: damaged or no safetensors file, {error}") from error
+    if _CONFIG in metadata:
+        return Weights(path, tensors, ModelConfig.from_json(metadata[_CONFIG]), knows_target=True)
+    return _without_config(path, tensors, None)
+
+
+def _read_pth(path: Path) -> Weights:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            document = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{path}: damaged, or holds more than tensors; nothing in it was run ({reason})") from error
+    tensors = document.get("model", document) if isinstance(document, dict) else None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise DataError(f"{path}: holds no state dict; expected {{'model': {{name: tensor}}}}")
+    norm_pix_loss = getattr(document.get("args"), "norm_pix_loss", None) if tensors is not document else None
+    return _without_config(path, tensors, norm_pix_loss)
+
+
+def _without_config(path: Path, tensors: dict[str, Tensor], norm_pix_loss: bool | None) -> Weights:
+    missing = [n for n in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight") if n not in tensors]
+    if missing:
+        raise DataError(f"{path}: no masked autoencoder, {missing[0]} is missing")
+    config = infer_config(tensors, bool(norm_pix_loss))
+    return Weights(path, tensors, config, knows_target=norm_pix_loss is not None)

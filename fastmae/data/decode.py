@@ -1,0 +1,44 @@
+"""Compressed image bytes to uint8 pixels."""
+
+import io
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+MAX_PIXELS = 100_000_000  # a header may claim anything; this much is 300 MB of pixels
+
+_COLORSPACE = {1: "GRAY", 3: "RGB"}
+
+
+class DecodeError(ValueError):
+    """The bytes are no image that can be used; the message says why."""
+
+
+def decode(data: bytes, channels: int = 3) -> np.ndarray:
+    """Pixels (H, W, C) uint8 of a JPEG, or of anything else that Pillow reads; ``channels`` 3 is RGB, 1 is grey.
+
+    Raises DecodeError on damaged or truncated data and on images above ``MAX_PIXELS``.
+    """
+    try:
+        if data[:2] == b"\xff\xd8":
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            _check_size(height, width)
+            return simplejpeg.decode_jpeg(data, _COLORSPACE[channels])
+        return _decode_with_pillow(data, channels)
+    except DecodeError:
+        raise
+    except Exception as error:  # decoders raise many types on damaged bytes, all of which mean the same here
+        raise DecodeError(f"cannot be decoded, {error}") from error
+
+
+def _decode_with_pillow(data: bytes, channels: int) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        _check_size(image.height, image.width)
+        pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _check_size(height: int, width: int) -> None:
+    if not 0 < height * width <= MAX_PIXELS:
+        raise DecodeError(f"its header claims {width} x {height} pixels, the limit is {MAX_PIXELS}")

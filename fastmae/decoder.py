@@ -1,0 +1,59 @@
+"""The decoder: from the visible patches' features to the pixels of the masked ones.
+
+    tokens = [embed(latent) + pos(visible), mask_token + pos(masked)];    pred = head(norm(blocks(tokens)))
+
+Its blocks do not care in which order tokens stand, so the shuffled order is kept: no unshuffle. Only masked rows are
+predicted, so in the last block queries, projection and MLP, and then norm and head, run on those rows alone.
+Source: He et al. 2021 (arXiv 2111.06377), section 3 "MAE decoder".
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastmae.blocks import LAYER_NORM_EPS, Block
+from fastmae.config import ModelConfig
+from fastmae.kernels import take_rows
+from fastmae.masking import Masking
+from fastmae.positions import sincos_positions
+
+
+class DecoderMixin:
+    """The decoder's parameters and passes, for a module that is an encoder too: names stay flat as the reference's."""
+
+    def add_decoder(self, config: ModelConfig) -> None:
+        """Register the decoder's parameters on this module."""
+        D = config.decoder_embed_dim
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(D, config.grid), requires_grad=False)
+        self.decoder_embed = nn.Linear(config.embed_dim, D)
+        self.decoder_blocks = nn.ModuleList(
+            Block(D, config.decoder_num_heads, config.mlp_ratio, config.attention) for _ in range(config.decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(D, eps=LAYER_NORM_EPS)
+        self.decoder_pred = nn.Linear(D, config.patch_values)
+
+    def predict(self, latent: Tensor, masking: Masking) -> Tensor:
+        """Pixels of the patches ``masking.ids_predict``: latent (B, 1 + K, D) -> (B, Q, P), channel fastest."""
+        first = latent.shape[1]
+        x = self.decoder_embed(latent)
+        cls_position, positions = self.decoder_pos_embed[:, :1], self.decoder_pos_embed[0, 1:]
+        visible = x[:, 1:] + positions[masking.ids_keep]
+        masked = self.mask_token + positions[masking.ids_predict]
+        x = torch.cat([x[:, :1] + cls_position, visible, masked], dim=1)  # (B, 1 + K + Q, D)
+        for block in self.decoder_blocks[:-1]:
+            x = block(x)
+        x = self.decoder_blocks[-1](x, first)  # (B, Q, D)
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """The reference's pass, pixels of all patches in spatial order: latent (B, 1 + K, D) -> (B, L, P)."""
+        K, L = latent.shape[1] - 1, ids_restore.shape[1]
+        ids_restore = ids_restore.to(torch.int32)
+        ids_keep = torch.argsort(ids_restore, dim=1)[:, :K].to(torch.int32)
+        x = self.decoder_embed(latent)
+        patches = take_rows(x[:, 1:], ids_restore, ids_keep, self.mask_token.view(-1))  # unshuffle, (B, L, D)
+        assert patches.shape[1] == L
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]

@@ -1,0 +1,95 @@
+"""The encoder: a vision transformer that may be shown only some of an image's patches.
+
+    tokens = [cls, W pixels(patch) + b + pos(patch), ...];    features = norm(blocks(tokens))
+
+Source: He et al. 2021 (arXiv 2111.06377), section 3 "MAE encoder"; parameter names are those of timm's ViT.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmae.attention import BACKENDS
+from fastmae.blocks import LAYER_NORM_EPS, Block
+from fastmae.config import ModelConfig
+from fastmae.errors import InputError
+from fastmae.kernels import gather_patches
+from fastmae.positions import sincos_positions
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens: a convolution whose stride is its size. Weight (D, C, p, p)."""
+
+    def __init__(self, in_chans: int, patch_size: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Every patch: (B, C, H, W) -> (B, L, D)."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """The same map on patches already gathered, channel slowest: (B, K, C p p) -> (B, K, D)."""
+        return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Encoder(nn.Module):
+    """Vision transformer with a class token and fixed sin-cos positions."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.attention not in BACKENDS:
+            raise InputError(f"attention backend must be one of {', '.join(BACKENDS)}, got {config.attention!r}")
+        self.config = config
+        D = config.embed_dim
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        # A parameter, not a buffer, so that it stands among the reference's parameters; loaded tables are kept.
+        self.pos_embed = nn.Parameter(sincos_positions(D, config.grid), requires_grad=False)
+        self.patch_embed = PatchEmbed(config.in_chans, config.patch_size, D)
+        self.blocks = nn.ModuleList(Block(D, config.num_heads, config.mlp_ratio, config.attention) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(D, eps=LAYER_NORM_EPS)
+        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.pixel_std), persistent=False)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Features of all patches, no mask: (B, 1 + L, D), class token first. ``images`` as in ``normalize``."""
+        return self.transform(self.patch_embed(self.normalize(images)) + self.pos_embed[:, 1:])
+
+    def encode_visible(self, images: Tensor, ids_keep: Tensor) -> Tensor:
+        """Features of the patches ``ids_keep`` (B, K) int32 alone: (B, 1 + K, D). Other patches are never read.
+
+        ``images`` (B, C, H, W), uint8 or floating point normalised already.
+        """
+        self.check_size(images)
+        device = images.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.cls_token.dtype
+        pixels = gather_patches(images, ids_keep, self.config.patch_size, *self.pixel_statistics(images), dtype=dtype)
+        return self.transform(self.patch_embed.embed_pixels(pixels) + self.pos_embed[0, 1:][ids_keep])
+
+    def transform(self, tokens: Tensor) -> Tensor:
+        """Class token, blocks and final norm on embedded tokens: (B, N, D) -> (B, 1 + N, D)."""
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
+        x = torch.cat([cls, tokens], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images (B, C, H, W) as floats less the config's mean over its std; floating-point ones as they are.
+
+        Raises ValueError if the shape is not the config's.
+        """
+        self.check_size(images)
+        if images.is_floating_point():
+            return images
+        return (images / 255 - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
+
+    def pixel_statistics(self, images: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Mean and std to be applied to ``images`` by a kernel: the config's for uint8, none for normalised floats."""
+        return (None, None) if images.is_floating_point() else (self.pixel_mean, self.pixel_std)
+
+    def check_size(self, images: Tensor) -> None:
+        """Raise ValueError unless ``images`` is (B, C, H, W) of the config's size."""
+        expected = (self.config.in_chans, *self.config.img_size)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise ValueError(f"images must be (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")

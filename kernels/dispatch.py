@@ -1,0 +1,33 @@
+"""Which of an op's two bodies runs: the Triton kernel or its plain-torch twin.
+
+``FASTMAE_KERNELS`` is read at every call: ``auto`` (default) takes Triton for CUDA tensors and the twin elsewhere,
+``torch`` always the twin, ``triton`` always the kernel. With ``TRITON_INTERPRET=1`` set before Python starts, ``triton``
+also runs on CPU tensors, slowly, in Triton's interpreter.
+"""
+
+import os
+
+import torch
+import triton
+from torch import Tensor
+
+MODES = ("auto", "triton", "torch")
+INTERPRETED = triton.knobs.runtime.interpret  # fixed by the environment when triton is imported
+
+
+def mode() -> str:
+    """The value of ``FASTMAE_KERNELS``, one of ``MODES``. Raises ValueError on any other."""
+    value = os.environ.get("FASTMAE_KERNELS", "auto")
+    if value not in MODES:
+        raise ValueError(f"FASTMAE_KERNELS must be one of {', '.join(MODES)}, got {value!r}")
+    return value
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether ops on ``x`` run their Triton kernel. float64 never does: it is the dtype that oracles are computed in."""
+    chosen = mode()
+    if chosen == "torch" or x.dtype == torch.float64:
+        return False
+    if chosen == "triton" and not x.is_cuda and not INTERPRETED:
+        raise ValueError(f"FASTMAE_KERNELS=triton needs CUDA tensors (or TRITON_INTERPRET=1), got one on {x.device}")
+    return chosen == "triton" or (x.is_cuda and not INTERPRETED)

@@ -1,0 +1,72 @@
+"""Fixtures: devices, images made on the spot, shards of them, and the real photographs where they are."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmae.data.recode import Recode
+from fastmae.data.write import write_shards
+
+
+def pytest_collection_modifyitems(items):
+    """``gpu`` tests are skipped, with the reason, where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Every device there is: kernels run on CUDA, twins on the CPU (or kernels, in Triton's interpreter)."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Random inputs are the same in every run."""
+    torch.manual_seed(0)
+
+
+def make_picture(number: int, size: tuple[int, int] = (48, 64)) -> Image.Image:
+    """A smooth picture with a shape in it, (height, width), different for each number."""
+    rng = np.random.default_rng(number)
+    y, x = np.mgrid[0 : size[0], 0 : size[1]] / max(size)
+    waves = [np.sin(rng.uniform(2, 9) * x + rng.uniform(2, 9) * y + rng.uniform(0, 6)) for _ in range(3)]
+    pixels = np.stack(waves, -1) * 90 + 128
+    cy, cx, r = rng.uniform(0.2, 0.6, 3)
+    pixels[(y - cy) ** 2 + (x - cx) ** 2 < (r / 3) ** 2] = rng.uniform(0, 255, 3)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """37 JPEGs in three classes."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(37):
+        folder = root / ("ant", "bee", "cat")[i % 3]
+        folder.mkdir(exist_ok=True)
+        make_picture(i, (40 + i, 64)).save(folder / f"photo.{i:03d}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture(scope="session")
+def shard_folder(image_folder, tmp_path_factory) -> Path:
+    """Shards of ``image_folder``, 10 to a shard, at their own size."""
+    out = tmp_path_factory.mktemp("shards")
+    write_shards(image_folder, out, Recode(resize=None), samples_per_shard=10)
+    return out
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """The folder of real photographs (webdataset tars), outside the project."""
+    root = Path(os.environ.get("FASTMAE_TEST_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data")).resolve()
+    if not (root / "photos").is_dir():
+        pytest.skip(f"no real photographs at {root}; set FASTMAE_TEST_DATA")
+    return root / "photos"

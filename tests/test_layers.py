@@ -1,0 +1,92 @@
+"""The layers of the code: imports only point down, and nothing heavy is imported before it is needed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"kernels": "fastmae.kernels", "fastmae": "fastmae", "train": "fastmae.train", "benchmarks": "fastmae.benchmarks"}
+ALLOWED = {  # a layer may import itself and these
+    "fastmae.kernels": set(),
+    "fastmae": {"fastmae.kernels"},
+    "fastmae.train": {"fastmae", "fastmae.kernels"},
+    "fastmae.benchmarks": {"fastmae", "fastmae.kernels", "fastmae.train"},
+}
+
+
+def layer_of(module: str) -> str:
+    return next(
+        (m for m in ("fastmae.kernels", "fastmae.train", "fastmae.benchmarks") if f"{module}.".startswith(f"{m}.")), "fastmae"
+    )
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for folder, package in FOLDERS.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize(("module", "path"), sorted(modules().items()))
+def test_imports_point_down(module, path):
+    layer = layer_of(module)
+    for target in imports(path):
+        if target.partition(".")[0] == "fastmae":
+            assert layer_of(target) in {layer, *ALLOWED[layer]}, f"{module} imports {target}"
+        assert target.partition(".")[0] != "tests", f"{module} imports {target}"
+
+
+def test_kernels_import_torch_and_triton_only():
+    for module, path in modules().items():
+        if layer_of(module) == "fastmae.kernels":
+            outside = {t.partition(".")[0] for t in imports(path)} - {"fastmae"} - sys.stdlib_module_names
+            assert outside <= {"torch", "triton"}, f"{module} imports {outside}"
+
+
+def test_imports_have_no_circles():
+    known = modules()
+    edges = {m: {t for t in imports(p) if t in known and t != m} for m, p in known.items()}
+    # A package's __init__ gathers its modules; they do not import it back.
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        if module not in done:
+            for target in edges[module]:
+                visit(target, (*trail, module))
+            done.add(module)
+
+    for module in known:
+        visit(module, ())
+
+
+def test_importing_fastmae_imports_nothing_heavy_or_optional():
+    heavy = (
+        "xformers",
+        "webdataset",
+        "simplejpeg",
+        "tensorboard",
+        "matplotlib",
+        "tyro",
+        "torchvision",
+        "timm",
+        "fastmae.train",
+    )
+    code = f"import sys, fastmae; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,1 @@
+"""Programs that run: the command line, pretraining, and what a run needs around the model."""

@@ -1,0 +1,149 @@
+"""The command line. One line and an exit code for what a user can mend (``fastmae.errors``); a traceback for our own faults."""
+
+import os
+import sys
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+from fastmae.convert import read_weights, save_pth, save_tensors
+from fastmae.data.recode import Recode
+from fastmae.data.write import write_shards
+from fastmae.errors import DivergedError, InputError
+from fastmae.train.demo import demo as run_demo
+from fastmae.train.doctor import report
+from fastmae.train.pretrain import pretrain as run_pretraining
+from fastmae.train.reconstruct import reconstruct_images
+from fastmae.train.settings import PretrainSettings
+
+Positional = tyro.conf.Positional
+
+
+def shards(
+    src: Positional[Path],
+    out: Positional[Path],
+    resize: int | None = 256,
+    quality: int = 90,
+    samples_per_shard: int = 1000,
+    exif_rotate: bool = True,
+    seed: int = 0,
+    workers: int = len(os.sched_getaffinity(0)),
+) -> None:
+    """Turn a folder of images into webdataset shards and an index.
+
+    Args:
+        src: Folder of images; its top-level subfolders, if any, are the classes.
+        out: Folder to write, empty or new.
+        resize: Shorter side in pixels (256, 320, 384, or None to keep the size); images are never enlarged.
+        quality: JPEG quality of images that are encoded anew.
+        samples_per_shard: Images in a shard.
+        exif_rotate: Turn images as their EXIF orientation says.
+        seed: Of the global shuffle.
+        workers: Processes that decode and encode; the result does not depend on it.
+    """
+    if resize is not None and resize < 1:
+        raise InputError(f"resize must be a positive number of pixels or None, got {resize}")
+    if not 1 <= quality <= 95:
+        raise InputError(f"quality must lie in 1..95, got {quality}")
+    settings = Recode(resize=resize, quality=quality, exif_rotate=exif_rotate)
+    with tqdm(unit="image", dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        index, bad = write_shards(
+            src, out, settings, samples_per_shard=samples_per_shard, seed=seed, workers=max(workers, 0), progress=progress
+        )
+    for line in bad:
+        print(f"left out: {line}", file=sys.stderr)
+    size = sum(s.bytes for s in index.shards)
+    print(f"{out}: {len(index)} images in {len(index.shards)} shards, {size / 2**20:.1f} MiB, {len(index.classes)} classes, "
+          f"{len(bad)} bad images left out")  # fmt: skip
+
+
+def pretrain(settings: tyro.conf.OmitArgPrefixes[PretrainSettings]) -> None:
+    """Pretrain a masked autoencoder on shards."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    run_pretraining(settings.resolve(world_size), settings.run())
+
+
+def reconstruct(
+    checkpoint: Positional[Path],
+    images: Positional[Path],
+    out: Path = Path("strip.png"),
+    mask_ratio: float = 0.75,
+    count: int = 8,
+    seed: int = 0,
+    norm_pix_loss: bool | None = None,
+) -> None:
+    """Draw what a checkpoint reconstructs: original, masked, reconstruction, and that with the visible patches.
+
+    Args:
+        checkpoint: A run's folder, a checkpoint's folder, or a .safetensors or .pth file.
+        images: An image, a folder of images, or a folder of shards.
+        out: PNG to write.
+        mask_ratio: Share of patches removed.
+        count: Most images to draw.
+        seed: Of the masks.
+        norm_pix_loss: Whether the model predicts normalised pixels, for files that do not say so.
+    """
+    print(
+        reconstruct_images(checkpoint, images, out, mask_ratio=mask_ratio, count=count, seed=seed, norm_pix_loss=norm_pix_loss)
+    )
+
+
+def convert(src: Positional[Path], dst: Positional[Path], encoder_only: bool = False) -> None:
+    """Convert weights between .safetensors and the reference's .pth; names stay the same.
+
+    Args:
+        src: File to read.
+        dst: File to write, .safetensors or .pth.
+        encoder_only: Leave the decoder out: a ViT under timm's names.
+    """
+    weights = read_weights(src)
+    if dst.suffix not in (".safetensors", ".pth"):
+        raise InputError(f"{dst}: must end in .safetensors or .pth")
+    if encoder_only:
+        kept = {n: t for n, t in weights.tensors.items() if not n.startswith("decoder_") and n != "mask_token"}
+        weights = type(weights)(weights.path, kept, None, weights.knows_target)
+    if dst.suffix == ".pth":
+        save_pth(weights, dst)
+    else:
+        config = weights.config if weights.knows_target else None
+        save_tensors(weights.tensors, dst, {"fastmae.model": config.to_json()} if config else None)
+    print(f"{dst}: {len(weights.tensors)} tensors")
+
+
+def doctor() -> None:
+    """Print versions, devices, and which kernels and attention are used and why not faster ones."""
+    print("\n".join(report()))
+
+
+def demo(out: Path = Path("runs/demo"), steps: int = 600, workers: int = 1) -> None:
+    """Pretrain a small model on a dozen photographs and draw what it reconstructs.
+
+    Args:
+        out: Folder to write; an earlier demo in it is replaced.
+        steps: Optimizer steps.
+        workers: Loader processes.
+    """
+    run_demo(out, steps=steps, workers=workers)
+
+
+COMMANDS = {f.__name__: f for f in (shards, pretrain, reconstruct, convert, doctor, demo)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return its exit code: 0 done, 2 wrong input, 3 diverged, 130 interrupted."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="fastmae", description="Masked-autoencoder pretraining.", args=arguments
+        )
+    except (InputError, DivergedError) as error:
+        print(f"fastmae: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,83 @@
+"""Say what this machine has, what fastmae will use of it, and why not the faster thing."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+import torch
+import triton
+
+import fastmae
+from fastmae.attention import BACKENDS, resolve, why_not
+from fastmae.errors import InputError
+from fastmae.kernels import dispatch, gather_patches
+
+_PACKAGES = ("torch", "triton", "numpy", "xformers", "webdataset", "simplejpeg", "pillow", "safetensors", "tyro", "tqdm",
+             "tensorboard", "matplotlib")  # fmt: skip
+_HEAD_DIMS = (64, 80, 32)  # of ViT-B and -L, of ViT-H, of the decoder
+
+
+def report() -> list[str]:
+    """The lines that `fastmae doctor` prints."""
+    has_gpu = torch.cuda.is_available()
+    device = "cuda" if has_gpu else "cpu"
+    dtype = torch.bfloat16 if has_gpu else torch.float32
+    return [
+        f"fastmae {fastmae.__version__}, Python {sys.version.split()[0]}, {platform.system()} {platform.machine()}",
+        *_packages(),
+        *_devices(has_gpu),
+        *_kernels(device),
+        *_attention(device, dtype),
+    ]
+
+
+def _packages() -> list[str]:
+    lines = ["packages:"]
+    for name in _PACKAGES:
+        try:
+            lines.append(f"  {name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"  {name} missing: pip install {name}")
+    return lines
+
+
+def _devices(has_gpu: bool) -> list[str]:
+    cores = len(os.sched_getaffinity(0))
+    lines = ["devices:", f"  cpu: {cores} cores, torch uses {torch.get_num_threads()} threads"]
+    if not has_gpu:
+        reason = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no device: is the driver loaded?"
+        return [*lines, f"  no CUDA device: {reason}"]
+    for i in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(i)
+        lines.append(f"  cuda:{i}: {found.name}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB")
+    return lines
+
+
+def _kernels(device: str) -> list[str]:
+    try:
+        chosen = dispatch.mode()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    head = f"kernels: FASTMAE_KERNELS={chosen}"
+    if chosen == "torch":
+        return [f"{head}, plain torch everywhere; unset it for Triton on CUDA"]
+    if device == "cpu" and not dispatch.INTERPRETED:
+        why = "Triton needs a CUDA device" if chosen == "auto" else "which fails on CPU tensors; unset it"
+        return [f"{head}, plain torch here: {why}"]
+    images = torch.rand(1, 3, 32, 32, device=device)
+    try:
+        gather_patches(images, torch.zeros(1, 1, dtype=torch.int32, device=device), 16)
+    except Exception as error:  # a probe: whatever a compiler or driver raises is its answer
+        return [f"{head}, Triton {triton.__version__} does not work here: {type(error).__name__}: {error}"]
+    return [f"{head}, Triton {triton.__version__} works{' in the interpreter' if dispatch.INTERPRETED else ''}"]
+
+
+def _attention(device: str, dtype: torch.dtype) -> list[str]:
+    lines = [f"attention ({device}, {dtype}):"]
+    for head_dim in _HEAD_DIMS:
+        lines.append(f"  head dim {head_dim}: auto uses {resolve(device, dtype, head_dim)}")
+    for backend in BACKENDS[1:]:
+        reasons = {reason for d in _HEAD_DIMS if (reason := why_not(backend, device, dtype, d))}
+        lines.append(f"  {backend}: {'; '.join(sorted(reasons)) or 'works'}")
+    return lines

@@ -1,0 +1,102 @@
+"""From the command line's flags to a recipe: a preset or a named recipe, with single settings overridden."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Annotated
+
+import tyro
+
+from fastmae.attention import BACKENDS
+from fastmae.config import preset as preset_config
+from fastmae.errors import InputError
+from fastmae.train.pretrain import Run
+from fastmae.train.recipes import RECIPES, Recipe
+
+PresetName = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PRESET]")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(Run):
+    """Pretrain a masked autoencoder on shards. Give a preset, a recipe, or both if they agree; a setting given by itself
+    overrides theirs."""
+
+    preset: PresetName = None
+    """Model size: tiny, small, base, large or huge."""
+    recipe: str | None = None
+    """reference-b, -l, -h or paper-b, -l, -h: the published settings, effective batch included. Without one: the
+    reference's settings at the batch size given."""
+    img_size: tuple[int, ...] | None = None
+    """Pixels: one number, or height and width."""
+    patch_size: int | None = None
+    """Side of a patch, pixels."""
+    in_chans: int | None = None
+    """Image channels, 3 or 1."""
+    decoder_embed_dim: int | None = None
+    """Decoder width."""
+    decoder_depth: int | None = None
+    """Decoder blocks."""
+    decoder_num_heads: int | None = None
+    """Decoder attention heads."""
+    norm_pix_loss: bool | None = None
+    """Predict normalised pixels (the recipes' default) or plain ones."""
+    attention: str | None = None
+    """Attention backend: auto, xformers, sdpa, flash, cudnn, efficient or math."""
+    mask_ratio: float | None = None
+    """Share of patches removed, between 0 and 1."""
+    epochs: float | None = None
+    """Passes over the data."""
+    steps: int | None = None
+    """Optimizer steps, instead of epochs."""
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up."""
+    effective_batch: int | None = None
+    """Images per optimizer step over all processes; what exceeds them is accumulated."""
+    blr: float | None = None
+    """Base learning rate, per 256 images of effective batch."""
+    min_lr: float | None = None
+    """Final learning rate."""
+    weight_decay: float | None = None
+    """AdamW's weight decay."""
+    crop_scale: tuple[float, float] | None = None
+    """Least and greatest share of the image that a crop covers."""
+    flip: bool | None = None
+    """Mirror half of the images."""
+    seed: int | None = None
+    """Of weights, order, crops and masks."""
+
+    def run(self) -> Run:
+        """The part that says where and how fast."""
+        return Run(**{f.name: getattr(self, f.name) for f in fields(Run)})
+
+    def resolve(self, world_size: int) -> Recipe:
+        """The recipe of a run over ``world_size`` processes. Raises InputError on settings that do not fit together."""
+        base = self._base(world_size)
+        model = {name: getattr(self, name) for name in _MODEL if getattr(self, name) is not None}
+        if self.img_size is not None:
+            if len(self.img_size) not in (1, 2):
+                raise InputError(f"img-size takes one number or height and width, got {self.img_size}")
+            model["img_size"] = self.img_size if len(self.img_size) == 2 else self.img_size * 2
+        if model.get("attention", "auto") not in BACKENDS:
+            raise InputError(f"attention must be one of {', '.join(BACKENDS)}, got {model['attention']!r}")
+        if "in_chans" in model:  # the statistics of three channels do not fit another number
+            model |= {"pixel_mean": None, "pixel_std": None}
+        training = {name: getattr(self, name) for name in _TRAINING if getattr(self, name) is not None}
+        augment = {name: value for name, value in (("scale", self.crop_scale), ("flip", self.flip)) if value is not None}
+        if self.epochs is not None and self.warmup_epochs is None:
+            training["warmup_epochs"] = min(base.warmup_epochs, self.epochs * base.warmup_epochs / base.epochs)
+        return replace(base, model=replace(base.model, **model), augment=replace(base.augment, **augment), **training)
+
+    def _base(self, world_size: int) -> Recipe:
+        if self.preset is None and self.recipe is None:
+            raise InputError("give a preset (tiny, small, base, large, huge) or --recipe")
+        if self.recipe is None:
+            return Recipe(model=preset_config(self.preset, norm_pix_loss=True), effective_batch=self.batch_size * world_size)
+        if self.recipe not in RECIPES:
+            raise InputError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
+        recipe = RECIPES[self.recipe]()
+        if self.preset is not None and preset_config(self.preset, norm_pix_loss=True) != recipe.model:
+            raise InputError(f"recipe {self.recipe} is not for preset {self.preset}; leave the preset out")
+        return recipe
+
+
+_MODEL = ("patch_size", "in_chans", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss", "attention")
+_TRAINING = ("mask_ratio", "epochs", "steps", "warmup_epochs", "effective_batch", "blr", "min_lr", "weight_decay", "seed")

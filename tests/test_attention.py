@@ -5,7 +5,6 @@ import torch
 
 from fastmae.attention import BACKENDS, attention, resolve, why_not
 from fastmae.errors import InputError
-from tests.exactness import assert_as_exact_as_torch
 
 SHAPES = [(2, 50, 50, 3, 64), (1, 65, 65, 2, 80), (2, 7, 23, 2, 32), (1, 1, 1, 1, 32)]  # B, N, M, H, d
 
@@ -17,7 +16,7 @@ def explicit(q, k, v):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients_are_as_exact_as_the_formula_in_torch(shape, backend, device):
+def test_values_and_gradients_equal_the_formulas(shape, backend, device):
     B, N, M, H, d = shape
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if reason := why_not(backend, device, dtype, d):
@@ -26,11 +25,20 @@ def test_values_and_gradients_are_as_exact_as_the_formula_in_torch(shape, backen
     weight = torch.randn(B, N, H, d, device=device, dtype=dtype)
     exact_inputs = [t.detach().double().requires_grad_() for t in (q, k, v)]
     found, torch_says, exact = attention(q, k, v, backend), explicit(q, k, v), explicit(*exact_inputs)
-    assert_as_exact_as_torch(found.detach(), torch_says.detach(), exact.detach())
-    gradients = (torch.autograd.grad(out, inputs, weight.to(out.dtype))
-                 for out, inputs in ((found, (q, k, v)), (torch_says, (q, k, v)), (exact, exact_inputs)))  # fmt: skip
-    for one, two, three in zip(*gradients, strict=True):
-        assert_as_exact_as_torch(one, two, three)
+    assert found.dtype == dtype
+    # Other people's kernels: torch's CPU flash rounds its exponential to 20 bits. A lone key's gradients are zero, so errors
+    # are held against the largest of the three gradients.
+    bits = max(torch.finfo(dtype).eps, 2.0**-19)
+    assert error(found, exact) <= 2 * error(torch_says, exact) + bits * exact.abs().max()
+    ours, torchs = (torch.autograd.grad(out, (q, k, v), weight) for out in (found, torch_says))
+    exacts = torch.autograd.grad(exact, exact_inputs, weight.double())
+    scale = max(g.abs().max() for g in exacts)
+    for one, two, three in zip(ours, torchs, exacts, strict=True):
+        assert error(one, three) <= 2 * error(two, three) + bits * scale
+
+
+def error(found, exact):
+    return (found.double() - exact).abs().max()
 
 
 def test_an_unknown_backend_is_named():

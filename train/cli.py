@@ -121,7 +121,7 @@ def doctor() -> None:
     print("\n".join(report()))
 
 
-def demo(out: Path = Path("runs/demo"), steps: int = 600, workers: int = 1) -> None:
+def demo(out: Path = Path("runs/demo"), steps: int = 1400, workers: int = 1) -> None:
     """Pretrain a small model on a dozen photographs and draw what it reconstructs.
 
     Args:

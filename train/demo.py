@@ -39,13 +39,13 @@ def demo_recipe(steps: int) -> Recipe:
     ``make demo``; two CPU cores, under three minutes. It learns these photographs by heart, which is what can be shown in
     that time: the picture is of photographs that it was trained on, under masks that it has not seen.
     """
-    model = ModelConfig(img_size=96, patch_size=8, embed_dim=192, depth=6, num_heads=6,
-                        decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4, norm_pix_loss=False)  # fmt: skip
-    return Recipe(model=model, steps=steps, epochs=100, warmup_epochs=5, effective_batch=32, blr=1e-2,
-                  augment=Augment(scale=(0.5, 1.0)))  # fmt: skip
+    model = ModelConfig(img_size=96, patch_size=12, embed_dim=192, depth=4, num_heads=4,
+                        decoder_embed_dim=128, decoder_depth=3, decoder_num_heads=4, norm_pix_loss=False)  # fmt: skip
+    return Recipe(model=model, steps=steps, epochs=100, warmup_epochs=5, effective_batch=16, blr=2.4e-2,
+                  augment=Augment(scale=(0.7, 1.0), ratio=(0.95, 1.05), flip=False))  # fmt: skip
 
 
-def demo(out: Path, *, steps: int = 600, workers: int = 1) -> None:
+def demo(out: Path, *, steps: int = 1400, workers: int = 1) -> None:
     """Write shards, checkpoints, logs, ``loss.png`` and ``reconstruction.png`` under ``out``, replacing an earlier demo.
 
     Raises InputError if the photographs' packages are missing or ``out`` cannot be written.
@@ -64,7 +64,7 @@ def demo(out: Path, *, steps: int = 600, workers: int = 1) -> None:
     checkpoint = pretrain(
         recipe,
         Run(
-            data=str(out / "shards"), out=out, batch_size=recipe.effective_batch, workers=workers, log_every=25, save_every=300
+            data=str(out / "shards"), out=out, batch_size=recipe.effective_batch, workers=workers, log_every=25, save_every=400
         ),
     )
     plot_loss(out / "metrics.jsonl", out / "loss.png")

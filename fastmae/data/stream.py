@@ -7,6 +7,8 @@ resumed run starts a new pass instead of continuing the old one. Nothing is unpi
 
 import itertools
 import random
+import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,7 +94,7 @@ class StreamedBatches(IterableDataset):
                 for sample in pipeline:
                     found = True
                     yield self._decode(sample, epoch)
-            except (OSError, ValueError, EOFError) as error:
+            except (OSError, ValueError, EOFError, tarfile.TarError, zlib.error) as error:
                 raise DataError(f"a shard of {', '.join(mine[:3])}... cannot be read: {error}") from error
             if not found:
                 raise DataError(f"{', '.join(mine[:3])}: no images in these shards; looked for {', '.join(_IMAGES)} members")

@@ -11,10 +11,17 @@ from fastmae.errors import InputError
 
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears as ``path`` only when the block ends without an error, flushed to the disk."""
+    """A binary file that appears as ``path`` only when the block ends without an error, flushed to the disk.
+
+    Raises InputError if it cannot be opened; what fails later, such as a full disk, stays an OSError.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w+b") as file:
+        opened = partial.open("w+b")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written, {error.strerror}; choose another place") from error
+    try:
+        with opened as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

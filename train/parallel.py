@@ -1,6 +1,7 @@
 """Processes of one run: who am I, how many are we, and how gradients are shared. The model knows nothing of it."""
 
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -77,4 +78,7 @@ def share_gradients(module: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return module
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        # Buffers are constants, so none is sent. torch 2.13 has a new name for that, which 2.11 does not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)

@@ -28,6 +28,8 @@ def reconstruct_images(checkpoint: Path, images: Path, out: Path, *, mask_ratio:
     folder of images, or a folder of indexed shards. Images are cut to the model's aspect ratio from their centre. Raises
     InputError or DataError on an encoder-only file, an image that cannot be read, or a path that cannot be written.
     """
+    if count < 1:
+        raise InputError(f"count must be at least 1, got {count}")
     model = load_model(weights_file(checkpoint), norm_pix_loss=norm_pix_loss)
     kept_patches(model.config.patches, mask_ratio)
     draw_strip(model, load_images(images, model, count), out, mask_ratio=mask_ratio, seed=seed)
@@ -39,11 +41,8 @@ def draw_strip(model: MAE, images: Tensor, out: Path, *, mask_ratio: float, seed
     device = model.cls_token.device
     noise = uniform(seed, MASKS, 0, torch.arange(len(images)), model.config.patches).to(device)
     picture = strip(reconstruct(model, images.to(device), mask_ratio, noise))
-    try:
-        with write_atomically(out) as file:
-            picture.save(file, "PNG")
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written, {error.strerror}; choose another --out") from error
+    with write_atomically(out) as file:
+        picture.save(file, "PNG")
 
 
 def weights_file(checkpoint: Path) -> Path:

@@ -63,6 +63,9 @@ class PretrainSettings(Run):
     seed: int | None = None
     """Of weights, order, crops and masks."""
 
+    def __post_init__(self):
+        """Nothing: ``run`` and ``resolve`` check, where an error is ours to word and not the argument parser's."""
+
     def run(self) -> Run:
         """The part that says where and how fast."""
         return Run(**{f.name: getattr(self, f.name) for f in fields(Run)})

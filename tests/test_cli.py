@@ -1,0 +1,197 @@
+"""The command line as a user meets it: every wrong input is one line that names the thing, exit code 2, no traceback."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from fastmae import MAE, ModelConfig
+from fastmae.convert import read_weights, save_model
+from fastmae.train.cli import COMMANDS, main
+from tests.conftest import make_picture
+
+TINY = ["--img-size", "32", "--patch-size", "8", "--batch-size", "4", "--steps", "1", "--workers", "0", "--device", "cpu"]
+CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=192, depth=1, num_heads=3, norm_pix_loss=True,
+                     decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
+
+
+@pytest.fixture
+def world(shard_folder, image_folder, tmp_path):
+    """Everything a command may be pointed at, good and bad, by name."""
+    paths = {"shards": tmp_path / "shards", "images": image_folder, "out": tmp_path / "out", "root": tmp_path}
+    shutil.copytree(shard_folder, paths["shards"])
+    for name in ("empty", "cut", "missing", "lying"):
+        paths[name] = tmp_path / name
+        paths[name].mkdir()
+    for name in ("cut", "missing", "lying"):
+        shutil.copytree(shard_folder, paths[name], dirs_exist_ok=True)
+    os.truncate(paths["cut"] / "shard-000001.tar", 5000)
+    (paths["missing"] / "shard-000001.tar").unlink()
+    tars = [paths["lying"] / f"shard-00000{i}.tar" for i in (0, 1)]
+    for tar in tars:  # another tar of the length that the index states
+        tar.write_bytes(bytes(tar.stat().st_size))
+    paths["file"] = tmp_path / "file"
+    paths["file"].write_text("not a folder")
+    paths["page"] = tmp_path / "page.jpg"
+    paths["page"].write_text("<html></html>")
+    paths["full"], paths["encoder"], paths["garbage"] = (tmp_path / n for n in ("m.safetensors", "e.pth", "g.pth"))
+    model = MAE(CONFIG)
+    save_model(model, paths["full"])
+    torch.save(
+        {"model": {n: t for n, t in model.state_dict().items() if "decoder" not in n and n != "mask_token"}}, paths["encoder"]
+    )
+    paths["garbage"].write_bytes(b"garbage")
+    return paths
+
+
+PRETRAIN = ["pretrain", "tiny", "--data", "{shards}", "--out", "{out}", *TINY]
+BAD = [  # the command, what its one line must say
+    (["pretrain", "--data", "{shards}", "--out", "{out}"], "give a preset (tiny, small, base, large, huge) or --recipe"),
+    (["pretrain", "giant", "--data", "{shards}", "--out", "{out}"], "preset must be one of tiny, small, base, large, huge"),
+    ([*PRETRAIN, "--recipe", "reference-z"], "recipe must be one of reference-b"),
+    ([*PRETRAIN, "--recipe", "reference-b"], "recipe reference-b is not for preset tiny"),
+    ([*PRETRAIN, "--mask-ratio", "0"], "mask ratio must lie strictly between 0 and 1, got 0.0"),
+    ([*PRETRAIN, "--mask-ratio", "1"], "mask ratio must lie strictly between 0 and 1, got 1.0"),
+    ([*PRETRAIN, "--mask-ratio", "0.99"], "mask ratio 0.99 keeps 0 of 16 patches"),
+    (
+        [*PRETRAIN, "--img-size", "33"],
+        "image size (33, 33) must be (height, width), each a positive multiple of the patch size 8",
+    ),
+    ([*PRETRAIN, "--img-size", "32", "32", "32"], "img-size takes one number or height and width"),
+    ([*PRETRAIN, "--in-chans", "4"], "images from files have 1 or 3 channels, the model asks for 4"),
+    ([*PRETRAIN, "--attention", "flsh"], "attention must be one of auto, xformers"),
+    ([*PRETRAIN, "--batch-size", "0"], "batch-size must be at least 1, got 0"),
+    ([*PRETRAIN, "--effective-batch", "6"], "effective batch 6 must be a multiple of 4 per process"),
+    ([*PRETRAIN, "--blr", "-1"], "blr must be positive"),
+    ([*PRETRAIN, "--precision", "fp8"], "precision must be auto, bf16 or fp32, got 'fp8'"),
+    ([*PRETRAIN, "--device", "tpu"], "device must be auto, cpu or cuda, got 'tpu'"),
+    ([*PRETRAIN, "--crop-scale", "0.5", "0.2"], "crop scale must be two rising numbers"),
+    ([*PRETRAIN, "--data", "{empty}"], "no shards; give a folder with index.json or tars"),
+    ([*PRETRAIN, "--data", "{root}/nowhere"], "nowhere: no such shard or folder"),
+    ([*PRETRAIN, "--data", "pipe:true"], "pipe: URLs run shell commands and are refused"),
+    ([*PRETRAIN, "--data", "{missing}"], "shard-000001.tar: missing"),
+    ([*PRETRAIN, "--data", "{cut}"], "shard-000001.tar: 5000 bytes, the index says"),
+    ([*PRETRAIN, "--data", "{lying}", "--steps", "9"], "the index does not match the tar at offset"),
+    ([*PRETRAIN, "--out", "{file}/run"], "cannot be written, Not a directory; choose another output folder"),
+    ([*PRETRAIN, "--resume", "{root}/step-0000001"], "manifest.json: missing or damaged"),
+    (["shards", "{root}/nowhere", "{out}"], "nowhere: not a folder"),
+    (["shards", "{empty}", "{out}"], "empty: no images; looked for .jpg"),
+    (["shards", "{images}", "{shards}"], "holds shards already; choose an empty folder"),
+    (["shards", "{images}", "{file}/x"], "cannot be written"),
+    (["shards", "{images}", "{out}", "--resize", "0"], "resize must be a positive number of pixels"),
+    (["shards", "{images}", "{out}", "--quality", "0"], "quality must lie in 1..95, got 0"),
+    (["shards", "{images}", "{out}", "--samples-per-shard", "0"], "samples per shard must be at least 1"),
+    (["reconstruct", "{encoder}", "{images}"], "holds an encoder only, and pixels need the decoder too"),
+    (["reconstruct", "{garbage}", "{images}"], "damaged, or holds more than tensors; nothing in it was run"),
+    (["reconstruct", "{empty}", "{images}"], "no complete checkpoint in this folder"),
+    (["reconstruct", "{root}/nowhere.pth", "{images}"], "no such file"),
+    (["reconstruct", "{full}", "{page}"], "page.jpg: cannot be decoded"),
+    (["reconstruct", "{full}", "{empty}"], "no images"),
+    (["reconstruct", "{full}", "{root}/nowhere.jpg"], "no such image or folder"),
+    (["reconstruct", "{full}", "{images}", "--mask-ratio", "1"], "mask ratio must lie strictly between 0 and 1"),
+    (["reconstruct", "{full}", "{images}", "--out", "{file}/strip.png"], "strip.png: cannot be written"),
+    (["reconstruct", "{full}", "{images}", "--count", "0"], "count must be at least 1"),
+    (["convert", "{full}", "{root}/m.onnx"], "must end in .safetensors or .pth"),
+    (["convert", "{garbage}", "{root}/m.safetensors"], "damaged"),
+    (["convert", "{full}", "{file}/m.pth"], "m.pth: cannot be written"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD, ids=[says[:40] for _, says in BAD])
+def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, world, capsys):
+    before = {p: p.read_bytes() for p in world["root"].rglob("*") if p.is_file()}
+    assert main([a.format(**world) for a in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastmae: ")]
+    assert len(lines) == 1 and says in lines[0]
+    assert "Traceback" not in lines[0]
+    assert all(p.read_bytes() == data for p, data in before.items())  # nothing that was written is lost
+
+
+def test_arguments_that_do_not_parse_exit_with_2(capsys):
+    for arguments in (
+        ["pretrain"],
+        ["fly"],
+        ["shards", "only-one"],
+        ["pretrain", "tiny", "--data", "x", "--out", "y", "--steps", "many"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and "--help" in capsys.readouterr().out
+
+
+def test_from_images_to_a_picture(image_folder, tmp_path, capsys):
+    assert main(["shards", str(image_folder), str(tmp_path / "s"), "--resize", "36", "--samples-per-shard", "10"]) == 0
+    assert "37 images in 4 shards" in capsys.readouterr().out
+    run = ["pretrain", "tiny", "--data", str(tmp_path / "s"), "--out", str(tmp_path / "run"), *TINY]
+    assert main(run) == 0
+    for images in (tmp_path / "s", image_folder, next(image_folder.rglob("*.jpg"))):
+        assert (
+            main(["reconstruct", str(tmp_path / "run"), str(images), "--out", str(tmp_path / "strip.png"), "--count", "3"]) == 0
+        )
+        with Image.open(tmp_path / "strip.png") as picture:
+            assert picture.height in (18 + 132, 18 + 3 * 132)
+    model = tmp_path / "run" / "step-0000001" / "model.safetensors"
+    assert main(["convert", str(model), str(tmp_path / "m.pth")]) == 0
+    assert main(["convert", str(tmp_path / "m.pth"), str(tmp_path / "m.safetensors")]) == 0
+    one, two = read_weights(model), read_weights(tmp_path / "m.safetensors")
+    assert all(torch.equal(t, two.tensors[n]) for n, t in one.tensors.items()) and two.config.norm_pix_loss
+    assert main(["convert", str(model), str(tmp_path / "e.pth"), "--encoder-only"]) == 0
+    assert read_weights(tmp_path / "e.pth").is_encoder_only
+
+
+def test_bad_images_are_named_and_the_rest_is_built(image_folder, tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(image_folder, source)
+    (source / "ant" / "page.jpg").write_text("<html></html>")
+    assert main(["shards", str(source), str(tmp_path / "out"), "--workers", "0"]) == 0
+    found = capsys.readouterr()
+    assert re.search(r"left out: .*page\.jpg: UnidentifiedImageError", found.err)
+    assert "37 images in 1 shards" in found.out and "1 bad images left out" in found.out
+
+
+def test_single_settings_override_a_recipe(shard_folder, tmp_path):
+    run = ["pretrain", "--recipe", "reference-b", "--data", str(shard_folder), "--out", str(tmp_path), "--device", "cpu",
+           "--img-size", "16", "32", "--patch-size", "16", "--mask-ratio", "0.5", "--norm-pix-loss", "False",
+           "--decoder-depth", "1", "--effective-batch", "4", "--batch-size", "2", "--steps", "1", "--workers", "0"]  # fmt: skip
+    assert main(run) == 0
+    state = json.loads((tmp_path / "step-0000001" / "state.json").read_text())
+    model = ModelConfig.from_json(state["model"])
+    assert (model.img_size, model.depth, model.decoder_depth, model.norm_pix_loss) == ((16, 32), 12, 1, False)
+    assert (state["effective_batch"], state["mask_ratio"]) == (4, 0.5)
+
+
+def test_doctor_says_what_is_used_and_why_not_more(capsys, monkeypatch):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for word in ("torch ", "triton ", "devices:", "kernels: FASTMAE_KERNELS=auto", "auto uses", "xformers"):
+        assert word in text
+    monkeypatch.setenv("FASTMAE_KERNELS", "cuda")
+    assert main(["doctor"]) == 2
+    assert "FASTMAE_KERNELS must be one of auto, triton, torch, got 'cuda'" in capsys.readouterr().err
+
+
+def test_demo_goes_the_whole_way(tmp_path):
+    pytest.importorskip("skimage")
+    assert main(["demo", "--out", str(tmp_path), "--steps", "2", "--workers", "0"]) == 0
+    for name in ("shards/index.json", "metrics.jsonl", "loss.png", "reconstruction.png", "step-0000002/model.safetensors"):
+        assert (tmp_path / name).is_file()
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    (tmp_path / "mine.txt").write_text("kept")
+    assert main(["demo", "--out", str(tmp_path), "--steps", "1", "--workers", "0"]) == 0
+    assert (tmp_path / "mine.txt").read_text() == "kept"
+
+
+def test_a_picture_smaller_than_the_model_is_enlarged(world, tmp_path):
+    make_picture(0, (5, 9)).save(tmp_path / "small.png")
+    assert main(["reconstruct", str(world["full"]), str(tmp_path / "small.png"), "--out", str(tmp_path / "s.png")]) == 0

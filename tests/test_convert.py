@@ -1,0 +1,102 @@
+"""Weights to and from files: strict names both ways, no code ever run from a file."""
+
+import argparse
+import pickle
+
+import pytest
+import torch
+
+from fastmae import MAE, DataError, InputError, ModelConfig
+from fastmae.config import PRESETS, preset
+from fastmae.convert import Weights, infer_config, load_model, load_strictly, read_weights, save_model, save_pth
+from tests.test_stream import Bomb
+
+# A width of the presets, so that heads can be told; everything else small.
+CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=192, depth=1, num_heads=3, norm_pix_loss=True,
+                     decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2)  # fmt: skip
+
+
+def test_safetensors_come_back_bit_for_bit_with_their_config(tmp_path):
+    model = MAE(ModelConfig(img_size=(16, 32), patch_size=4, in_chans=4, embed_dim=24, depth=1, num_heads=2,
+                            decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2, norm_pix_loss=True))  # fmt: skip
+    save_model(model, tmp_path / "m.safetensors")
+    back = load_model(tmp_path / "m.safetensors")
+    assert back.config == model.config
+    assert all(torch.equal(t, back.state_dict()[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_the_references_files_are_read_with_their_target(norm_pix, tmp_path):
+    model = MAE(CONFIG)
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(norm_pix_loss=norm_pix)}, tmp_path / "m.pth")
+    back = load_model(tmp_path / "m.pth")
+    assert back.config.norm_pix_loss == norm_pix and back.config.num_heads == 3
+    assert all(torch.equal(t, back.state_dict()[n]) for n, t in model.state_dict().items())
+
+
+def test_a_published_file_must_be_told_its_target(tmp_path):
+    torch.save({"model": MAE(CONFIG).state_dict()}, tmp_path / "m.pth")
+    with pytest.raises(InputError, match="does not say what it predicts; add --norm-pix-loss"):
+        load_model(tmp_path / "m.pth")
+    assert load_model(tmp_path / "m.pth", norm_pix_loss=True).config == CONFIG
+
+
+def test_the_reference_can_load_what_is_written_for_it(tmp_path):
+    model = MAE(CONFIG)
+    save_pth(Weights(tmp_path, model.state_dict(), CONFIG, True), tmp_path / "m.pth")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        document = torch.load(tmp_path / "m.pth", weights_only=True)
+    MAE(CONFIG).load_state_dict(document["model"], strict=True)
+    assert document["args"].norm_pix_loss is True
+
+
+def test_an_encoder_only_file_is_refused_with_the_reason(tmp_path):
+    state = {n: t for n, t in MAE(CONFIG).state_dict().items() if not n.startswith("decoder_") and n != "mask_token"}
+    torch.save({"model": state}, tmp_path / "m.pth")
+    with pytest.raises(InputError, match="holds an encoder only, and pixels need the decoder too"):
+        load_model(tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_told_from_their_shapes(name):
+    config = preset(name, norm_pix_loss=True)
+    with torch.device("meta"):
+        assert infer_config(MAE(config).state_dict(), norm_pix_loss=True) == config
+
+
+def test_code_in_a_file_is_never_run(tmp_path):
+    mark = tmp_path / "mark"
+    (tmp_path / "m.pth").write_bytes(pickle.dumps({"model": Bomb(mark)}, protocol=2))
+    torch.save({"model": Bomb(mark)}, tmp_path / "n.pth")
+    for name in ("m.pth", "n.pth"):
+        with pytest.raises(DataError, match="nothing in it was run"):
+            read_weights(tmp_path / name)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("m.safetensors", b"garbage", "damaged or no safetensors file"),
+        ("m.pth", b"garbage", "damaged, or holds more than tensors"),
+        ("m.pth", None, "no such file"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(name, data, message, tmp_path):
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=f"{name}: {message}"):
+        read_weights(tmp_path / name)
+
+
+def test_another_architecture_is_named_by_its_first_difference(tmp_path):
+    model = MAE(CONFIG)
+    deeper = dict(model.state_dict(), **{"blocks.1.norm1.weight": torch.zeros(192)})
+    with pytest.raises(DataError, match=r"another architecture, blocks.1.norm1.weight is not in the model"):
+        load_strictly(model, Weights(tmp_path, deeper, None, True))
+    wider = dict(model.state_dict(), cls_token=torch.zeros(1, 1, 8))
+    with pytest.raises(DataError, match=r"another architecture, cls_token is \(1, 1, 8\) there and \(1, 1, 192\)"):
+        load_strictly(model, Weights(tmp_path, wider, None, True))
+    with pytest.raises(DataError, match="holds no state dict"):
+        torch.save({"model": [1, 2]}, tmp_path / "m.pth")
+        read_weights(tmp_path / "m.pth")

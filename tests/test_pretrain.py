@@ -1,0 +1,262 @@
+"""Whole runs: stopped, killed, resumed and shared among processes, always with the same bits or the same loss."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastmae.train.pretrain as pretrain_module
+from fastmae import DivergedError, InputError, ModelConfig
+from fastmae.data.write import write_shards
+from fastmae.train.log import RunLog
+from fastmae.train.pretrain import Run, accumulation, pretrain
+from fastmae.train.recipes import RECIPES, Recipe
+
+MODEL = ModelConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, norm_pix_loss=True,
+                    decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
+RECIPE = Recipe(model=MODEL, steps=6, epochs=10, warmup_epochs=1, effective_batch=8, blr=0.05)
+# The same run on the command line.
+FLAGS = [
+    "--img-size",
+    "32",
+    "--patch-size",
+    "8",
+    "--effective-batch",
+    "8",
+    "--workers",
+    "1",
+    "--device",
+    "cpu",
+    "--log-every",
+    "1",
+]
+
+
+def run_of(shards, out, **fields):
+    return Run(data=str(shards), out=Path(out), **{"batch_size": 8, "workers": 0, "device": "cpu", "log_every": 1, **fields})
+
+
+def losses(out):
+    records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: r["loss"] for r in records if "loss" in r}
+
+
+def assert_same_bits(one, two):
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        a, b = load_file(one / name), load_file(two / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def signal_after(patch, steps):
+    """Send this process a SIGTERM, as a cluster would, once it has done ``steps`` steps."""
+    advance, done = RunLog.advance, []
+
+    def advance_then_signal(self):
+        advance(self)
+        done.append(1)
+        if len(done) == steps:
+            signal.raise_signal(signal.SIGTERM)
+
+    patch.setattr(RunLog, "advance", advance_then_signal)
+
+
+def test_six_steps_equal_three_and_three_resumed_bit_for_bit(shard_folder, tmp_path, monkeypatch):
+    whole = pretrain(RECIPE, run_of(shard_folder, tmp_path / "whole"))
+
+    with monkeypatch.context() as patch:
+        signal_after(patch, 3)
+        assert pretrain(RECIPE, run_of(shard_folder, tmp_path / "halves")).name == "step-0000003"
+    resumed = pretrain(RECIPE, run_of(shard_folder, tmp_path / "halves", workers=2))
+    assert resumed.name == whole.name == "step-0000006"
+    assert_same_bits(whole, resumed)
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+
+
+def test_two_identical_runs_have_identical_bits(shard_folder, tmp_path):
+    one, two = (pretrain(RECIPE, run_of(shard_folder, tmp_path / n, workers=w)) for n, w in (("a", 0), ("b", 3)))
+    assert_same_bits(one, two)
+
+
+def test_accumulation_and_compilation_keep_the_loss(shard_folder, tmp_path):
+    pretrain(RECIPE, run_of(shard_folder, tmp_path / "whole"))
+    pretrain(RECIPE, run_of(shard_folder, tmp_path / "parts", batch_size=2))
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert whole == pytest.approx(parts, rel=1e-6)
+
+
+def test_a_run_leaves_everything_that_it_promises(shard_folder, tmp_path, capsys):
+    folder = pretrain(RECIPE, run_of(shard_folder, tmp_path, save_every=2, keep=2))
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-0000004", "step-0000006"]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    state = json.loads((folder / "state.json").read_text())
+    assert (state["step"], state["samples"], state["effective_batch"]) == (6, 48, 8)
+    events = [json.loads(line).get("event") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert events[0] == "start" and events[-1] == "end" and events.count("checkpoint") == 3
+    text = capsys.readouterr().out
+    assert "effective batch = 8 per process x 1 processes x 1 accumulated = 8" in text
+    assert "lr = blr 0.05 x 8 / 256 = 0.0015625" in text
+
+
+def test_a_finished_run_says_so_and_changes_nothing(shard_folder, tmp_path):
+    folder = pretrain(RECIPE, run_of(shard_folder, tmp_path))
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert pretrain(RECIPE, run_of(shard_folder, tmp_path)) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_older_one_continued(shard_folder, tmp_path, capsys):
+    pretrain(replace(RECIPE, steps=4), run_of(shard_folder, tmp_path, save_every=2))
+    path = tmp_path / "step-0000004" / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+    pretrain(replace(RECIPE, steps=5), run_of(shard_folder, tmp_path))
+    text = capsys.readouterr().out
+    assert f"ignored a damaged checkpoint: {path}" in text and f"resumed from {tmp_path / 'step-0000002'}" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (replace(RECIPE, model=replace(MODEL, depth=3)), "another architecture, depth 2 there and 3 here"),
+        (replace(RECIPE, model=replace(MODEL, norm_pix_loss=False)), "norm_pix_loss True there and False here"),
+        (replace(RECIPE, seed=1), "trained with seed 0, not 1"),
+        (replace(RECIPE, effective_batch=16), "trained with effective_batch 8, not 16"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(recipe, message, shard_folder, tmp_path):
+    pretrain(replace(RECIPE, steps=1), run_of(shard_folder, tmp_path))
+    with pytest.raises(InputError, match=message):
+        pretrain(recipe, run_of(shard_folder, tmp_path))
+
+
+def test_other_data_is_refused_with_both_fingerprints(shard_folder, image_folder, tmp_path):
+    pretrain(replace(RECIPE, steps=1), run_of(shard_folder, tmp_path / "run"))
+    index, _ = write_shards(image_folder, tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match=f"other data than this run began with, fingerprint {index.fingerprint} here and"):
+        pretrain(RECIPE, run_of(tmp_path / "other", tmp_path / "run"))
+
+
+def test_gradients_that_stay_bad_end_the_run_with_good_weights(shard_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_module, "MAX_SKIPPED", 3)
+    spoil = pretrain_module.LossModule.forward
+    monkeypatch.setattr(pretrain_module.LossModule, "forward", lambda *a: spoil(*a) * float("nan"))
+    with pytest.raises(DivergedError, match="not finite for 3 steps on end at step 3; no such update was applied"):
+        pretrain(RECIPE, run_of(shard_folder, tmp_path))
+
+
+def test_streams_need_steps_and_then_train(shard_folder, tmp_path):
+    tars = f"{shard_folder}/shard-{{000000..000003}}.tar"
+    with pytest.raises(InputError, match="give --steps, or build indexed shards"):
+        pretrain(replace(RECIPE, steps=None), run_of(tars, tmp_path))
+    assert pretrain(RECIPE, run_of(tars, tmp_path)).name == "step-0000006"
+
+
+def test_effective_batch_is_made_of_whole_micro_batches():
+    assert accumulation(4096, 64, 8) == 8
+    with pytest.raises(InputError, match="4096 must be a multiple of 96 per process x 8 processes = 768"):
+        accumulation(4096, 96, 8)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_the_published_ones(name):
+    recipe = RECIPES[name]()
+    assert recipe.lr == pytest.approx(2.4e-3) and recipe.warmup_epochs == 40 and recipe.model.norm_pix_loss
+    assert recipe.epochs == (1600 if name.startswith("paper") else 800)
+    assert (recipe.weight_decay, recipe.betas, recipe.mask_ratio) == (0.05, (0.9, 0.95), 0.75)
+    assert recipe.total_steps(1281167) == -(-recipe.epochs * 1281167 // 4096)
+
+
+# Real processes, killed for real.
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def start(arguments, launcher=(), **environment):
+    command = [sys.executable, *launcher, "-m", "fastmae.train", "pretrain", "tiny", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})  # fmt: skip
+
+
+def finish(process):
+    try:
+        text, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, text
+
+
+def wait_for(path, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not list(path.parent.glob(path.name)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def reference_run(shard_folder, tmp_path_factory):
+    """An uninterrupted run of eight steps, its flags, and its last checkpoint."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    flags = ["--data", shard_folder, *FLAGS, "--steps", "8", "--batch-size", "8", "--save-every", "1", "--keep", "2"]
+    code, text = finish(start([*flags, "--out", out]))
+    assert code == 0, text
+    return flags, out, text
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_with_the_same_bits(reference_run, tmp_path):
+    flags, whole, _ = reference_run
+    for number in (2, 5):  # killed twice, at moments that nothing waits for
+        process = start([*flags, "--out", tmp_path])
+        wait_for(tmp_path / f"step-000000[{number}-9]", process)
+        process.send_signal(signal.SIGKILL)
+        finish(process)
+    code, text = finish(start([*flags, "--out", tmp_path]))
+    assert code == 0 and "resumed from" in text, text
+    assert_same_bits(whole / "step-0000008", tmp_path / "step-0000008")
+    assert losses(tmp_path) == losses(whole)
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".partial")]
+
+
+@pytest.mark.slow
+def test_a_terminated_run_saves_ends_well_and_continues_with_the_same_bits(reference_run, tmp_path):
+    flags, whole, _ = reference_run
+    process = start([*flags, "--save-every", "1000", "--out", tmp_path])
+    wait_for(tmp_path / "metrics.jsonl", process)
+    while '"loss"' not in (tmp_path / "metrics.jsonl").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    code, text = finish(process)
+    assert code == 0 and "stopped by a signal after step" in text, text
+    code, text = finish(start([*flags, "--out", tmp_path]))
+    assert code == 0, text
+    assert_same_bits(whole / "step-0000008", tmp_path / "step-0000008")
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_loss_of_one(reference_run, tmp_path):
+    flags, whole, text_of_one = reference_run
+    code, text = finish(start([*flags, "--batch-size", "4", "--out", tmp_path], TORCHRUN))
+    assert code == 0, text
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-6)
+    assert "effective batch = 4 per process x 2 processes x 1 accumulated = 8" in text
+    assert "effective batch = 8 per process x 1 processes x 1 accumulated = 8" in text_of_one
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_continues_in_one(reference_run, tmp_path):
+    flags, whole, _ = reference_run
+    process = start([*flags, "--batch-size", "2", "--out", tmp_path], TORCHRUN)
+    wait_for(tmp_path / "step-000000[3-7]", process)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    code, text = finish(start([*flags, "--out", tmp_path]))
+    assert code == 0 and "resumed from" in text, text
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-5)

@@ -1,0 +1,96 @@
+"""The training step: accumulation, updates that are left out, and masks that follow the samples."""
+
+import pytest
+import torch
+
+from fastmae import MAE, ModelConfig
+from fastmae.train.optimizer import make_optimizer
+from fastmae.train.step import LossModule, MicroBatch, Step
+
+CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, norm_pix_loss=True,
+                     decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
+
+
+def make_step(device="cpu", seed=0, **options):
+    torch.manual_seed(0)
+    model = MAE(CONFIG).to(device)
+    optimizer = make_optimizer(model, 0.05, (0.9, 0.95))
+    options = {"autocast": None, **options}
+    return model, Step(LossModule(model), optimizer, patches=16, mask_ratio=0.75, seed=seed, **options)
+
+
+def batch(n=8, device="cpu", epoch=0):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return MicroBatch(images.to(device), torch.arange(n, device=device), torch.full((n,), epoch, device=device))
+
+
+def weights(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def test_training_lowers_the_loss(device):
+    _, step = make_step(device)
+    losses = [step([batch(device=device)], 3e-3).loss.item() for _ in range(30)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_four_micro_batches_make_the_step_of_one():
+    whole = batch()
+    parts = [MicroBatch(*(t[i : i + 2] for t in whole)) for i in range(0, 8, 2)]
+    results = []
+    for batches in ([whole], parts):
+        model, step = make_step()
+        results.append(([step(batches, 1e-3).loss.item() for _ in range(3)], weights(model)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    for name, w in results[0][1].items():
+        # Adam divides by the gradient's size, so a gradient near zero may go either way by one step of 1e-3 each.
+        assert (w - results[1][1][name]).abs().mean() < 1e-5
+
+
+def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(device):
+    model, step = make_step(device)
+    step([batch(device=device)], 1e-3)
+    before, moments = weights(model), {k: {n: t.clone() for n, t in s.items()} for k, s in step.optimizer.state.items()}
+    spoiled = torch.nn.Parameter(model.decoder_pred.bias.detach().clone())
+    spoiled.data[0] = float("inf")
+    original, model.decoder_pred.bias = model.decoder_pred.bias, spoiled  # makes every gradient of this step NaN
+    assert step([batch(device=device)], 1e-3).skipped == 1
+    assert step([batch(device=device)], 1e-3).skipped == 2
+    model.decoder_pred.bias = original
+    assert all(torch.equal(w, before[n]) for n, w in weights(model).items())
+    assert all(torch.equal(t, moments[k][n]) for k, s in step.optimizer.state.items() for n, t in s.items())
+    assert step([batch(device=device)], 1e-3).skipped == 0
+    assert not torch.equal(weights(model)["norm.weight"], before["norm.weight"])
+
+
+def test_masks_follow_seed_epoch_and_sample_not_the_call():
+    def first_loss(seed=0, epoch=0):
+        return make_step(seed=seed)[1]([batch(epoch=epoch)], 0.0).loss.item()
+
+    assert first_loss() == first_loss()
+    assert len({first_loss(), first_loss(seed=1), first_loss(epoch=1)}) == 3
+    _, step = make_step()
+    assert step([batch()], 0.0).loss == step([batch()], 0.0).loss
+
+
+def test_autocast_keeps_weights_and_loss_in_float32(device):
+    model, step = make_step(device, autocast=torch.bfloat16)
+    result = step([batch(device=device)], 1e-3)
+    assert result.loss.dtype == torch.float32 and result.skipped == 0
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    exact = make_step(device)[1]([batch(device=device)], 1e-3).loss
+    assert result.loss != exact and abs(result.loss - exact) / exact < 1e-2
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_device():
+    _, step = make_step("cuda", autocast=torch.bfloat16)
+    micro = batch(device="cuda")
+    for _ in range(3):
+        step([micro], 1e-3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step([micro, micro], 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

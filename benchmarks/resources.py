@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastmae.kernels.dispatch import warps
 from fastmae.kernels.masked_mse import EPS, _masked_mse_bwd_kernel, _masked_mse_fwd_kernel
 from fastmae.kernels.patches import _gather_patches_fwd_kernel
 from fastmae.kernels.take_rows import _sum_holes_kernel, _take_rows_fwd_kernel
@@ -45,70 +46,67 @@ class Resources:
 
 
 def variants() -> list[Variant]:
-    """Every kernel at the sizes of ViT-B/16 and ViT-H/14, from uint8 and from float32 images."""
+    """Every kernel at the sizes and types it is used at, from the smallest to patches of 64 x 64 pixels."""
     found = []
-    for patch, width in ((16, 768), (14, 1280)):
-        block = triton.next_power_of_2(3 * patch * patch)
-        for pixels, is_bytes in (("*u8", True), ("*fp32", False)):
-            tag = f"p{patch} {pixels[1:]}"
-            statistics = {"mean_ptr": "*fp32", "std_ptr": "*fp32"}
-            found += [
-                Variant(
-                    f"gather_patches {tag}",
-                    _gather_patches_fwd_kernel,
-                    {"out_ptr": "*bf16", "images_ptr": pixels, "ids_ptr": "*i32", **statistics,
-                     "K": "i32", "columns": "i32", **_STRIDES},
-                    {"C": 3, "PATCH": patch, "IS_BYTES": is_bytes, "BLOCK_P": block},
-                ),
-                Variant(
-                    f"masked_mse forward {tag}",
-                    _masked_mse_fwd_kernel,
-                    {"rows_ptr": "*fp32", "center_ptr": "*fp32", "rstd_ptr": "*fp32", "pred_ptr": "*bf16", "images_ptr": pixels,
-                     "ids_ptr": "*i32", **statistics, "Q": "i32", "columns": "i32", **_STRIDES},
-                    {"EPS": EPS, "C": 3, "PATCH": patch, "NORM_PIX": True, "IS_BYTES": is_bytes, "BLOCK_P": block},
-                ),
-                Variant(
-                    f"masked_mse backward {tag}",
-                    _masked_mse_bwd_kernel,
-                    {"grad_pred_ptr": "*bf16", "grad_rows_ptr": "*fp32", "pred_ptr": "*bf16", "images_ptr": pixels,
-                     "ids_ptr": "*i32", "center_ptr": "*fp32", "rstd_ptr": "*fp32", **statistics,
-                     "Q": "i32", "columns": "i32", **_STRIDES},
-                    {"C": 3, "PATCH": patch, "IS_BYTES": is_bytes, "BLOCK_P": block},
-                ),
-            ]  # fmt: skip
-        for dtype in ("*bf16", "*fp32"):
-            found.append(
-                Variant(
-                    f"take_rows D{width} {dtype[1:]}",
-                    _take_rows_fwd_kernel,
-                    {
-                        "out_ptr": dtype,
-                        "x_ptr": dtype,
-                        "ids_ptr": "*i32",
-                        "fill_ptr": dtype,
-                        "N": "i32",
-                        "M": "i32",
-                        "D": "i32",
-                    },
-                    {"HAS_FILL": True, "BLOCK_D": triton.next_power_of_2(width)},
-                )
+    for channels, patch in ((1, 4), (3, 16), (3, 14), (13, 16), (3, 64)):
+        found += _patch_variants(channels, patch, "*u8", "*bf16", norm_pix=True)
+    found += _patch_variants(3, 16, "*fp32", "*fp32", norm_pix=True)
+    found += _patch_variants(3, 16, "*bf16", "*bf16", norm_pix=False)
+    found += _patch_variants(3, 14, "*fp16", "*fp16", norm_pix=False)
+    for width, dtype, has_fill in ((768, "*bf16", True), (512, "*fp32", True), (1280, "*fp32", False), (192, "*fp16", False)):
+        found.append(
+            Variant(
+                f"take_rows D{width} {dtype[1:]}{' fill' if has_fill else ''}",
+                _take_rows_fwd_kernel,
+                {"out_ptr": dtype, "x_ptr": dtype, "ids_ptr": "*i32", "fill_ptr": dtype, "N": "i32", "M": "i32", "D": "i32"},
+                {"HAS_FILL": has_fill, "BLOCK_D": triton.next_power_of_2(width)},
             )
-    found.append(
-        Variant(
-            "sum_holes",
-            _sum_holes_kernel,
-            {"partial_ptr": "*fp32", "grad_ptr": "*bf16", "ids_ptr": "*i32", "N": "i32", "M": "i32", "D": "i32"},
-            {"BLOCK_D": 128},
         )
-    )
+    for dtype in ("*bf16", "*fp32"):
+        types = {"partial_ptr": "*fp32", "grad_ptr": dtype, "ids_ptr": "*i32", "N": "i32", "M": "i32", "D": "i32"}
+        found.append(Variant(f"sum_holes {dtype[1:]}", _sum_holes_kernel, types, {"BLOCK_D": 128}))
     return found
+
+
+def _patch_variants(channels: int, patch: int, pixels: str, compute: str, norm_pix: bool) -> list[Variant]:
+    """The kernels that read patches of images, for one kind of image and one compute dtype."""
+    block = triton.next_power_of_2(channels * patch * patch)
+    tag = f"C{channels} p{patch} {pixels[1:]} {compute[1:]}{'' if norm_pix else ' plain'}"
+    images = {"images_ptr": pixels, "ids_ptr": "*i32"}
+    statistics = {"mean_ptr": "*fp32", "std_ptr": "*fp32"}
+    rows = {"center_ptr": "*fp32", "rstd_ptr": "*fp32"}
+    constants = {"C": channels, "PATCH": patch, "IS_BYTES": pixels == "*u8", "BLOCK_P": block}
+    return [
+        Variant(
+            f"gather_patches {tag}",
+            _gather_patches_fwd_kernel,
+            {"out_ptr": compute, **images, **statistics, "K": "i32", "columns": "i32", **_STRIDES},
+            constants,
+        ),
+        Variant(
+            f"masked_mse forward {tag}",
+            _masked_mse_fwd_kernel,
+            {"rows_ptr": "*fp32", **rows, "pred_ptr": compute, **images, **statistics,
+             "Q": "i32", "columns": "i32", **_STRIDES},
+            {"EPS": EPS, "NORM_PIX": norm_pix, **constants},
+        ),
+        Variant(
+            f"masked_mse backward {tag}",
+            _masked_mse_bwd_kernel,
+            {"grad_pred_ptr": compute, "grad_rows_ptr": "*fp32", "pred_ptr": compute, **images, **rows, **statistics,
+             "Q": "i32", "columns": "i32", **_STRIDES},
+            constants,
+        ),
+    ]  # fmt: skip
 
 
 def resources(variant: Variant, target: int) -> Resources:
     """Compile ``variant`` for compute capability ``target`` (80 is 8.0) and read its needs off the binary."""
     signature = {**variant.types, **dict.fromkeys(variant.constants, "constexpr")}
     source = ASTSource(variant.kernel, signature, variant.constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32))
+    # Of the kernels here only those with BLOCK_P are launched with other than Triton's default of four warps.
+    options = {"num_warps": warps(variant.constants.get("BLOCK_P", 0))}
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -9,6 +9,7 @@ shows that it works, else torch's own choice among its SDPA kernels.
 import contextlib
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,30 +34,35 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
 
     Raises InputError on an unknown backend, RuntimeError where a backend chosen by name does not work on these tensors.
     """
-    if backend == "auto":
-        backend = resolve(q.device.type, q.dtype, q.shape[-1])
+    backend = resolve(backend, q.device.type, q.dtype, q.shape[-1])
     if backend == "xformers":
-        return _xformers_ops().memory_efficient_attention(q, k, v)
-    if backend not in BACKENDS:
-        raise InputError(f"attention backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        return _memory_efficient_attention(q, k, v)
     with sdpa_kernel(_SDPA[backend]) if backend in _SDPA else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
 
 
-@torch.compiler.assume_constant_result  # decided once, outside the graph
-def resolve(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend that ``auto`` stands for on these tensors."""
-    if device_type != "cuda":
-        return "sdpa"
-    return "sdpa" if why_not("xformers", device_type, dtype, head_dim) else "xformers"
+@torch.compiler.assume_constant_result  # decided, and xformers imported, outside the graph
+def resolve(backend: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend that ``backend`` stands for on these tensors: itself, or what ``auto`` chooses.
+
+    Raises InputError on an unknown name.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"attention backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        is_good = device_type == "cuda" and why_not("xformers", device_type, dtype, head_dim) is None
+        backend = "xformers" if is_good else "sdpa"
+    if backend == "xformers":
+        _import_xformers()
+    return backend
 
 
 @functools.cache
 def why_not(backend: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """None if a small forward and backward pass works with ``backend`` on such tensors, else the reason in one line."""
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
             q = torch.ones(2, 5, 2, head_dim, dtype=dtype, device=device_type, requires_grad=True)
             attention(q, q, q, backend).sum().backward()
             return None if bool(q.grad.isfinite().all()) else "it returns non-finite gradients"
@@ -64,11 +70,15 @@ def why_not(backend: str, device_type: str, dtype: torch.dtype, head_dim: int) -
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-@functools.cache
-def _xformers_ops():
-    # Imported here because it is slow, and because its extension may not load beside this torch: it warns about that at
-    # import although attention needs nothing from it.
-    logging.getLogger("xformers").setLevel(logging.ERROR)
-    import xformers.ops
+_memory_efficient_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # xformers', once it is imported
 
-    return xformers.ops
+
+def _import_xformers() -> None:
+    # Late, because it is slow, and because its extension may not load beside this torch: it warns about that at import
+    # although attention needs nothing from it. A plain global, because torch.compile can trace one and not an import.
+    global _memory_efficient_attention
+    if _memory_efficient_attention is None:
+        logging.getLogger("xformers").setLevel(logging.ERROR)
+        import xformers.ops
+
+        _memory_efficient_attention = xformers.ops.memory_efficient_attention

@@ -5,11 +5,10 @@ the whole autoencoder or of its encoder alone, with the same parameter names, so
 """
 
 import argparse
-import json
 import math
 import os
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from fastmae.files import write_atomically
 from fastmae.mae import MAE
 
 _CONFIG = "fastmae.model"  # key of the safetensors metadata
+_NAMESPACE_FIELD = "fastmae_model"  # the same in the namespace of a .pth
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # encoder width to heads; the widths of fastmae's presets
 
 
@@ -42,6 +42,11 @@ class Weights:
         """No decoder: features can be had, reconstructions cannot."""
         return "mask_token" not in self.tensors
 
+    def encoder(self) -> "Weights":
+        """The encoder's part: a ViT under timm's names."""
+        kept = {n: t for n, t in self.tensors.items() if not n.startswith("decoder_") and n != "mask_token"}
+        return replace(self, tensors=kept)
+
 
 def read_weights(path: str | Path) -> Weights:
     """Read a ``.safetensors`` file of ours or a ``.pth`` of the reference. Raises DataError that names the file."""
@@ -59,6 +64,21 @@ def save_model(model: MAE, path: str | Path) -> None:
     save_tensors(state, path, {_CONFIG: model.config.to_json()})
 
 
+def save_weights(weights: Weights, path: str | Path) -> None:
+    """Write what was read: ``.pth`` in the reference's form, ``.safetensors`` with the config if it is known.
+
+    Raises InputError on another suffix.
+    """
+    suffix = Path(path).suffix
+    if suffix == ".pth":
+        save_pth(weights, path)
+    elif suffix == ".safetensors":
+        config = weights.config if weights.knows_target else None
+        save_tensors(weights.tensors, path, {_CONFIG: config.to_json()} if config else None)
+    else:
+        raise InputError(f"{path}: must end in .safetensors or .pth")
+
+
 def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write named tensors as safetensors, whole or not at all."""
     with write_atomically(Path(path)) as file:
@@ -66,8 +86,13 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[st
 
 
 def save_pth(weights: Weights, path: str | Path) -> None:
-    """Write the reference's form: ``{'model': state dict, 'args': ...}``, which its own scripts load."""
-    arguments = argparse.Namespace(norm_pix_loss=weights.config.norm_pix_loss) if weights.config else argparse.Namespace()
+    """Write the reference's form: ``{'model': state dict, 'args': ...}``, which its own scripts load.
+
+    ``args`` carries the config as text, so that nothing is lost on the way back.
+    """
+    config = weights.config if weights.knows_target else None
+    known = {"norm_pix_loss": config.norm_pix_loss, _NAMESPACE_FIELD: config.to_json()} if config else {}
+    arguments = argparse.Namespace(**known)
     with write_atomically(Path(path)) as file:
         torch.save({"model": weights.tensors, "args": arguments}, file)
 
@@ -84,13 +109,15 @@ def load_model(path: str | Path, *, norm_pix_loss: bool | None = None) -> MAE:
             "(the reference publishes them as mae_visualize_*.pth)"
         )
     if weights.config is None:
-        raise InputError(f"{weights.path}: cannot tell the architecture from its shapes; convert it with its config first")
-    fields = json.loads(weights.config.to_json())
+        raise InputError(
+            f"{weights.path}: cannot tell the architecture from its shapes; build the model by its ModelConfig in Python and "
+            "save it with fastmae.convert.save_model"
+        )
     if norm_pix_loss is None and not weights.knows_target:
         raise InputError(f"{weights.path}: does not say what it predicts; add --norm-pix-loss True or --norm-pix-loss False")
-    if norm_pix_loss is not None:
-        fields["norm_pix_loss"] = norm_pix_loss
-    model = MAE(ModelConfig.from_json(json.dumps(fields)))
+    target = weights.config.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
+    # The attention backend is a matter of the machine that trained it, not of the weights.
+    model = MAE(replace(weights.config, norm_pix_loss=target, attention="auto"))
     load_strictly(model, weights)
     return model
 
@@ -163,7 +190,10 @@ def _read_pth(path: Path) -> Weights:
     tensors = document.get("model", document) if isinstance(document, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise DataError(f"{path}: holds no state dict; expected {{'model': {{name: tensor}}}}")
-    norm_pix_loss = getattr(document.get("args"), "norm_pix_loss", None) if tensors is not document else None
+    arguments = document.get("args") if tensors is not document else None
+    if isinstance(text := getattr(arguments, _NAMESPACE_FIELD, None), str):
+        return Weights(path, tensors, ModelConfig.from_json(text), knows_target=True)
+    norm_pix_loss = getattr(arguments, "norm_pix_loss", None)
     return _without_config(path, tensors, norm_pix_loss)
 
 

@@ -47,12 +47,11 @@ class DecoderMixin:
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
         """The reference's pass, pixels of all patches in spatial order: latent (B, 1 + K, D) -> (B, L, P)."""
-        K, L = latent.shape[1] - 1, ids_restore.shape[1]
+        K = latent.shape[1] - 1
         ids_restore = ids_restore.to(torch.int32)
         ids_keep = torch.argsort(ids_restore, dim=1)[:, :K].to(torch.int32)
         x = self.decoder_embed(latent)
         patches = take_rows(x[:, 1:], ids_restore, ids_keep, self.mask_token.view(-1))  # unshuffle, (B, L, D)
-        assert patches.shape[1] == L
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)

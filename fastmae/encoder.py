@@ -82,11 +82,12 @@ class Encoder(nn.Module):
         self.check_size(images)
         if images.is_floating_point():
             return images
-        return (images / 255 - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
+        mean, std = self.pixel_statistics(images)
+        return (images / 255 - mean[:, None, None]) / std[:, None, None]
 
     def pixel_statistics(self, images: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Mean and std to be applied to ``images`` by a kernel: the config's for uint8, none for normalised floats."""
-        return (None, None) if images.is_floating_point() else (self.pixel_mean, self.pixel_std)
+        return (None, None) if images.is_floating_point() else (self.pixel_mean.float(), self.pixel_std.float())
 
     def check_size(self, images: Tensor) -> None:
         """Raise ValueError unless ``images`` is (B, C, H, W) of the config's size."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmae.kernels.masked_mse import EPS
 from fastmae.mae import MAE
+from fastmae.optional import require
 
 COLUMNS = ("original", "masked", "reconstruction", "with visible patches")
 _GREY = 0.5
@@ -60,12 +61,11 @@ def strip(pictures: Tensor) -> Image.Image:
 
 def plot_loss(metrics: str | Path, out: str | Path) -> None:
     """Draw loss and learning rate of a ``metrics.jsonl`` over steps into a PNG. Of a step logged twice the last counts."""
-    from matplotlib.figure import Figure  # slow, and of use here only
-
+    figures = require("matplotlib.figure", "the loss plot")  # slow to import
     records = (json.loads(line) for line in Path(metrics).read_text().splitlines())
-    by_step = {r["step"]: r for r in records if "loss" in r}
+    by_step = {r["step"]: r for r in records if r.get("loss") is not None}
     steps = sorted(by_step)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = figures.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, [by_step[s]["loss"] for s in steps], color="tab:blue")
     axes.set(xlabel="step", ylabel="loss (mean squared error of masked patches)", title="pretraining loss")

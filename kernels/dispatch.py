@@ -23,6 +23,11 @@ def mode() -> str:
     return value
 
 
+def warps(block: int) -> int:
+    """Warps of a program that holds ``block`` values: enough that no patch, however large, spills its registers."""
+    return min(16, max(4, block // 512))
+
+
 def use_triton(x: Tensor) -> bool:
     """Whether ops on ``x`` run their Triton kernel. float64 never does: it is the dtype that oracles are computed in."""
     chosen = mode()

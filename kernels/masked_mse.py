@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmae.kernels.dispatch import use_triton
+from fastmae.kernels.dispatch import use_triton, warps
 from fastmae.kernels.patches import check_images, load_patch, patch_pixels
 
 EPS = 1e-6  # added to a patch's variance
@@ -131,12 +131,13 @@ def _masked_mse_triton(
     if rows.numel() == 0:
         return rows, center, rstd
     is_bytes = mean is not None
+    block = triton.next_power_of_2(P)
     with torch.cuda.device_of(pred):
         _masked_mse_fwd_kernel[(B * Q,)](
             rows, center, rstd, pred.contiguous(), images, ids.contiguous(), mean if is_bytes else rows,
             std if is_bytes else rows, Q, images.shape[3] // patch_size, *images.stride(),
             EPS=EPS, C=images.shape[1], PATCH=patch_size, NORM_PIX=norm_pix,
-            IS_BYTES=is_bytes, BLOCK_P=triton.next_power_of_2(P),
+            IS_BYTES=is_bytes, BLOCK_P=block, num_warps=warps(block),
         )  # fmt: skip
     return rows, center, rstd
 
@@ -150,11 +151,12 @@ def _masked_mse_bwd_triton(
     if grad_pred.numel() == 0:
         return grad_pred
     is_bytes = mean is not None
+    block = triton.next_power_of_2(P)
     with torch.cuda.device_of(pred):
         _masked_mse_bwd_kernel[(B * Q,)](
             grad_pred, grad_rows.contiguous(), pred.contiguous(), images, ids.contiguous(), center, rstd,
             mean if is_bytes else center, std if is_bytes else center, Q, images.shape[3] // patch_size, *images.stride(),
-            C=images.shape[1], PATCH=patch_size, IS_BYTES=is_bytes, BLOCK_P=triton.next_power_of_2(P),
+            C=images.shape[1], PATCH=patch_size, IS_BYTES=is_bytes, BLOCK_P=block, num_warps=warps(block),
         )  # fmt: skip
     return grad_pred
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmae.kernels.dispatch import use_triton
+from fastmae.kernels.dispatch import use_triton, warps
 
 
 def gather_patches(
@@ -68,8 +68,11 @@ def check_images(images: Tensor, ids: Tensor, patch_size: int, mean: Tensor | No
     is_bytes = images.dtype == torch.uint8
     if (mean is not None, std is not None) != (is_bytes, is_bytes):
         raise ValueError("uint8 images need mean and std; floating-point images are normalised already and take neither")
-    if is_bytes and not (mean.shape == std.shape == (images.shape[1],)):
-        raise ValueError(f"mean and std must be ({images.shape[1]},), got {tuple(mean.shape)} and {tuple(std.shape)}")
+    if is_bytes and not all(t.shape == (images.shape[1],) and t.dtype == torch.float32 for t in (mean, std)):
+        raise ValueError(
+            f"mean and std must be float32 ({images.shape[1]},), got {mean.dtype} {tuple(mean.shape)} and "
+            f"{std.dtype} {tuple(std.shape)}"
+        )
 
 
 @triton.jit
@@ -112,10 +115,11 @@ def _gather_patches_triton(
     if out.numel() == 0:
         return out
     is_bytes = mean is not None
+    block = triton.next_power_of_2(P)
     with torch.cuda.device_of(images):
         _gather_patches_fwd_kernel[(B * K,)](
             out, images, ids.contiguous(), mean if is_bytes else out, std if is_bytes else out, K, W // patch_size,
-            *images.stride(), C=C, PATCH=patch_size, IS_BYTES=is_bytes, BLOCK_P=triton.next_power_of_2(P),
+            *images.stride(), C=C, PATCH=patch_size, IS_BYTES=is_bytes, BLOCK_P=block, num_warps=warps(block),
         )  # fmt: skip
     return out
 

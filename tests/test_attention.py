@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastmae.attention as attention_module
 from fastmae.attention import BACKENDS, attention, resolve, why_not
 from fastmae.errors import InputError
 
@@ -53,10 +54,24 @@ def test_a_backend_that_cannot_work_says_why():
 
 
 def test_auto_is_torchs_own_choice_on_the_cpu():
-    assert resolve("cpu", torch.float32, 64) == "sdpa"
+    assert resolve("auto", "cpu", torch.float32, 64) == "sdpa"
+
+
+def test_xformers_is_called_inside_a_compiled_graph(monkeypatch):
+    """With a stand-in for its operator, which does not exist on the CPU."""
+    monkeypatch.setattr(attention_module, "_memory_efficient_attention", lambda q, k, v: q * 2)
+    q = torch.randn(1, 3, 2, 8)
+    compiled = torch.compile(lambda x: attention(x, x, x, "xformers"), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q), q * 2)
+
+
+def test_a_probe_under_inference_mode_is_right():
+    why_not.cache_clear()
+    with torch.inference_mode():
+        assert why_not("math", "cpu", torch.float32, 48) is None
 
 
 @pytest.mark.gpu
 def test_auto_is_xformers_on_cuda_where_it_works():
     expected = "sdpa" if why_not("xformers", "cuda", torch.bfloat16, 64) else "xformers"
-    assert resolve("cuda", torch.bfloat16, 64) == expected
+    assert resolve("auto", "cuda", torch.bfloat16, 64) == expected

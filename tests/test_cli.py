@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -38,6 +39,12 @@ def world(shard_folder, image_folder, tmp_path):
     paths["file"].write_text("not a folder")
     paths["page"] = tmp_path / "page.jpg"
     paths["page"].write_text("<html></html>")
+    paths["unfinished"], paths["dangling"] = tmp_path / "unfinished", tmp_path / "dangling"
+    for name in ("unfinished", "dangling"):
+        paths[name].mkdir()
+    shutil.copy(shard_folder / "shard-000000.tar", paths["unfinished"])
+    (paths["unfinished"] / ".unfinished").touch()
+    (paths["dangling"] / "gone.jpg").symlink_to(tmp_path / "nowhere")
     paths["full"], paths["encoder"], paths["garbage"] = (tmp_path / n for n in ("m.safetensors", "e.pth", "g.pth"))
     model = MAE(CONFIG)
     save_model(model, paths["full"])
@@ -72,7 +79,13 @@ BAD = [  # the command, what its one line must say
     ([*PRETRAIN, "--crop-scale", "0.5", "0.2"], "crop scale must be two rising numbers"),
     ([*PRETRAIN, "--data", "{empty}"], "no shards; give a folder with index.json or tars"),
     ([*PRETRAIN, "--data", "{root}/nowhere"], "nowhere: no such shard or folder"),
-    ([*PRETRAIN, "--data", "pipe:true"], "pipe: URLs run shell commands and are refused"),
+    ([*PRETRAIN, "--data", "pipe:true"], "pipe: runs shell commands and is refused"),
+    ([*PRETRAIN, "--data", "{{pipe:touch {root}/ran,pipe:true}}"], "pipe: runs shell commands and is refused"),
+    ([*PRETRAIN, "--data", "a-{{000..099.tar"], "braces do not match"),
+    ([*PRETRAIN, "--data", "{unfinished}"], "the build of these shards was not finished"),
+    ([*PRETRAIN, "--attention", "cudnn"], "attention cudnn does not work here"),
+    ([*PRETRAIN, "--epochs", "inf"], "must be finite"),
+    ([*PRETRAIN, "--weight-decay", "nan"], "must be finite"),
     ([*PRETRAIN, "--data", "{missing}"], "shard-000001.tar: missing"),
     ([*PRETRAIN, "--data", "{cut}"], "shard-000001.tar: 5000 bytes, the index says"),
     ([*PRETRAIN, "--data", "{lying}", "--steps", "9"], "the index does not match the tar at offset"),
@@ -82,14 +95,17 @@ BAD = [  # the command, what its one line must say
     (["shards", "{empty}", "{out}"], "empty: no images; looked for .jpg"),
     (["shards", "{images}", "{shards}"], "holds shards already; choose an empty folder"),
     (["shards", "{images}", "{file}/x"], "cannot be written"),
-    (["shards", "{images}", "{out}", "--resize", "0"], "resize must be a positive number of pixels"),
+    (["shards", "{images}", "{out}", "--resize", "0"], "resize must be a positive number of pixels or none, got '0'"),
+    (["shards", "{images}", "{out}", "--workers", "-1"], "workers must not be negative"),
+    (["demo", "--out", "{shards}"], "holds other files, and a demo replaces its own"),
     (["shards", "{images}", "{out}", "--quality", "0"], "quality must lie in 1..95, got 0"),
     (["shards", "{images}", "{out}", "--samples-per-shard", "0"], "samples per shard must be at least 1"),
     (["reconstruct", "{encoder}", "{images}"], "holds an encoder only, and pixels need the decoder too"),
     (["reconstruct", "{garbage}", "{images}"], "damaged, or holds more than tensors; nothing in it was run"),
     (["reconstruct", "{empty}", "{images}"], "no complete checkpoint in this folder"),
     (["reconstruct", "{root}/nowhere.pth", "{images}"], "no such file"),
-    (["reconstruct", "{full}", "{page}"], "page.jpg: cannot be decoded"),
+    (["reconstruct", "{full}", "{page}"], "page.jpg: cannot be read as an image"),
+    (["reconstruct", "{full}", "{dangling}"], "gone.jpg: cannot be read as an image"),
     (["reconstruct", "{full}", "{empty}"], "no images"),
     (["reconstruct", "{full}", "{root}/nowhere.jpg"], "no such image or folder"),
     (["reconstruct", "{full}", "{images}", "--mask-ratio", "1"], "mask ratio must lie strictly between 0 and 1"),
@@ -109,6 +125,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, world, capsys)
     assert len(lines) == 1 and says in lines[0]
     assert "Traceback" not in lines[0]
     assert all(p.read_bytes() == data for p, data in before.items())  # nothing that was written is lost
+    assert not (world["root"] / "ran").exists()
 
 
 def test_arguments_that_do_not_parse_exit_with_2(capsys):
@@ -131,7 +148,12 @@ def test_every_command_explains_itself(command, capsys):
 
 
 def test_from_images_to_a_picture(image_folder, tmp_path, capsys):
-    assert main(["shards", str(image_folder), str(tmp_path / "s"), "--resize", "36", "--samples-per-shard", "10"]) == 0
+    assert (
+        main(
+            ["shards", str(image_folder), str(tmp_path / "s"), "--resize", "36", "--workers", "1", "--samples-per-shard", "10"]
+        )
+        == 0
+    )
     assert "37 images in 4 shards" in capsys.readouterr().out
     run = ["pretrain", "tiny", "--data", str(tmp_path / "s"), "--out", str(tmp_path / "run"), *TINY]
     assert main(run) == 0
@@ -168,14 +190,17 @@ def test_single_settings_override_a_recipe(shard_folder, tmp_path):
     state = json.loads((tmp_path / "step-0000001" / "state.json").read_text())
     model = ModelConfig.from_json(state["model"])
     assert (model.img_size, model.depth, model.decoder_depth, model.norm_pix_loss) == ((16, 32), 12, 1, False)
-    assert (state["effective_batch"], state["mask_ratio"]) == (4, 0.5)
+    assert (state["recipe"]["effective_batch"], state["recipe"]["mask_ratio"]) == (4, 0.5)
 
 
-def test_doctor_says_what_is_used_and_why_not_more(capsys, monkeypatch):
+def test_doctor_says_what_is_used_and_why_not_more(capsys):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     for word in ("torch ", "triton ", "devices:", "kernels: FASTMAE_KERNELS=auto", "auto uses", "xformers"):
         assert word in text
+
+
+def test_a_wrong_choice_of_kernels_stops_every_command(capsys, monkeypatch):
     monkeypatch.setenv("FASTMAE_KERNELS", "cuda")
     assert main(["doctor"]) == 2
     assert "FASTMAE_KERNELS must be one of auto, triton, torch, got 'cuda'" in capsys.readouterr().err
@@ -190,6 +215,31 @@ def test_demo_goes_the_whole_way(tmp_path):
     (tmp_path / "mine.txt").write_text("kept")
     assert main(["demo", "--out", str(tmp_path), "--steps", "1", "--workers", "0"]) == 0
     assert (tmp_path / "mine.txt").read_text() == "kept"
+
+
+def test_a_full_disk_is_one_line(image_folder, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", str(tmp_path / "out" / "shard"))
+
+    monkeypatch.setattr("fastmae.data.write._append", full)
+    assert main(["shards", str(image_folder), str(tmp_path / "out"), "--workers", "0"]) == 2
+    assert re.search(r"^fastmae: .*shard: No space left on device$", capsys.readouterr().err, re.M)
+
+
+def test_a_missing_package_is_named_with_its_install_command(world, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    assert main(["reconstruct", str(world["full"]), str(world["images"])]) == 2
+    assert "decoding JPEGs needs simplejpeg" in (text := capsys.readouterr().err) and "pip install simplejpeg" in text
+
+
+def test_a_damaged_checkpoint_is_not_drawn(shard_folder, tmp_path, capsys):
+    assert main(["pretrain", "tiny", "--data", str(shard_folder), "--out", str(tmp_path), *TINY]) == 0
+    path = tmp_path / "step-0000001" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+    assert main(["reconstruct", str(path.parent), str(shard_folder), "--out", str(tmp_path / "s.png")]) == 2
+    assert "model.safetensors: damaged" in capsys.readouterr().err and not (tmp_path / "s.png").exists()
 
 
 def test_a_picture_smaller_than_the_model_is_enlarged(world, tmp_path):

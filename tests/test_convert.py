@@ -2,13 +2,14 @@
 
 import argparse
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fastmae import MAE, DataError, InputError, ModelConfig
 from fastmae.config import PRESETS, preset
-from fastmae.convert import Weights, infer_config, load_model, load_strictly, read_weights, save_model, save_pth
+from fastmae.convert import Weights, infer_config, load_model, load_strictly, read_weights, save_model, save_pth, save_weights
 from tests.test_stream import Bomb
 
 # A width of the presets, so that heads can be told; everything else small.
@@ -48,6 +49,23 @@ def test_the_reference_can_load_what_is_written_for_it(tmp_path):
         document = torch.load(tmp_path / "m.pth", weights_only=True)
     MAE(CONFIG).load_state_dict(document["model"], strict=True)
     assert document["args"].norm_pix_loss is True
+
+
+def test_a_pth_carries_the_whole_config_back(tmp_path):
+    """Shapes do not show heads: 192 channels are three heads in the presets and four here."""
+    config = replace(CONFIG, num_heads=4, img_size=(16, 32), pixel_mean=(0.1, 0.2, 0.3))
+    model = MAE(config)
+    save_model(model, tmp_path / "m.safetensors")
+    save_weights(read_weights(tmp_path / "m.safetensors"), tmp_path / "m.pth")
+    save_weights(read_weights(tmp_path / "m.pth"), tmp_path / "n.safetensors")
+    assert load_model(tmp_path / "n.safetensors").config == config
+    images = torch.randn(1, 3, 16, 32)
+    assert torch.equal(load_model(tmp_path / "m.pth").encode(images), model.encode(images))
+
+
+def test_the_attention_backend_of_the_training_machine_is_not_kept(tmp_path):
+    save_model(MAE(replace(CONFIG, attention="xformers")), tmp_path / "m.safetensors")
+    assert load_model(tmp_path / "m.safetensors").config == CONFIG
 
 
 def test_an_encoder_only_file_is_refused_with_the_reason(tmp_path):

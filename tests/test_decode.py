@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastmae import InputError
 from fastmae.data.decode import DecodeError, decode
 from tests.conftest import make_picture
 
@@ -31,6 +32,15 @@ def test_grey_images_become_three_equal_channels_and_colour_one():
     assert (np.ptp(decode(encode(make_picture(0).convert("L"))), axis=2) == 0).all()
     assert decode(encode(make_picture(0)), channels=1).shape == (48, 64, 1)
     assert decode(encode(make_picture(0), "PNG"), channels=1).shape == (48, 64, 1)
+
+
+def test_sixteen_bit_images_keep_their_high_byte():
+    assert (decode(encode(Image.fromarray(np.full((4, 4), 0x4000, np.uint16)), "PNG")) == 64).all()
+
+
+def test_a_number_of_channels_that_files_do_not_have_is_refused():
+    with pytest.raises(InputError, match="1 or 3 channels, 13 were asked for"):
+        decode(GOOD, channels=13)
 
 
 def test_cmyk_jpegs_are_converted():

@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from fastmae import DataError
-from fastmae.data.augment import Augment
+from fastmae.data.augment import DRAWS, Augment, crop_box, resized_crop
 from fastmae.data.batch import LoaderConfig
+from fastmae.data.decode import decode
 from fastmae.data.index import Index
 from fastmae.data.loader import Loader
 from fastmae.data.order import Order, batch_positions
+from fastmae.data.read import ShardReader
 from fastmae.data.recode import Recode
 from fastmae.data.write import write_shards
+from fastmae.kernels.philox import CROPS, uniform
 
 N = 37
 
@@ -82,11 +85,14 @@ def test_labels_and_shapes_are_those_of_the_index(shard_folder):
     )
 
 
-def test_without_flip_and_with_whole_crops_images_are_themselves(shard_folder):
-    augment = Augment(scale=(1.0, 1.0), ratio=(0.5, 2.0), flip=False)
-    batches = take(shard_folder, 7, augment=augment)
-    again = take(shard_folder, 7, augment=augment, start=0)
-    assert equal(batches, again)
+def test_crops_are_those_of_the_samples_own_pixels_and_keys(shard_folder):
+    reader = ShardReader(Index.load(shard_folder))
+    for batch in take(shard_folder, 3):
+        for image, sample, epoch in zip(batch.images, batch.sample_ids, batch.epochs, strict=True):
+            pixels = decode(reader.read(int(sample)))
+            draws = uniform(0, CROPS, epoch[None], sample[None], DRAWS)[0].numpy()
+            box = crop_box(draws, *pixels.shape[:2], Augment())
+            assert torch.equal(image, resized_crop(pixels, box, (16, 16), flip=draws[0] < 0.5))
 
 
 @pytest.mark.parametrize(("n", "positions"), [(5, np.arange(23)), (1, np.arange(4)), (1000, np.arange(990, 2010))])

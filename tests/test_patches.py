@@ -99,7 +99,7 @@ def test_op_passes_opcheck(device):
         ((torch.zeros(2, 3, 8, 12), torch.zeros(2, 1), 4), r"ids must be int32 \(2, K\)"),
         ((torch.zeros(2, 3, 8, 12, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.int32), 4), "uint8 images need mean"),
         ((torch.zeros(2, 3, 8, 12, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.int32), 4, torch.zeros(2), torch.ones(2)),
-         r"mean and std must be \(3,\)"),
+         r"mean and std must be float32 \(3,\)"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(arguments, message):

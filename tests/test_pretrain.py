@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +19,10 @@ import fastmae.train.pretrain as pretrain_module
 from fastmae import DivergedError, InputError, ModelConfig
 from fastmae.data.write import write_shards
 from fastmae.train.log import RunLog
-from fastmae.train.pretrain import Run, accumulation, pretrain
+from fastmae.train.pretrain import pretrain
 from fastmae.train.recipes import RECIPES, Recipe
+from fastmae.train.run import Run, accumulation
+from tests.test_loader import damage_samples
 
 MODEL = ModelConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, norm_pix_loss=True,
                     decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
@@ -55,15 +59,16 @@ def assert_same_bits(one, two):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def signal_after(patch, steps):
-    """Send this process a SIGTERM, as a cluster would, once it has done ``steps`` steps."""
+def signal_after(patch, steps, times=1):
+    """Send this process SIGTERMs, as a cluster would, once it has done ``steps`` steps."""
     advance, done = RunLog.advance, []
 
     def advance_then_signal(self):
         advance(self)
         done.append(1)
         if len(done) == steps:
-            signal.raise_signal(signal.SIGTERM)
+            for _ in range(times):
+                signal.raise_signal(signal.SIGTERM)
 
     patch.setattr(RunLog, "advance", advance_then_signal)
 
@@ -85,11 +90,20 @@ def test_two_identical_runs_have_identical_bits(shard_folder, tmp_path):
     assert_same_bits(one, two)
 
 
-def test_accumulation_and_compilation_keep_the_loss(shard_folder, tmp_path):
+def test_accumulation_keeps_the_loss(shard_folder, tmp_path):
     pretrain(RECIPE, run_of(shard_folder, tmp_path / "whole"))
     pretrain(RECIPE, run_of(shard_folder, tmp_path / "parts", batch_size=2))
-    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
-    assert whole == pytest.approx(parts, rel=1e-6)
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compilation_keeps_the_loss(precision, shard_folder, tmp_path):
+    for compile in (False, True):
+        run = run_of(shard_folder, tmp_path / str(compile), compile=compile, precision=precision)
+        pretrain(replace(RECIPE, steps=3), run)
+    tolerance = 1e-5 if precision == "fp32" else 5e-3
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=tolerance)
 
 
 def test_a_run_leaves_everything_that_it_promises(shard_folder, tmp_path, capsys):
@@ -97,7 +111,7 @@ def test_a_run_leaves_everything_that_it_promises(shard_folder, tmp_path, capsys
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-0000004", "step-0000006"]
     assert list((tmp_path / "tensorboard").glob("events*"))
     state = json.loads((folder / "state.json").read_text())
-    assert (state["step"], state["samples"], state["effective_batch"]) == (6, 48, 8)
+    assert (state["step"], state["samples"], state["recipe"]["effective_batch"]) == (6, 48, 8)
     events = [json.loads(line).get("event") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert events[0] == "start" and events[-1] == "end" and events.count("checkpoint") == 3
     text = capsys.readouterr().out
@@ -134,6 +148,49 @@ def test_a_checkpoint_of_another_run_is_refused(recipe, message, shard_folder, t
     pretrain(replace(RECIPE, steps=1), run_of(shard_folder, tmp_path))
     with pytest.raises(InputError, match=message):
         pretrain(recipe, run_of(shard_folder, tmp_path))
+
+
+def test_settings_changed_since_the_checkpoint_are_said(shard_folder, tmp_path, capsys):
+    pretrain(replace(RECIPE, steps=1), run_of(shard_folder, tmp_path))
+    pretrain(replace(RECIPE, steps=2, mask_ratio=0.5), run_of(shard_folder, tmp_path))
+    text = capsys.readouterr().out
+    assert "changed since the checkpoint: mask_ratio 0.75 -> 0.5" in text
+    assert "changed since the checkpoint: steps 1 -> 2" in text and "checkpoint: blr" not in text
+
+
+def test_a_named_checkpoint_is_continued_unless_newer_ones_stand_in_the_way(shard_folder, tmp_path):
+    whole = pretrain(RECIPE, run_of(shard_folder, tmp_path / "a", save_every=2))
+    older = str(tmp_path / "a" / "step-0000002")
+    with pytest.raises(InputError, match="step-0000006 is newer"):
+        pretrain(RECIPE, run_of(shard_folder, tmp_path / "a", resume=older))
+    assert_same_bits(whole, pretrain(RECIPE, run_of(shard_folder, tmp_path / "b", resume=older)))
+
+
+def test_a_signal_repeated_at_once_still_saves(shard_folder, tmp_path, monkeypatch):
+    signal_after(monkeypatch, 2, times=3)
+    assert pretrain(RECIPE, run_of(shard_folder, tmp_path)).name == "step-0000002"
+
+
+def test_updates_left_out_now_and_then_are_said_and_the_run_goes_on(shard_folder, tmp_path, monkeypatch, capsys):
+    forward, calls = pretrain_module.LossModule.forward, []
+
+    def spoil_two(*arguments):
+        calls.append(1)
+        return forward(*arguments) * (float("nan") if len(calls) in (2, 4) else 1.0)
+
+    monkeypatch.setattr(pretrain_module.LossModule, "forward", spoil_two)
+    assert pretrain(RECIPE, run_of(shard_folder, tmp_path, log_every=6)).name == "step-0000006"
+    assert "step 6: 2 updates were left out" in capsys.readouterr().out
+    assert losses(tmp_path)[6] > 0
+
+
+def test_bad_samples_are_named_in_the_log(shard_folder, tmp_path, capsys):
+    shutil.copytree(shard_folder, tmp_path / "copy")
+    damage_samples(tmp_path / "copy", 1)
+    pretrain(RECIPE, run_of(tmp_path / "copy", tmp_path / "run"))
+    assert "replaced a sample that cannot be used" in capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any(r.get("event") == "replaced" and "photo_" in r["sample"] for r in records)
 
 
 def test_other_data_is_refused_with_both_fingerprints(shard_folder, image_folder, tmp_path):
@@ -248,6 +305,17 @@ def test_two_processes_have_the_loss_of_one(reference_run, tmp_path):
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-6)
     assert "effective batch = 4 per process x 2 processes x 1 accumulated = 8" in text
     assert "effective batch = 8 per process x 1 processes x 1 accumulated = 8" in text_of_one
+
+
+@pytest.mark.slow
+def test_a_bad_sample_of_any_process_is_named(shard_folder, reference_run, tmp_path):
+    shutil.copytree(shard_folder, tmp_path / "copy")
+    damage_samples(tmp_path / "copy", 6)
+    flags = ["--data", tmp_path / "copy", *FLAGS, "--steps", "5", "--batch-size", "4", "--out", tmp_path / "run"]
+    code, text = finish(start(flags, TORCHRUN))
+    assert code == 0, text
+    named = set(re.findall(r"replaced a sample that cannot be used: (\S+ \S+)", text))
+    assert len(named) == 6, text
 
 
 @pytest.mark.slow

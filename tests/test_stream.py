@@ -101,7 +101,7 @@ def test_pickles_are_never_run_and_bad_images_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("data", "world_size", "message"),
     [
-        ("pipe:cat x.tar", 1, "pipe: URLs run shell commands and are refused"),
+        ("pipe:cat x.tar", 1, "pipe: runs shell commands and is refused"),
         ("{folder}/none-{{0..3}}.tar", 1, r"none-0.tar: no such shard or folder"),
         ("{folder}/empty", 1, "no shards; give a folder with index.json or tars"),
         ("{folder}/part-0.tar", 2, "1 shards cannot feed 2 ranks"),

@@ -11,6 +11,7 @@ import webdataset as wds
 from PIL import Image
 
 from fastmae import InputError
+from fastmae.data.decode import DecodeError, decode
 from fastmae.data.index import Index
 from fastmae.data.recode import Recode, recode
 from fastmae.data.write import write_shards
@@ -107,6 +108,21 @@ def test_bad_images_are_named_and_counted_and_the_rest_is_kept(image_folder, tmp
     assert len(Index.load(tmp_path / "out")) == 37
 
 
+def test_a_jpeg_that_only_pillow_can_read_is_encoded_anew(tmp_path):
+    make_picture(0).save(tmp_path / "good.jpg")
+    data = (tmp_path / "good.jpg").read_bytes()
+    (tmp_path / "odd.jpg").write_bytes(data[:-2] + bytes(100) + data[-2:])
+    with pytest.raises(DecodeError):
+        decode((tmp_path / "odd.jpg").read_bytes())
+    assert decode(recode(tmp_path / "odd.jpg", Recode(resize=None))).shape == (48, 64, 3)
+
+
+def test_a_link_back_into_the_folder_is_not_followed_for_ever(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "source")
+    (tmp_path / "source" / "ant" / "again").symlink_to(tmp_path / "source")
+    assert len(write_shards(tmp_path / "source", tmp_path / "out")[0]) == 37
+
+
 def test_images_without_class_folders_have_no_labels(tmp_path):
     (tmp_path / "flat").mkdir()
     for i in range(3):
@@ -124,7 +140,7 @@ def test_an_interrupted_build_leaves_no_index_and_no_half_shard(image_folder, tm
 
     with pytest.raises(KeyboardInterrupt):
         write_shards(image_folder, tmp_path, Recode(resize=None), samples_per_shard=10, progress=interrupt)
-    assert [p.name for p in tmp_path.iterdir()] == ["shard-000000.tar"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".unfinished", "shard-000000.tar"]
     assert len(list(wds.WebDataset(str(tmp_path / "shard-000000.tar"), shardshuffle=False))) == 10
 
 

@@ -50,7 +50,8 @@ def save_checkpoint(run: Path, step: int, model: MAE, optimizer: AdamW, state: d
         shutil.rmtree(partial, ignore_errors=True)
         raise
     for old in list_checkpoints(run)[keep:]:
-        shutil.rmtree(old)
+        if old != folder:
+            shutil.rmtree(old)
     return folder
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from fastmae.convert import read_weights, save_pth, save_tensors
+from fastmae.convert import read_weights, save_weights
 from fastmae.data.recode import Recode
 from fastmae.data.write import write_shards
 from fastmae.errors import DivergedError, InputError
+from fastmae.kernels import dispatch
 from fastmae.train.demo import demo as run_demo
 from fastmae.train.doctor import report
 from fastmae.train.pretrain import pretrain as run_pretraining
@@ -23,30 +24,34 @@ Positional = tyro.conf.Positional
 def shards(
     src: Positional[Path],
     out: Positional[Path],
-    resize: int | None = 256,
+    resize: str = "256",
     quality: int = 90,
     samples_per_shard: int = 1000,
     exif_rotate: bool = True,
     seed: int = 0,
-    workers: int = len(os.sched_getaffinity(0)),
+    workers: int | None = None,
 ) -> None:
     """Turn a folder of images into webdataset shards and an index.
 
     Args:
         src: Folder of images; its top-level subfolders, if any, are the classes.
         out: Folder to write, empty or new.
-        resize: Shorter side in pixels (256, 320, 384, or None to keep the size); images are never enlarged.
+        resize: Shorter side in pixels (256, 320, 384, ...), or none to keep the size; images are never enlarged.
         quality: JPEG quality of images that are encoded anew.
         samples_per_shard: Images in a shard.
         exif_rotate: Turn images as their EXIF orientation says.
         seed: Of the global shuffle.
-        workers: Processes that decode and encode; the result does not depend on it.
+        workers: Processes that decode and encode, by default one per core; the result does not depend on it.
     """
-    if resize is not None and resize < 1:
-        raise InputError(f"resize must be a positive number of pixels or None, got {resize}")
+    if resize.lower() != "none" and not (resize.isdigit() and int(resize) > 0):
+        raise InputError(f"resize must be a positive number of pixels or none, got {resize!r}")
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    if workers < 0:
+        raise InputError(f"workers must not be negative, got {workers}")
     if not 1 <= quality <= 95:
         raise InputError(f"quality must lie in 1..95, got {quality}")
-    settings = Recode(resize=resize, quality=quality, exif_rotate=exif_rotate)
+    side = None if resize.lower() == "none" else int(resize)
+    settings = Recode(resize=side, quality=quality, exif_rotate=exif_rotate)
     with tqdm(unit="image", dynamic_ncols=True) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -54,7 +59,7 @@ def shards(
             bar.update(done - bar.n)
 
         index, bad = write_shards(
-            src, out, settings, samples_per_shard=samples_per_shard, seed=seed, workers=max(workers, 0), progress=progress
+            src, out, settings, samples_per_shard=samples_per_shard, seed=seed, workers=workers, progress=progress
         )
     for line in bad:
         print(f"left out: {line}", file=sys.stderr)
@@ -65,8 +70,8 @@ def shards(
 
 def pretrain(settings: tyro.conf.OmitArgPrefixes[PretrainSettings]) -> None:
     """Pretrain a masked autoencoder on shards."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    run_pretraining(settings.resolve(world_size), settings.run())
+    run = settings.run()
+    run_pretraining(settings.resolve(world_size=int(os.environ.get("WORLD_SIZE", 1))), run)
 
 
 def reconstruct(
@@ -103,16 +108,9 @@ def convert(src: Positional[Path], dst: Positional[Path], encoder_only: bool = F
         encoder_only: Leave the decoder out: a ViT under timm's names.
     """
     weights = read_weights(src)
-    if dst.suffix not in (".safetensors", ".pth"):
-        raise InputError(f"{dst}: must end in .safetensors or .pth")
     if encoder_only:
-        kept = {n: t for n, t in weights.tensors.items() if not n.startswith("decoder_") and n != "mask_token"}
-        weights = type(weights)(weights.path, kept, None, weights.knows_target)
-    if dst.suffix == ".pth":
-        save_pth(weights, dst)
-    else:
-        config = weights.config if weights.knows_target else None
-        save_tensors(weights.tensors, dst, {"fastmae.model": config.to_json()} if config else None)
+        weights = weights.encoder()
+    save_weights(weights, dst)
     print(f"{dst}: {len(weights.tensors)} tensors")
 
 
@@ -135,15 +133,27 @@ def demo(out: Path = Path("runs/demo"), steps: int = 1400, workers: int = 1) -> 
 COMMANDS = {f.__name__: f for f in (shards, pretrain, reconstruct, convert, doctor, demo)}
 
 
+def check_mode() -> None:
+    """Raise InputError on a wrong ``FASTMAE_KERNELS`` before any work is done."""
+    try:
+        dispatch.mode()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 2 wrong input, 3 diverged, 130 interrupted."""
     try:
+        check_mode()
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="fastmae", description="Masked-autoencoder pretraining.", args=arguments
         )
     except (InputError, DivergedError) as error:
         print(f"fastmae: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a full disk, a file without permission: the user's to mend, and named
+        print(f"fastmae: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        return InputError.exit_code
     except KeyboardInterrupt:
         return 130
     return 0

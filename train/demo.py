@@ -20,9 +20,10 @@ from fastmae.errors import InputError
 from fastmae.files import make_folder
 from fastmae.pictures import plot_loss
 from fastmae.train.checkpoint import MODEL
-from fastmae.train.pretrain import Run, pretrain
+from fastmae.train.pretrain import pretrain
 from fastmae.train.recipes import Recipe
 from fastmae.train.reconstruct import draw_strip, load_images
+from fastmae.train.run import Run
 
 # Colour photographs of things, not test charts: package, folder inside it, file.
 _PHOTOGRAPHS = (
@@ -30,6 +31,7 @@ _PHOTOGRAPHS = (
     *(("skimage", "data", f"{name}.jpg") for name in ("hubble_deep_field", "retina", "rocket")),
     *(("sklearn", "datasets/images", f"{name}.jpg") for name in ("china", "flower")),
 )
+_MARK = ".fastmae-demo"  # stands in a folder that a demo may clear
 _PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
@@ -53,6 +55,9 @@ def demo(out: Path, *, steps: int = 1400, workers: int = 1) -> None:
     photographs = find_photographs()
     recipe = demo_recipe(steps)
     make_folder(out)
+    if any(out.iterdir()) and not (out / _MARK).exists():
+        raise InputError(f"{out}: holds other files, and a demo replaces its own; choose an empty folder with --out")
+    (out / _MARK).touch()
     for old in ("photographs", "shards", "tensorboard", "metrics.jsonl", *(p.name for p in out.glob("step-*"))):
         path = out / old
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

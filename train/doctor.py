@@ -10,7 +10,6 @@ import triton
 
 import fastmae
 from fastmae.attention import BACKENDS, resolve, why_not
-from fastmae.errors import InputError
 from fastmae.kernels import dispatch, gather_patches
 
 _PACKAGES = ("torch", "triton", "numpy", "xformers", "webdataset", "simplejpeg", "pillow", "safetensors", "tyro", "tqdm",
@@ -55,10 +54,7 @@ def _devices(has_gpu: bool) -> list[str]:
 
 
 def _kernels(device: str) -> list[str]:
-    try:
-        chosen = dispatch.mode()
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    chosen = dispatch.mode()
     head = f"kernels: FASTMAE_KERNELS={chosen}"
     if chosen == "torch":
         return [f"{head}, plain torch everywhere; unset it for Triton on CUDA"]
@@ -76,7 +72,7 @@ def _kernels(device: str) -> list[str]:
 def _attention(device: str, dtype: torch.dtype) -> list[str]:
     lines = [f"attention ({device}, {dtype}):"]
     for head_dim in _HEAD_DIMS:
-        lines.append(f"  head dim {head_dim}: auto uses {resolve(device, dtype, head_dim)}")
+        lines.append(f"  head dim {head_dim}: auto uses {resolve('auto', device, dtype, head_dim)}")
     for backend in BACKENDS[1:]:
         reasons = {reason for d in _HEAD_DIMS if (reason := why_not(backend, device, dtype, d))}
         lines.append(f"  {backend}: {'; '.join(sorted(reasons)) or 'works'}")

@@ -1,11 +1,14 @@
 """What a run tells: a progress bar or lines on the console, ``metrics.jsonl``, and TensorBoard events."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
+
+from fastmae.optional import require
 
 
 class RunLog:
@@ -15,11 +18,10 @@ class RunLog:
         self.is_main = is_main
         if not is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and of use on one process only
-
+        events = require("torch.utils.tensorboard", "logging for TensorBoard (package tensorboard)")  # slow to import
         self.total_steps = total_steps
         self._jsonl = (out / "metrics.jsonl").open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(out / "tensorboard"), purge_step=first_step or None)
+        self._events = events.SummaryWriter(str(out / "tensorboard"), purge_step=first_step or None)
         # A terminal gets a bar; a file or a cluster's log gets a line per interval.
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
@@ -66,5 +68,7 @@ class RunLog:
             self._jsonl.close()
 
     def _write(self, record: dict) -> None:
-        self._jsonl.write(json.dumps(record) + "\n")
+        # NaN is no JSON: a loss that is none is written as null.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._jsonl.write(json.dumps(finite, allow_nan=False) + "\n")
         self._jsonl.flush()

@@ -19,6 +19,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None
+    """A group on the CPU for words between the processes, which so never wait for a GPU; None in a run of one."""
 
     @property
     def is_main(self) -> bool:
@@ -37,14 +39,30 @@ class World:
         """Whether ``flag`` is true on any process."""
         if self.size == 1:
             return flag
-        votes = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        votes = torch.tensor([float(flag)])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
         return bool(votes.item())
+
+    def gather(self, lines: list[str]) -> list[str]:
+        """The ``lines`` of all processes, on every process."""
+        if self.size == 1:
+            return lines
+        everyone: list[list[str] | None] = [None] * self.size
+        dist.all_gather_object(everyone, lines, group=self.control)
+        return [line for theirs in everyone for line in theirs]
+
+    def from_main(self, text: str | None) -> str | None:
+        """The main process's ``text``, on every process."""
+        if self.size == 1:
+            return text
+        box = [text]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
 
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.control)
 
 
 def join_world(device: str) -> World:
@@ -61,10 +79,14 @@ def join_world(device: str) -> World:
                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
     place = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}; start fewer processes"
+            )
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=place if on_gpu else None)
-    return World(rank, size, place)
+    return World(rank, size, place, dist.new_group(backend="gloo") if size > 1 else None)
 
 
 def leave_world() -> None:

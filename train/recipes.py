@@ -44,6 +44,9 @@ class Recipe:
 
     def __post_init__(self):
         kept_patches(self.model.patches, self.mask_ratio)
+        numbers = (self.epochs, self.warmup_epochs, self.blr, self.min_lr, self.weight_decay, *self.betas)
+        if not all(math.isfinite(n) for n in numbers):
+            raise InputError(f"epochs, warm-up, blr, min_lr, weight_decay and betas must be finite, got {numbers}")
         if not self.epochs > 0 or (self.steps is not None and self.steps < 1) or self.effective_batch < 1:
             raise InputError(
                 "epochs, steps and effective batch must be positive, "
@@ -51,7 +54,7 @@ class Recipe:
             )
         if not 0 <= self.warmup_epochs < self.epochs:
             raise InputError(f"warm-up must be shorter than the run, got {self.warmup_epochs} of {self.epochs} epochs")
-        if not (self.blr > 0 and math.isfinite(self.blr)) or self.min_lr < 0 or self.weight_decay < 0:
+        if not self.blr > 0 or self.min_lr < 0 or self.weight_decay < 0:
             raise InputError(
                 "blr must be positive, min_lr and weight_decay not negative, "
                 f"got {self.blr}, {self.min_lr} and {self.weight_decay}"

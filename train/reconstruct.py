@@ -10,6 +10,7 @@ from fastmae.data.augment import center_box, resized_crop
 from fastmae.data.decode import DecodeError, decode
 from fastmae.data.index import JSON_NAME, Index
 from fastmae.data.read import ShardReader
+from fastmae.data.recode import Recode, recode
 from fastmae.data.write import list_images
 from fastmae.errors import DataError, InputError
 from fastmae.files import write_atomically
@@ -17,7 +18,7 @@ from fastmae.kernels.philox import MASKS, uniform
 from fastmae.mae import MAE
 from fastmae.masking import kept_patches
 from fastmae.pictures import reconstruct, strip
-from fastmae.train.checkpoint import MODEL, find_checkpoint
+from fastmae.train.checkpoint import MODEL, find_checkpoint, verify
 
 
 def reconstruct_images(checkpoint: Path, images: Path, out: Path, *, mask_ratio: float = 0.75, count: int = 8, seed: int = 0,
@@ -50,6 +51,7 @@ def weights_file(checkpoint: Path) -> Path:
     if not checkpoint.is_dir():
         return checkpoint
     if (checkpoint / MODEL).is_file():
+        verify(checkpoint)
         return checkpoint / MODEL
     newest, damaged = find_checkpoint(checkpoint)
     if newest is None:
@@ -63,9 +65,9 @@ def load_images(path: Path, model: MAE, count: int) -> Tensor:
         reader = ShardReader(Index.load(path))
         found = [(reader.name(i), reader.read(i)) for i in range(min(count, len(reader.index)))]
     elif path.is_dir():
-        found = [(str(s.path), s.path.read_bytes()) for s in list_images(path)[0][:count]]
+        found = [(str(s.path), _read(s.path)) for s in list_images(path)[0][:count]]
     elif path.is_file():
-        found = [(str(path), path.read_bytes())]
+        found = [(str(path), _read(path))]
     else:
         raise InputError(f"{path}: no such image or folder; give an image, a folder of images, or a folder of shards")
     size = model.config.img_size
@@ -77,3 +79,11 @@ def load_images(path: Path, model: MAE, count: int) -> Tensor:
             raise DataError(f"{name}: {error}") from error
         images.append(resized_crop(pixels, center_box(*pixels.shape[:2], size), size))
     return torch.stack(images)
+
+
+def _read(path: Path) -> bytes:
+    """The image as shards would store it: upright, eight bits."""
+    try:
+        return recode(path, Recode(resize=None))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as an image, {error}") from error

@@ -8,8 +8,8 @@ import tyro
 from fastmae.attention import BACKENDS
 from fastmae.config import preset as preset_config
 from fastmae.errors import InputError
-from fastmae.train.pretrain import Run
 from fastmae.train.recipes import RECIPES, Recipe
+from fastmae.train.run import Run
 
 PresetName = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PRESET]")]
 

@@ -37,6 +37,8 @@ class StepResult(NamedTuple):
     """L2 norm of the gradient of all processes, float32."""
     skipped: Tensor
     """Updates left out on end up to this one, int64; 0 when this one was applied."""
+    left_out: Tensor
+    """Updates left out since the step was made, int64."""
 
 
 class LossModule(nn.Module):
@@ -62,6 +64,7 @@ class Step:
         self.autocast = autocast
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.parameters[0].device)
+        self.left_out = torch.zeros_like(self.skipped)
 
     def __call__(self, batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """Accumulate the gradients of ``batches``, equal in size, and update at ``lr``."""
@@ -74,7 +77,7 @@ class Step:
             loss += share.detach()
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self._update(grad_norm, lr)
-        return StepResult(loss, grad_norm, self.skipped.clone())
+        return StepResult(loss, grad_norm, self.skipped, self.left_out)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         masking = random_masking(
@@ -92,6 +95,7 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped = (self.skipped + 1) * is_bad
+        self.left_out = self.left_out + is_bad
 
     def _no_sync(self) -> contextlib.AbstractContextManager:
         return self.module.no_sync() if isinstance(self.module, DistributedDataParallel) else contextlib.nullcontext()

@@ -3,8 +3,10 @@
 import io
 
 import numpy as np
-import simplejpeg
 from PIL import Image
+
+from fastmae.errors import InputError
+from fastmae.optional import require
 
 MAX_PIXELS = 100_000_000  # a header may claim anything; this much is 300 MB of pixels
 
@@ -18,8 +20,11 @@ class DecodeError(ValueError):
 def decode(data: bytes, channels: int = 3) -> np.ndarray:
     """Pixels (H, W, C) uint8 of a JPEG, or of anything else that Pillow reads; ``channels`` 3 is RGB, 1 is grey.
 
-    Raises DecodeError on damaged or truncated data and on images above ``MAX_PIXELS``.
+    Raises DecodeError on damaged or truncated data and on images above ``MAX_PIXELS``, InputError on other ``channels``.
     """
+    if channels not in _COLORSPACE:
+        raise InputError(f"images from files have 1 or 3 channels, {channels} were asked for")
+    simplejpeg = require("simplejpeg", "decoding JPEGs")
     try:
         if data[:2] == b"\xff\xd8":
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
@@ -35,8 +40,16 @@ def decode(data: bytes, channels: int = 3) -> np.ndarray:
 def _decode_with_pillow(data: bytes, channels: int) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         _check_size(image.height, image.width)
-        pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+        picture = to_rgb(image)
+        pixels = np.array(picture.convert("L") if channels == 1 else picture)
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB; of 16-bit ones the high byte, where Pillow's own conversion saturates."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 def _check_size(height: int, width: int) -> None:

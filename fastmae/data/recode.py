@@ -9,10 +9,9 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageOps
 
-from fastmae.data.decode import MAX_PIXELS
+from fastmae.data.decode import MAX_PIXELS, DecodeError, decode, to_rgb
 
 _ORIENTATION = 0x0112  # the EXIF tag
 
@@ -40,11 +39,9 @@ def recode(path: Path, settings: Recode) -> bytes:
         is_large = settings.resize is not None and min(image.size) > settings.resize
         is_turned = settings.exif_rotate and image.getexif().get(_ORIENTATION, 1) not in (0, 1)
         is_plain = image.format == "JPEG" and image.mode in ("RGB", "L")
-        image.load()  # a damaged file is found here, not years later in a training run
-        if is_plain and not is_large and not is_turned:
+        if is_plain and not is_large and not is_turned and _loader_takes(data):
             return data
-        picture = ImageOps.exif_transpose(image) if is_turned else image
-        picture = _to_rgb(picture)
+        picture = to_rgb(ImageOps.exif_transpose(image) if is_turned else image)
         if is_large:
             scale = settings.resize / min(picture.size)
             size = tuple(max(settings.resize, round(side * scale)) for side in picture.size)
@@ -54,7 +51,10 @@ def recode(path: Path, settings: Recode) -> bytes:
         return out.getvalue()
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion saturates
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+def _loader_takes(data: bytes) -> bool:
+    """Whether training will be able to decode these bytes: its decoder is stricter than Pillow."""
+    try:
+        decode(data)
+    except DecodeError:
+        return False
+    return True

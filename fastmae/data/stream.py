@@ -19,10 +19,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from fastmae.data.batch import Batch, LoaderConfig, crop_batch
 from fastmae.data.decode import DecodeError, decode
+from fastmae.data.write import UNFINISHED
 from fastmae.errors import DataError, InputError
 from fastmae.kernels.philox import ORDER, permutation
+from fastmae.optional import require
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "gif")
+_SCHEMES = ("https", "http", "file")
 _SHUFFLE_BUFFER = 1000  # samples, compressed
 
 
@@ -32,16 +35,22 @@ def find_shards(data: str | Path, world_size: int) -> list[str]:
     Raises InputError if there are none, or fewer than ranks, or on a ``pipe:`` URL.
     """
     text = str(data)
-    if text.startswith("pipe:"):
-        raise InputError(f"{text}: pipe: URLs run shell commands and are refused; mount the data or give an https: URL")
     if Path(text).is_dir():
+        if (Path(text) / UNFINISHED).exists():
+            raise InputError(f"{text}: the build of these shards was not finished; remove the folder and build them again")
         shards = sorted(str(p) for p in Path(text).iterdir() if p.name.endswith((".tar", ".tar.gz", ".tgz")))
         if not shards:
             raise InputError(f"{text}: no shards; give a folder with index.json or tars, as `fastmae shards` writes")
     else:
-        import braceexpand
-
-        shards = list(braceexpand.braceexpand(text))
+        braceexpand = require("braceexpand", "a pattern of shards")
+        try:
+            shards = list(braceexpand.braceexpand(text))
+        except ValueError as error:
+            raise InputError(f"{text}: braces do not match ({error}); give a pattern like a-{{000..099}}.tar") from error
+        for shard in shards:
+            scheme, colon, _ = shard.partition(":")
+            if colon and scheme not in _SCHEMES:
+                raise InputError(f"{shard}: only {', '.join(_SCHEMES)} URLs are read; pipe: runs shell commands and is refused")
         missing = [s for s in shards if "://" not in s and not Path(s).is_file()]
         if missing:
             raise InputError(
@@ -75,8 +84,7 @@ class StreamedBatches(IterableDataset):
 
     def _decoded(self) -> Iterator[tuple]:
         """Endless (pixels, id, epoch, label), or a line of text for a sample that cannot be used."""
-        import webdataset as wds
-
+        wds = require("webdataset", "streaming shards")
         worker = get_worker_info()
         worker, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         # Passes are numbered from ``start``, so that a resumed run repeats neither an order nor a mask.

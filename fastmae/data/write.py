@@ -25,6 +25,7 @@ from fastmae.errors import InputError
 from fastmae.files import make_folder, write_atomically
 from fastmae.kernels.philox import SHARDS, permutation
 
+UNFINISHED = ".unfinished"  # stands in a folder of shards for as long as it is being built
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
@@ -61,6 +62,7 @@ def write_shards(
     if (out / JSON_NAME).exists() or any(out.glob("*.tar")):
         raise InputError(f"{out}: holds shards already; choose an empty folder, or remove it first")
 
+    (out / UNFINISHED).touch()
     order = permutation(seed, SHARDS, 0, len(sources)).tolist()
     chunks = [order[i : i + samples_per_shard] for i in range(0, len(order), samples_per_shard)]
     shards, tables, bad = [], [], []
@@ -91,6 +93,7 @@ def write_shards(
     build = {**asdict(settings), "samples_per_shard": samples_per_shard, "seed": seed, "bad": len(bad)}
     index = Index(folder=out, shards=tuple(shards), table=np.concatenate(tables), classes=tuple(classes), build=build)
     index.save()
+    (out / UNFINISHED).unlink()
     return index, bad
 
 
@@ -99,7 +102,16 @@ def list_images(root: Path) -> tuple[list[Source], list[str]]:
     if not root.is_dir():
         raise InputError(f"{root}: not a folder; give a folder of images, with a subfolder for each class if there are any")
     found = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    seen: set[str] = set()
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read, {error.strerror}")
+
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
+        if (real := os.path.realpath(folder)) in seen:  # a link back into a folder above
+            subfolders.clear()
+            continue
+        seen.add(real)
         subfolders.sort()
         found += [Path(folder, f) for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
     if not found:

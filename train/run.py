@@ -1,0 +1,52 @@
+"""Where a run reads and writes, and how fast it goes: what a recipe does not say."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastmae.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where a run reads and writes, and how fast it goes. Of these only ``precision`` touches the result, by rounding."""
+
+    data: str
+    """A folder of shards, or paths or URLs of tars with {000..999} in them."""
+    out: Path
+    """Folder of checkpoints and logs; a run that is there already is continued."""
+    batch_size: int = 64
+    """Images per process and micro-batch."""
+    workers: int = 2
+    """Loader processes per training process; 0 loads in the training process."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "auto"
+    """bf16 (autocast, fp32 weights and residual stream), fp32, or auto: bf16 on GPUs, fp32 on the CPU."""
+    compile: bool = False
+    """Run forward and backward through torch.compile."""
+    resume: str = "auto"
+    """auto: the newest complete checkpoint in ``out``, if any; or the path of one."""
+    log_every: int = 20
+    """Steps between two measurements."""
+    save_every: int = 500
+    """Steps between two checkpoints; the last step always makes one."""
+    keep: int = 3
+    """Newest checkpoints to keep."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise InputError(f"precision must be auto, bf16 or fp32, got {self.precision!r}")
+
+
+def accumulation(effective_batch: int, batch_size: int, processes: int) -> int:
+    """Micro-batches per step. Raises InputError unless they make up the effective batch exactly."""
+    count, rest = divmod(effective_batch, batch_size * processes)
+    if rest or not count:
+        raise InputError(
+            f"effective batch {effective_batch} must be a multiple of {batch_size} per process x {processes} processes = "
+            f"{batch_size * processes}; change --batch-size or --effective-batch"
+        )
+    return count

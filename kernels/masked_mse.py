@@ -79,6 +79,16 @@ def _compute_dtype(pred: Tensor) -> torch.dtype:
 
 
 @triton.jit
+def _load_target(images_ptr, ids_ptr, mean_ptr, std_ptr, row, i, inside, Q, columns, stride_b, stride_c, stride_y, stride_x,
+                 C: tl.constexpr, PATCH: tl.constexpr, IS_BYTES: tl.constexpr):  # fmt: skip
+    """Pixels ``i`` of the patch that row ``row`` predicts, in the prediction's order: channel fastest."""
+    u, v, c = i // (PATCH * C), i // C % PATCH, i % C
+    patch = tl.load(ids_ptr + row)
+    return load_patch(images_ptr, mean_ptr, std_ptr, row // Q, patch, c, u, v, columns,
+                      stride_b, stride_c, stride_y, stride_x, inside, PATCH, IS_BYTES)  # fmt: skip
+
+
+@triton.jit
 def _masked_mse_fwd_kernel(rows_ptr, center_ptr, rstd_ptr, pred_ptr, images_ptr, ids_ptr, mean_ptr, std_ptr, Q, columns,
                            stride_b, stride_c, stride_y, stride_x,
                            EPS: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, NORM_PIX: tl.constexpr,
@@ -87,10 +97,8 @@ def _masked_mse_fwd_kernel(rows_ptr, center_ptr, rstd_ptr, pred_ptr, images_ptr,
     i = tl.arange(0, BLOCK_P)
     P = C * PATCH * PATCH
     inside = i < P
-    u, v, c = i // (PATCH * C), i // C % PATCH, i % C
-    patch = tl.load(ids_ptr + row)
-    target = load_patch(images_ptr, mean_ptr, std_ptr, row // Q, patch, c, u, v, columns,
-                        stride_b, stride_c, stride_y, stride_x, inside, PATCH, IS_BYTES)  # fmt: skip
+    target = _load_target(images_ptr, ids_ptr, mean_ptr, std_ptr, row, i, inside, Q, columns,
+                          stride_b, stride_c, stride_y, stride_x, C, PATCH, IS_BYTES)  # fmt: skip
     center = 0.0
     rstd = 1.0
     if NORM_PIX:
@@ -113,10 +121,8 @@ def _masked_mse_bwd_kernel(grad_pred_ptr, grad_rows_ptr, pred_ptr, images_ptr, i
     i = tl.arange(0, BLOCK_P)
     P = C * PATCH * PATCH
     inside = i < P
-    u, v, c = i // (PATCH * C), i // C % PATCH, i % C
-    patch = tl.load(ids_ptr + row)
-    target = load_patch(images_ptr, mean_ptr, std_ptr, row // Q, patch, c, u, v, columns,
-                        stride_b, stride_c, stride_y, stride_x, inside, PATCH, IS_BYTES)  # fmt: skip
+    target = _load_target(images_ptr, ids_ptr, mean_ptr, std_ptr, row, i, inside, Q, columns,
+                          stride_b, stride_c, stride_y, stride_x, C, PATCH, IS_BYTES)  # fmt: skip
     target = (target - tl.load(center_ptr + row)) * tl.load(rstd_ptr + row)
     pred = tl.load(pred_ptr + row * P + i, mask=inside, other=0.0).to(tl.float32)
     grad = (pred - target) * (tl.load(grad_rows_ptr + row) * 2.0 / P)

@@ -68,7 +68,7 @@ def _take_rows_fwd_kernel(out_ptr, x_ptr, ids_ptr, fill_ptr, N, M, D, HAS_FILL: 
 
 
 @triton.jit
-def _sum_holes_kernel(partial_ptr, grad_ptr, ids_ptr, N, M, D, BLOCK_D: tl.constexpr):
+def _sum_holes_kernel(partial_ptr, grad_ptr, ids_ptr, N, D, M: tl.constexpr, BLOCK_D: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)  # one program per image and block of channels: its holes, summed in order
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -100,7 +100,7 @@ def _sum_holes_triton(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
     if partial.numel():
         with torch.cuda.device_of(grad):
             _sum_holes_kernel[(B, triton.cdiv(D, block))](
-                partial, grad.contiguous(), ids.contiguous(), rows, M, D, BLOCK_D=block
+                partial, grad.contiguous(), ids.contiguous(), rows, D, M=M, BLOCK_D=block
             )
     return partial.sum(0).to(grad.dtype)
 

@@ -1,13 +1,9 @@
-"""Whole runs: stopped, killed, resumed and shared among processes, always with the same bits or the same loss."""
+"""Whole runs inside this process: stopped, resumed, refused, and what they leave behind."""
 
 import json
 import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,21 +23,6 @@ from tests.test_loader import damage_samples
 MODEL = ModelConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, norm_pix_loss=True,
                     decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
 RECIPE = Recipe(model=MODEL, steps=6, epochs=10, warmup_epochs=1, effective_batch=8, blr=0.05)
-# The same run on the command line.
-FLAGS = [
-    "--img-size",
-    "32",
-    "--patch-size",
-    "8",
-    "--effective-batch",
-    "8",
-    "--workers",
-    "1",
-    "--device",
-    "cpu",
-    "--log-every",
-    "1",
-]
 
 
 def run_of(shards, out, **fields):
@@ -228,103 +209,3 @@ def test_recipes_are_the_published_ones(name):
     assert recipe.epochs == (1600 if name.startswith("paper") else 800)
     assert (recipe.weight_decay, recipe.betas, recipe.mask_ratio) == (0.05, (0.9, 0.95), 0.75)
     assert recipe.total_steps(1281167) == -(-recipe.epochs * 1281167 // 4096)
-
-
-# Real processes, killed for real.
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-def start(arguments, launcher=(), **environment):
-    command = [sys.executable, *launcher, "-m", "fastmae.train", "pretrain", "tiny", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})  # fmt: skip
-
-
-def finish(process):
-    try:
-        text, _ = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    return process.returncode, text
-
-
-def wait_for(path, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not list(path.parent.glob(path.name)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.02)
-
-
-@pytest.fixture(scope="module")
-def reference_run(shard_folder, tmp_path_factory):
-    """An uninterrupted run of eight steps, its flags, and its last checkpoint."""
-    out = tmp_path_factory.mktemp("uninterrupted")
-    flags = ["--data", shard_folder, *FLAGS, "--steps", "8", "--batch-size", "8", "--save-every", "1", "--keep", "2"]
-    code, text = finish(start([*flags, "--out", out]))
-    assert code == 0, text
-    return flags, out, text
-
-
-@pytest.mark.slow
-def test_a_killed_run_continues_with_the_same_bits(reference_run, tmp_path):
-    flags, whole, _ = reference_run
-    for number in (2, 5):  # killed twice, at moments that nothing waits for
-        process = start([*flags, "--out", tmp_path])
-        wait_for(tmp_path / f"step-000000[{number}-9]", process)
-        process.send_signal(signal.SIGKILL)
-        finish(process)
-    code, text = finish(start([*flags, "--out", tmp_path]))
-    assert code == 0 and "resumed from" in text, text
-    assert_same_bits(whole / "step-0000008", tmp_path / "step-0000008")
-    assert losses(tmp_path) == losses(whole)
-    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".partial")]
-
-
-@pytest.mark.slow
-def test_a_terminated_run_saves_ends_well_and_continues_with_the_same_bits(reference_run, tmp_path):
-    flags, whole, _ = reference_run
-    process = start([*flags, "--save-every", "1000", "--out", tmp_path])
-    wait_for(tmp_path / "metrics.jsonl", process)
-    while '"loss"' not in (tmp_path / "metrics.jsonl").read_text():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    code, text = finish(process)
-    assert code == 0 and "stopped by a signal after step" in text, text
-    code, text = finish(start([*flags, "--out", tmp_path]))
-    assert code == 0, text
-    assert_same_bits(whole / "step-0000008", tmp_path / "step-0000008")
-
-
-@pytest.mark.slow
-def test_two_processes_have_the_loss_of_one(reference_run, tmp_path):
-    flags, whole, text_of_one = reference_run
-    code, text = finish(start([*flags, "--batch-size", "4", "--out", tmp_path], TORCHRUN))
-    assert code == 0, text
-    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-6)
-    assert "effective batch = 4 per process x 2 processes x 1 accumulated = 8" in text
-    assert "effective batch = 8 per process x 1 processes x 1 accumulated = 8" in text_of_one
-
-
-@pytest.mark.slow
-def test_a_bad_sample_of_any_process_is_named(shard_folder, reference_run, tmp_path):
-    shutil.copytree(shard_folder, tmp_path / "copy")
-    damage_samples(tmp_path / "copy", 6)
-    flags = ["--data", tmp_path / "copy", *FLAGS, "--steps", "5", "--batch-size", "4", "--out", tmp_path / "run"]
-    code, text = finish(start(flags, TORCHRUN))
-    assert code == 0, text
-    named = set(re.findall(r"replaced a sample that cannot be used: (\S+ \S+)", text))
-    assert len(named) == 6, text
-
-
-@pytest.mark.slow
-def test_a_run_of_two_processes_continues_in_one(reference_run, tmp_path):
-    flags, whole, _ = reference_run
-    process = start([*flags, "--batch-size", "2", "--out", tmp_path], TORCHRUN)
-    wait_for(tmp_path / "step-000000[3-7]", process)
-    process.send_signal(signal.SIGTERM)
-    finish(process)
-    code, text = finish(start([*flags, "--out", tmp_path]))
-    assert code == 0 and "resumed from" in text, text
-    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-5)

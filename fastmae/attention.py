@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmae.errors import InputError
+from fastmae.optional import require
 
 BACKENDS = ("auto", "xformers", "sdpa", "flash", "cudnn", "efficient", "math")
 """``sdpa`` leaves the choice to torch; ``flash``, ``cudnn``, ``efficient`` and ``math`` are its kernels by name."""
@@ -79,6 +80,4 @@ def _import_xformers() -> None:
     global _memory_efficient_attention
     if _memory_efficient_attention is None:
         logging.getLogger("xformers").setLevel(logging.ERROR)
-        import xformers.ops
-
-        _memory_efficient_attention = xformers.ops.memory_efficient_attention
+        _memory_efficient_attention = require("xformers.ops", "attention xformers").memory_efficient_attention

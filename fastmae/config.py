@@ -105,7 +105,10 @@ class ModelConfig:
     @classmethod
     def from_json(cls, text: str) -> "ModelConfig":
         """Read what ``to_json`` wrote. Raises InputError on unknown fields."""
-        fields = json.loads(text)
+        try:
+            fields = dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"model config is damaged, {error}: {text[:40]!r}") from error
         unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise InputError(f"model config has unknown fields {sorted(unknown)}: it was written by a newer fastmae")

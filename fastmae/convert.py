@@ -142,6 +142,8 @@ def infer_config(tensors: dict[str, Tensor], norm_pix_loss: bool = False) -> Mod
 
     Heads cannot be seen in shapes: the encoder's follow from its width, the decoder's are 32 channels each.
     """
+    if tensors["patch_embed.proj.weight"].ndim != 4 or tensors["pos_embed"].ndim != 3:
+        return None
     dim, in_chans, patch_size, _ = tensors["patch_embed.proj.weight"].shape
     side = math.isqrt(tensors["pos_embed"].shape[1] - 1)
     if dim not in _HEADS or side**2 != tensors["pos_embed"].shape[1] - 1:
@@ -149,6 +151,8 @@ def infer_config(tensors: dict[str, Tensor], norm_pix_loss: bool = False) -> Mod
     decoder = {}
     if "mask_token" in tensors:
         decoder_dim = tensors["mask_token"].shape[-1]
+        if decoder_dim % 32:
+            return None
         decoder = {"decoder_embed_dim": decoder_dim, "decoder_num_heads": decoder_dim // 32,
                    "decoder_depth": _count(tensors, "decoder_blocks")}  # fmt: skip
     return ModelConfig(

@@ -25,8 +25,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Every patch: (B, C, H, W) -> (B, L, D)."""
-        return self.proj(images).flatten(2).transpose(1, 2)
+        """Every patch: (B, C, H, W) -> (B, L, D). As a linear layer, so that it rounds as the fast path does: on GPUs
+        torch's float32 convolutions use TF32 by default and its linear layers do not."""
+        B, C, H, W = images.shape
+        p = self.proj.kernel_size[0]
+        pixels = images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
+        return self.embed_pixels(pixels)
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """The same map on patches already gathered, channel slowest: (B, K, C p p) -> (B, K, D)."""

@@ -6,10 +6,13 @@ from types import ModuleType
 from fastmae.errors import InputError
 
 
-def require(module: str, feature: str) -> ModuleType:
-    """Import ``module``. Raises InputError that says which ``feature`` needs it and how to install it."""
+def require(module: str, feature: str, package: str | None = None) -> ModuleType:
+    """Import ``module``. Raises InputError that says which ``feature`` needs it and how to install it.
+
+    ``package`` is what to install, where that is not the module's first name.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
+        package = package or module.partition(".")[0]
         raise InputError(f"{feature} needs {package}, which cannot be imported ({error}): pip install {package}") from error

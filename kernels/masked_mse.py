@@ -104,7 +104,7 @@ def _masked_mse_fwd_kernel(rows_ptr, center_ptr, rstd_ptr, pred_ptr, images_ptr,
     if NORM_PIX:
         center = tl.sum(tl.where(inside, target, 0.0)) / P
         deviation = tl.where(inside, target - center, 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(deviation * deviation) / (P - 1) + EPS)
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(deviation * deviation) / (P - 1) + EPS)
     pred = tl.load(pred_ptr + row * P + i, mask=inside, other=0.0).to(tl.float32)
     error = tl.where(inside, pred - (target - center) * rstd, 0.0)
     tl.store(rows_ptr + row, tl.sum(error * error) / P)

@@ -65,6 +65,8 @@ def check_images(images: Tensor, ids: Tensor, patch_size: int, mean: Tensor | No
         raise ValueError(f"image size {tuple(images.shape[2:])} must be a multiple of the patch size {patch_size}")
     if ids.dtype != torch.int32 or ids.ndim != 2 or ids.shape[0] != images.shape[0]:
         raise ValueError(f"ids must be int32 ({images.shape[0]}, K), got {ids.dtype} {tuple(ids.shape)}")
+    if ids.device != images.device or (mean is not None and mean.device != images.device):
+        raise ValueError(f"ids, mean and std must be on the images' device {images.device}, ids are on {ids.device}")
     is_bytes = images.dtype == torch.uint8
     if (mean is not None, std is not None) != (is_bytes, is_bytes):
         raise ValueError("uint8 images need mean and std; floating-point images are normalised already and take neither")
@@ -86,7 +88,7 @@ def load_patch(images_ptr, mean_ptr, std_ptr, b, patch, c, u, v, columns, stride
     if IS_BYTES:
         mean = tl.load(mean_ptr + c, mask=inside, other=0.0)
         std = tl.load(std_ptr + c, mask=inside, other=1.0)
-        pixel = (pixel / 255.0 - mean) / std
+        pixel = tl.div_rn(tl.div_rn(pixel, tl.full(pixel.shape, 255.0, tl.float32)) - mean, std)  # as exact as torch
     return pixel
 
 

@@ -31,6 +31,8 @@ def take_rows(x: Tensor, ids: Tensor, inverse: Tensor, fill: Tensor | None = Non
         raise ValueError(f"ids must be int32 ({B}, M), got {ids.dtype} {tuple(ids.shape)}")
     if inverse.dtype != torch.int32 or inverse.shape != (B, N):
         raise ValueError(f"inverse must be int32 {(B, N)}, got {inverse.dtype} {tuple(inverse.shape)}")
+    if not x.device == ids.device == inverse.device:
+        raise ValueError(f"x, ids and inverse must be on one device, got {x.device}, {ids.device} and {inverse.device}")
     if fill is not None:
         if fill.shape != (D,):
             raise ValueError(f"fill must be ({D},), got {tuple(fill.shape)}")

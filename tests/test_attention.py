@@ -20,6 +20,8 @@ def explicit(q, k, v):
 def test_values_and_gradients_equal_the_formulas(shape, backend, device):
     B, N, M, H, d = shape
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if backend == "cudnn" and 1 in (N, M):
+        pytest.skip("cuDNN's attention takes no sequence of one token")
     if reason := why_not(backend, device, dtype, d):
         pytest.skip(f"{backend} does not work here: {reason[:60]}")
     q, k, v = (torch.randn(B, n, H, d, device=device, dtype=dtype, requires_grad=True) for n in (N, M, M))

@@ -89,6 +89,18 @@ def test_only_the_newest_are_kept(run):
     assert [p.name for p in list_checkpoints(run)] == ["step-0000004", "step-0000003"]
 
 
+def test_damaged_newer_ones_do_not_push_good_ones_out(run):
+    model, step = make_step()
+    step([batch()], 1e-3)
+    for number in (7, 8, 9):
+        (run / f"step-000000{number}").mkdir()
+    (run / ".step-0000005.partial").mkdir()
+    save_checkpoint(run, 3, model, step.optimizer, {}, keep=2)
+    assert [p.name for p in list_checkpoints(run)][-2:] == ["step-0000003", "step-0000002"]
+    assert not (run / ".step-0000005.partial").exists()
+    assert find_checkpoint(run)[0] == run / "step-0000003"
+
+
 def test_a_newer_schema_is_refused(run):
     model, step = make_step()
     path = run / "step-0000002" / "state.json"

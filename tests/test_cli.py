@@ -84,6 +84,7 @@ BAD = [  # the command, what its one line must say
     ([*PRETRAIN, "--data", "a-{{000..099.tar"], "braces do not match"),
     ([*PRETRAIN, "--data", "{unfinished}"], "the build of these shards was not finished"),
     ([*PRETRAIN, "--attention", "cudnn"], "attention cudnn does not work here"),
+    ([*PRETRAIN, "--attention", "xformers"], "attention xformers does not work here"),
     ([*PRETRAIN, "--epochs", "inf"], "must be finite"),
     ([*PRETRAIN, "--weight-decay", "nan"], "must be finite"),
     ([*PRETRAIN, "--data", "{missing}"], "shard-000001.tar: missing"),
@@ -230,6 +231,10 @@ def test_a_missing_package_is_named_with_its_install_command(world, capsys, monk
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     assert main(["reconstruct", str(world["full"]), str(world["images"])]) == 2
     assert "decoding JPEGs needs simplejpeg" in (text := capsys.readouterr().err) and "pip install simplejpeg" in text
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    assert main([a.format(**world) for a in PRETRAIN]) == 2
+    assert "the log needs tensorboard" in (text := capsys.readouterr().err) and "pip install tensorboard" in text
 
 
 def test_a_damaged_checkpoint_is_not_drawn(shard_folder, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Batches: every sample once per epoch, the same whatever the ranks and workers, and bad samples replaced in the open."""
 
 import shutil
+import time
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from fastmae.data.augment import DRAWS, Augment, crop_box, resized_crop
 from fastmae.data.batch import LoaderConfig
 from fastmae.data.decode import decode
 from fastmae.data.index import Index
+from fastmae.data.indexed import IndexedBatches
 from fastmae.data.loader import Loader
 from fastmae.data.order import Order, batch_positions
 from fastmae.data.read import ShardReader
@@ -19,6 +22,7 @@ from fastmae.data.write import write_shards
 from fastmae.kernels.philox import CROPS, uniform
 
 N = 37
+original = IndexedBatches.__getitem__
 
 
 def take(data, batches, *, batch_size=6, rank=0, world_size=1, start=0, **config):
@@ -144,6 +148,17 @@ def test_samples_that_are_all_bad_are_an_error_not_a_hang(image_folder, tmp_path
     damage_samples(tmp_path, N)
     with pytest.raises(DataError, match="no sample can be decoded"):
         take(tmp_path, 1)
+
+
+def test_a_worker_that_is_stuck_is_ended_with_the_loader(shard_folder, monkeypatch):
+    monkeypatch.setattr(IndexedBatches, "__getitem__", lambda self, m: original(self, m) if m < 1 else time.sleep(600))
+    loader = Loader(shard_folder, LoaderConfig(image_size=(16, 16), workers=1), batch_size=6)
+    source = iter(loader)
+    next(source)
+    (worker,) = active_children()
+    source.close()
+    worker.join(5)
+    assert not worker.is_alive()
 
 
 def test_a_shard_that_vanishes_is_one_clear_error_from_a_worker(shard_folder, tmp_path):

@@ -89,8 +89,8 @@ def test_a_step_never_waits_for_the_device():
     micro = batch(device="cuda")
     for _ in range(3):
         step([micro], 1e-3)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         step([micro, micro], 1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")

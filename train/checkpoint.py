@@ -35,7 +35,8 @@ def save_checkpoint(run: Path, step: int, model: MAE, optimizer: AdamW, state: d
     """
     folder = run / f"step-{step:07d}"
     partial = run / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left_over in run.glob(".step-*.partial"):  # of a save that was killed
+        shutil.rmtree(left_over)
     partial.mkdir()
     try:
         save_model(model, partial / MODEL)
@@ -49,16 +50,20 @@ def save_checkpoint(run: Path, step: int, model: MAE, optimizer: AdamW, state: d
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in list_checkpoints(run)[keep:]:
-        if old != folder:
-            shutil.rmtree(old)
+    # Counted from this one downwards: damaged newer ones, which a resume passed over, must not push good ones out.
+    for old in [c for c in list_checkpoints(run) if _step(c) <= step][keep:]:
+        shutil.rmtree(old)
     return folder
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of ``run``, newest first, complete or not."""
     found = [p for p in run.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(_NAME.fullmatch(folder.name)[1])
 
 
 def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:

@@ -52,7 +52,7 @@ def shards(
         raise InputError(f"quality must lie in 1..95, got {quality}")
     side = None if resize.lower() == "none" else int(resize)
     settings = Recode(resize=side, quality=quality, exif_rotate=exif_rotate)
-    with tqdm(unit="image", dynamic_ncols=True) as bar:
+    with tqdm(unit="image", dynamic_ncols=True, delay=0.2) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -120,7 +120,7 @@ def doctor() -> None:
 
 
 def demo(out: Path = Path("runs/demo"), steps: int = 1400, workers: int = 1) -> None:
-    """Pretrain a small model on a dozen photographs and draw what it reconstructs.
+    """Pretrain a small model on ten photographs and draw what it reconstructs.
 
     Args:
         out: Folder to write; an earlier demo in it is replaced.

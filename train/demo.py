@@ -1,4 +1,4 @@
-"""The whole way on a dozen real photographs: shards, pretraining, and a picture of what was learnt.
+"""The whole way on ten real photographs: shards, pretraining, and a picture of what was learnt.
 
 The photographs come inside scikit-image and scikit-learn (``pip install 'fastmae[demo]'``); nothing is downloaded.
 """
@@ -36,7 +36,7 @@ _PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
 def demo_recipe(steps: int) -> Recipe:
-    """A small model of 96-pixel images on a dozen photographs, plain pixels so that the picture shows what it predicts.
+    """A small model of 96-pixel images on ten photographs, plain pixels so that the picture shows what it predicts.
 
     ``make demo``; two CPU cores, under three minutes. It learns these photographs by heart, which is what can be shown in
     that time: the picture is of photographs that it was trained on, under masks that it has not seen.

@@ -18,7 +18,7 @@ class RunLog:
         self.is_main = is_main
         if not is_main:
             return
-        events = require("torch.utils.tensorboard", "logging for TensorBoard (package tensorboard)")  # slow to import
+        events = require("torch.utils.tensorboard", "the log", "tensorboard")  # slow to import
         self.total_steps = total_steps
         self._jsonl = (out / "metrics.jsonl").open("a", encoding="utf-8")
         self._events = events.SummaryWriter(str(out / "tensorboard"), purge_step=first_step or None)

@@ -61,8 +61,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        if self.size > 1:
-            dist.barrier(group=self.control)
+        self.any(False)  # gloo's own barrier would put a tensor on the GPU
 
 
 def join_world(device: str) -> World:

@@ -204,10 +204,12 @@ class Trainer:
         config, device = self.recipe.model, self.world.device.type
         dtype = self.autocast or torch.float32
         dims = {config.embed_dim // config.num_heads, config.decoder_embed_dim // config.decoder_num_heads}
-        chosen = {resolve(config.attention, device, dtype, d) for d in dims}
-        for backend in chosen:
-            if reason := next((r for d in dims if (r := why_not(backend, device, dtype, d))), None):
-                raise InputError(f"attention {backend} does not work here, {reason}; leave it to auto, or see `fastmae doctor`")
+        chosen = set()
+        for head_dim in dims:
+            by_name = config.attention if config.attention != "auto" else resolve("auto", device, dtype, head_dim)
+            if reason := why_not(by_name, device, dtype, head_dim):
+                raise InputError(f"attention {by_name} does not work here, {reason}; leave it to auto, or see `fastmae doctor`")
+            chosen.add(by_name)
         text = " and ".join(sorted(chosen))
         if config.attention == "auto" and device == "cuda" and "sdpa" in chosen:
             text += f" (not xformers: {next(r for d in dims if (r := why_not('xformers', device, dtype, d)))})"

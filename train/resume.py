@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastmae.config import ModelConfig
 from fastmae.errors import InputError
-from fastmae.train.checkpoint import find_checkpoint, list_checkpoints, read_state, verify
+from fastmae.train.checkpoint import find_checkpoint, read_state, verify
 from fastmae.train.parallel import World
 from fastmae.train.recipes import Recipe
 from fastmae.train.run import Run
@@ -20,21 +20,30 @@ def choose_checkpoint(run: Run, world: World) -> tuple[Path | None, list[str]]:
     The main process looks and verifies; the others take its word, so that all start at the same step. Raises InputError
     if a named checkpoint is older than the newest of the run's folder, DataError if it is damaged.
     """
-    found, damaged = None, []
+    found, damaged, wrong = None, [], None
     if world.is_main:
-        if run.resume == "auto":
-            found, damaged = find_checkpoint(run.out)
-        else:
-            found = Path(run.resume)
-            verify(found)
-            newer = [c for c in list_checkpoints(run.out) if c.name > found.name]
-            if newer:
-                raise InputError(
-                    f"{run.resume}: {newer[0]} is newer, and the next start would continue from that one; "
-                    "move it away, or give another --out"
-                )
+        try:
+            found, damaged = _choose(run)
+        except InputError as error:
+            wrong = error
+    failed = world.from_main(str(wrong) if wrong else None)
+    if failed is not None:
+        raise wrong or InputError(failed)
     word = world.from_main(str(found) if found else None)
     return Path(word) if word else None, [f"ignored a damaged checkpoint: {line}" for line in damaged]
+
+
+def _choose(run: Run) -> tuple[Path | None, list[str]]:
+    newest, damaged = find_checkpoint(run.out)
+    if run.resume == "auto":
+        return newest, damaged
+    found = Path(run.resume)
+    verify(found)
+    if newest is not None and read_state(newest)["step"] > read_state(found)["step"]:
+        raise InputError(
+            f"{found}: {newest} is newer, and the next start would continue from that one; move it away, or give another --out"
+        )
+    return found, []
 
 
 def check_resume(folder: Path, recipe: Recipe) -> list[str]:

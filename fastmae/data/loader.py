@@ -5,6 +5,7 @@ Bad samples are counted and named; more of them than the budget, and anything wr
 
 import signal
 from collections.abc import Iterator
+from multiprocessing import active_children
 from pathlib import Path
 
 from torch.utils.data import DataLoader
@@ -60,14 +61,27 @@ class Loader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
-            if isinstance(batch, DataError):
-                raise batch
-            self.seen += len(batch.sample_ids)
-            self.lost += len(batch.replaced)
-            if self.lost > max(_LOST_BEFORE_BUDGET, self.config.bad_budget * self.seen):
-                raise DataError(
-                    f"{self.lost} of {self.seen} samples could not be used, more than the budget of "
-                    f"{self.config.bad_budget:.2%}; the last: {batch.replaced[-1]}"
-                )
-            yield batch
+        others = set(active_children())
+        batches = iter(self._loader)
+        workers = set(active_children()) - others
+        try:
+            for batch in batches:
+                yield self._checked(batch)
+        finally:
+            del batches  # its last reference: asks the workers to end, and waits for some seconds
+            for worker in workers:
+                if worker.is_alive():  # stuck in a read; it ignores milder signals
+                    worker.kill()
+
+    def _checked(self, batch: Batch | DataError) -> Batch:
+        """``batch``, counted. Raises DataError if it is one, or if too many samples could not be used."""
+        if isinstance(batch, DataError):
+            raise batch
+        self.seen += len(batch.sample_ids)
+        self.lost += len(batch.replaced)
+        if self.lost > max(_LOST_BEFORE_BUDGET, self.config.bad_budget * self.seen):
+            raise DataError(
+                f"{self.lost} of {self.seen} samples could not be used, more than the budget of "
+                f"{self.config.bad_budget:.2%}; the last: {batch.replaced[-1]}"
+            )
+        return batch

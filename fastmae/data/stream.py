@@ -7,6 +7,7 @@ resumed run starts a new pass instead of continuing the old one. Nothing is unpi
 
 import itertools
 import random
+import shutil
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -51,6 +52,8 @@ def find_shards(data: str | Path, world_size: int) -> list[str]:
             scheme, colon, _ = shard.partition(":")
             if colon and scheme not in _SCHEMES:
                 raise InputError(f"{shard}: only {', '.join(_SCHEMES)} URLs are read; pipe: runs shell commands and is refused")
+        if any("://" in s for s in shards) and shutil.which("curl") is None:
+            raise InputError(f"{text}: URLs are read by the program curl, which is not installed")
         missing = [s for s in shards if "://" not in s and not Path(s).is_file()]
         if missing:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Pretrain: shards in, checkpoints out, stopped and resumed at any step with the same bits."""
+"""Pretrain: shards in, checkpoints out; stopped and resumed at any step, on CPUs with the same bits."""
 
 import signal
 import time

@@ -189,11 +189,12 @@ def test_gradients_that_stay_bad_end_the_run_with_good_weights(shard_folder, tmp
         pretrain(RECIPE, run_of(shard_folder, tmp_path))
 
 
-def test_streams_need_steps_and_then_train(shard_folder, tmp_path):
+def test_streams_need_steps_say_what_they_are_and_train(shard_folder, tmp_path, capsys):
     tars = f"{shard_folder}/shard-{{000000..000003}}.tar"
     with pytest.raises(InputError, match="give --steps, or build indexed shards"):
         pretrain(replace(RECIPE, steps=None), run_of(tars, tmp_path))
     assert pretrain(RECIPE, run_of(tars, tmp_path)).name == "step-0000006"
+    assert "a stream of 4 shards without an index: no exact order or resume" in capsys.readouterr().out
 
 
 def test_effective_batch_is_made_of_whole_micro_batches():

@@ -180,18 +180,16 @@ class Trainer:
     def _describe(self) -> list[str]:
         recipe, world, config, samples = self.recipe, self.world, self.recipe.model, self.data.samples
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        length = f"{self._epoch(self.total_steps):.2f} epochs of {samples} samples" if samples else f"a {self.data.fingerprint}"
+        if samples is None:
+            length = f"a {self.data.fingerprint} without an index: no exact order or resume; `fastmae shards` writes one"
+        else:
+            length = f"{self._epoch(self.total_steps):.2f} epochs of {samples} samples"
         return [
             f"model: {parameters / 1e6:.1f} M parameters, images {config.img_size[0]} x {config.img_size[1]}, {config.patches} "
             f"patches of {config.patch_size}, mask ratio {recipe.mask_ratio}, "
             f"target {'normalised' if config.norm_pix_loss else 'plain'} pixels",
             f"on {world.size} x {world.device.type}, {'bf16 autocast' if self.autocast else 'fp32'}, "
             f"attention {self.attention}",
-            *(
-                []
-                if samples
-                else ["no index: the shards are streamed, without exact order or resume; `fastmae shards` writes one"]
-            ),
             f"effective batch = {self.run.batch_size} per process x {world.size} processes x {self.accumulate} accumulated "
             f"= {recipe.effective_batch}",
             f"lr = blr {recipe.blr:g} x {recipe.effective_batch} / 256 = {recipe.lr:g}, warm-up {self.warmup_steps:.0f} steps, "

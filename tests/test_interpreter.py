@@ -14,7 +14,7 @@ _ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_take_rows", "test_patches", "test_masked_mse"])
+@pytest.mark.parametrize("name", ["test_philox", "test_take_rows", "test_patches", "test_masked_mse"])
 def test_kernels_pass_their_tests_in_the_interpreter(name):
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-m", "not gpu", f"tests/{name}.py"],

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
+from fastmae.kernels.dispatch import INTERPRETED
 from fastmae.kernels.philox import CROPS, MASKS, permutation, philox4x32, random_words, uniform
 
 FULL = 0xFFFFFFFF
@@ -50,3 +53,23 @@ def test_permutation_holds_every_index_once():
     order = permutation(3, 1, 2, 1001)
     assert torch.equal(order.sort().values, torch.arange(1001))
     assert not torch.equal(order, permutation(3, 1, 3, 1001))
+
+
+@triton.jit
+def _philox_kernel(out_ptr, seed, c0, c1, c2, c3, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    words = tl.philox(
+        seed, c0 + i, tl.full([BLOCK], c1, tl.int32), tl.full([BLOCK], c2, tl.int32), tl.full([BLOCK], c3, tl.int32)
+    )
+    tl.store(out_ptr + i, words[0].to(tl.int32, bitcast=True))
+
+
+def test_triton_draws_the_same_bits(device):
+    """So that a kernel can make the masks that the twin makes."""
+    if device == "cpu" and not INTERPRETED:
+        pytest.skip("needs CUDA or Triton's interpreter")
+    out = torch.empty(16, dtype=torch.int32, device=device)
+    seed = (7 << 32) + 12345
+    _philox_kernel[(1,)](out, seed, 3, 4, 5, 6, BLOCK=16)
+    expected = philox4x32((12345, 7), (torch.arange(3, 19), 4, 5, 6))[0]
+    assert torch.equal(out.cpu().long() & FULL, expected)

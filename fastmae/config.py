@@ -7,6 +7,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+from fastmae.attention import BACKENDS
 from fastmae.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -70,6 +71,8 @@ class ModelConfig:
                 f"image size {self.img_size} must be (height, width), each a positive multiple of the patch size "
                 f"{self.patch_size}; the nearest are {nearest_multiples(self.img_size, self.patch_size)}"
             )
+        if self.attention not in BACKENDS:
+            raise InputError(f"attention must be one of {', '.join(BACKENDS)}, got {self.attention!r}")
         for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
             if getattr(self, width) % getattr(self, heads) or getattr(self, width) % 4:
                 raise InputError(

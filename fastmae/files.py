@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import xxhash
+
 from fastmae.errors import InputError
 
 
@@ -40,6 +42,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def digest(file: BinaryIO) -> str:
+    """The xxh3-64 of all bytes of an open file, in hex."""
+    file.seek(0)
+    state = xxhash.xxh3_64()
+    while block := file.read(1 << 20):
+        state.update(block)
+    return state.hexdigest()
 
 
 def make_folder(path: str | Path) -> Path:

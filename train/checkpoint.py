@@ -12,14 +12,13 @@ import shutil
 from pathlib import Path
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.optim import AdamW
 
 from fastmae.convert import load_strictly, read_weights, save_model, save_tensors
 from fastmae.errors import DataError
-from fastmae.files import sync_folder, write_atomically
+from fastmae.files import digest, sync_folder, write_atomically
 from fastmae.mae import MAE
 from fastmae.train.optimizer import parameter_names
 
@@ -42,7 +41,7 @@ def save_checkpoint(run: Path, step: int, model: MAE, optimizer: AdamW, state: d
         save_model(model, partial / MODEL)
         save_tensors(_moments(model, optimizer), partial / OPTIMIZER)
         _write_json(partial / STATE, {"schema": SCHEMA, "step": step, **state})
-        files = {name: _digest(partial / name) for name in (MODEL, OPTIMIZER, STATE)}
+        files = {name: _fingerprint(partial / name) for name in (MODEL, OPTIMIZER, STATE)}
         _write_json(partial / MANIFEST, {"files": files})
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step
         partial.rename(folder)
@@ -60,10 +59,6 @@ def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of ``run``, newest first, complete or not."""
     found = [p for p in run.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=_step, reverse=True)
-
-
-def _step(folder: Path) -> int:
-    return int(_NAME.fullmatch(folder.name)[1])
 
 
 def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
@@ -86,7 +81,7 @@ def verify(folder: Path) -> None:
         path = folder / name
         if name not in files or not path.is_file():
             raise DataError(f"{path}: missing; the checkpoint is not complete")
-        found = _digest(path)
+        found = _fingerprint(path)
         if found != files[name]:
             raise DataError(
                 f"{path}: damaged, {found['bytes']} bytes with hash {found['xxh3']}; its manifest says {files[name]}"
@@ -116,6 +111,10 @@ def load_checkpoint(folder: Path, model: MAE, optimizer: AdamW) -> dict:
     return state
 
 
+def _step(folder: Path) -> int:
+    return int(_NAME.fullmatch(folder.name)[1])
+
+
 def _moments(model: MAE, optimizer: AdamW) -> dict[str, torch.Tensor]:
     state = optimizer.state_dict()["state"]
     names = parameter_names(model)
@@ -135,9 +134,6 @@ def _read_json(path: Path) -> dict:
     return document if isinstance(document, dict) else {}
 
 
-def _digest(path: Path) -> dict:
-    digest = xxhash.xxh3_64()
+def _fingerprint(path: Path) -> dict:
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "xxh3": digest.hexdigest()}
+        return {"bytes": path.stat().st_size, "xxh3": digest(file)}

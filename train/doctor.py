@@ -12,8 +12,8 @@ import fastmae
 from fastmae.attention import BACKENDS, resolve, why_not
 from fastmae.kernels import dispatch, gather_patches
 
-_PACKAGES = ("torch", "triton", "numpy", "xformers", "webdataset", "simplejpeg", "pillow", "safetensors", "tyro", "tqdm",
-             "tensorboard", "matplotlib")  # fmt: skip
+_PACKAGES = ("torch", "triton", "numpy", "xformers", "webdataset", "simplejpeg", "pillow", "safetensors", "xxhash",
+             "tyro", "tqdm", "tensorboard", "matplotlib")  # fmt: skip
 _HEAD_DIMS = (64, 80, 32)  # of ViT-B and -L, of ViT-H, of the decoder
 
 

@@ -27,23 +27,10 @@ def choose_checkpoint(run: Run, world: World) -> tuple[Path | None, list[str]]:
         except InputError as error:
             wrong = error
     failed = world.from_main(str(wrong) if wrong else None)
-    if failed is not None:
+    if failed is not None:  # raised by every process, so that none waits for one that is gone
         raise wrong or InputError(failed)
     word = world.from_main(str(found) if found else None)
     return Path(word) if word else None, [f"ignored a damaged checkpoint: {line}" for line in damaged]
-
-
-def _choose(run: Run) -> tuple[Path | None, list[str]]:
-    newest, damaged = find_checkpoint(run.out)
-    if run.resume == "auto":
-        return newest, damaged
-    found = Path(run.resume)
-    verify(found)
-    if newest is not None and read_state(newest)["step"] > read_state(found)["step"]:
-        raise InputError(
-            f"{found}: {newest} is newer, and the next start would continue from that one; move it away, or give another --out"
-        )
-    return found, []
 
 
 def check_resume(folder: Path, recipe: Recipe) -> list[str]:
@@ -69,3 +56,16 @@ def plain_settings(recipe: Recipe) -> dict:
     settings = json.loads(json.dumps(asdict(recipe)))
     settings.pop("model")
     return settings
+
+
+def _choose(run: Run) -> tuple[Path | None, list[str]]:
+    newest, damaged = find_checkpoint(run.out)
+    if run.resume == "auto":
+        return newest, damaged
+    found = Path(run.resume)
+    verify(found)
+    if newest is not None and read_state(newest)["step"] > read_state(found)["step"]:
+        raise InputError(
+            f"{found}: {newest} is newer, and the next start would continue from that one; move it away, or give another --out"
+        )
+    return found, []

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import tyro
 
-from fastmae.attention import BACKENDS
 from fastmae.config import preset as preset_config
 from fastmae.errors import InputError
 from fastmae.train.recipes import RECIPES, Recipe
@@ -47,7 +46,7 @@ class PretrainSettings(Run):
     steps: int | None = None
     """Optimizer steps, instead of epochs."""
     warmup_epochs: float | None = None
-    """Epochs of linear warm-up."""
+    """Epochs of linear warm-up; by default the recipe's share of the epochs, and no more than its own."""
     effective_batch: int | None = None
     """Images per optimizer step over all processes; what exceeds them is accumulated."""
     blr: float | None = None
@@ -78,8 +77,6 @@ class PretrainSettings(Run):
             if len(self.img_size) not in (1, 2):
                 raise InputError(f"img-size takes one number or height and width, got {self.img_size}")
             model["img_size"] = self.img_size if len(self.img_size) == 2 else self.img_size * 2
-        if model.get("attention", "auto") not in BACKENDS:
-            raise InputError(f"attention must be one of {', '.join(BACKENDS)}, got {model['attention']!r}")
         if "in_chans" in model:  # the statistics of three channels do not fit another number
             model |= {"pixel_mean": None, "pixel_std": None}
         training = {name: getattr(self, name) for name in _TRAINING if getattr(self, name) is not None}

@@ -5,7 +5,6 @@ worker processes and written in that order: the same input gives the same bytes,
 appears under its name only when it is complete, and the index only when all are.
 """
 
-import io
 import os
 import re
 import tarfile
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import xxhash
 
 from fastmae.data.index import JSON_NAME, ROW, Index, Shard
 from fastmae.data.recode import Recode, recode
 from fastmae.errors import InputError
-from fastmae.files import make_folder, write_atomically
+from fastmae.files import digest, make_folder, write_atomically
 from fastmae.kernels.philox import SHARDS, permutation
 
 UNFINISHED = ".unfinished"  # stands in a folder of shards for as long as it is being built
@@ -82,11 +80,11 @@ def write_shards(
                     progress(done, len(sources))
             file.write(bytes(1024))  # two zero blocks end a tar
             size = file.tell()
-            digest = _digest(file)
+            xxh3 = digest(file)
         if not rows:  # every image of it was bad: an empty tar would only trouble readers
             (out / name).unlink()
             continue
-        shards.append(Shard(name=name, bytes=size, samples=len(rows), xxh3=digest))
+        shards.append(Shard(name=name, bytes=size, samples=len(rows), xxh3=xxh3))
         tables.append(np.array(rows, dtype=ROW))
     if not shards:
         raise InputError(f"{root}: none of its {len(sources)} images can be read; the first: {bad[0]}")
@@ -164,11 +162,3 @@ def _append_member(file: BinaryIO, name: str, data: bytes) -> int:
     file.write(data)
     file.write(bytes(-len(data) % 512))
     return offset
-
-
-def _digest(file: BinaryIO) -> str:
-    file.seek(0, io.SEEK_SET)
-    digest = xxhash.xxh3_64()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

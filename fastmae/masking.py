@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmae import kernels
 from fastmae.errors import InputError
-from fastmae.kernels.philox import MASKS, random_words
 
 
 class Masking(NamedTuple):
@@ -67,16 +67,17 @@ def random_masking(
     if noise is not None:
         if noise.shape != (batch, patches):
             raise InputError(f"noise must be {(batch, patches)}, got {tuple(noise.shape)}")
-        ids_shuffle = torch.argsort(noise.to(device or noise.device), dim=1, stable=True)
+        noise = noise.to(device or noise.device)
     elif seed is not None:
-        if sample_ids is None:
-            sample_ids = torch.arange(batch)
-        words = random_words(seed, MASKS, epoch, sample_ids.to(device or sample_ids.device), patches)
-        # The patch's index in the low bits breaks ties, so any sort gives the same order.
-        packed = (words << 24) + torch.arange(patches, device=words.device)
-        ids_shuffle = packed.sort(dim=1).values & 0xFFFFFF
+        sample_ids = (torch.arange(batch) if sample_ids is None else sample_ids).to(device=device, dtype=torch.int64)
+        if isinstance(epoch, Tensor):
+            epochs = epoch.to(device=sample_ids.device, dtype=torch.int64).expand(batch)
+        else:
+            epochs = torch.full_like(sample_ids, epoch)
+        return Masking(*kernels.random_masking(seed, epochs, sample_ids, patches, K, Q))
     else:
-        ids_shuffle = torch.argsort(torch.rand(batch, patches, device=device), dim=1, stable=True)
+        noise = torch.rand(batch, patches, device=device)
+    ids_shuffle = torch.argsort(noise, dim=1, stable=True)
     order = torch.arange(patches, device=ids_shuffle.device).expand(batch, patches)
     ids_restore = torch.empty_like(ids_shuffle).scatter_(1, ids_shuffle, order)
     ids_shuffle = ids_shuffle.to(torch.int32)

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parents[1]
+KERNEL_TESTS = ["test_philox", "test_take_rows", "test_patches", "test_masked_mse", "test_decoder_input", "test_random_masking"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_philox", "test_take_rows", "test_patches", "test_masked_mse"])
+@pytest.mark.parametrize("name", KERNEL_TESTS)
 def test_kernels_pass_their_tests_in_the_interpreter(name):
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-m", "not gpu", f"tests/{name}.py"],

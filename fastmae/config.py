@@ -7,7 +7,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-from fastmae.attention import BACKENDS
+from fastmae.backends import BACKENDS
 from fastmae.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -45,9 +45,15 @@ class ModelConfig:
     pixel_std: tuple[float, ...] | None = None
     """Per channel, in units of [0, 1]; uint8 images are divided by it. None: ImageNet's for 3 channels, else 0.25."""
 
-    # What only changes the speed.
+    # What changes speed and memory, and the result by rounding at most.
     attention: str = "auto"
-    """Attention backend, one of ``fastmae.attention.BACKENDS``."""
+    """Attention backend: auto, or one of ``fastmae.backends.BACKENDS``."""
+    residual: str = "fp32"
+    """The residual stream's dtype under autocast: fp32, the reference's, or bf16, which halves its memory and traffic and
+    rounds every block's sum to 8 bits. Without autocast it changes nothing."""
+    checkpointing: bool = False
+    """Keep only each block's input and compute the block again in the backward pass: less memory, a third more work. The result
+    keeps its bits."""
 
     def __post_init__(self):
         size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
@@ -71,8 +77,10 @@ class ModelConfig:
                 f"image size {self.img_size} must be (height, width), each a positive multiple of the patch size "
                 f"{self.patch_size}; the nearest are {nearest_multiples(self.img_size, self.patch_size)}"
             )
-        if self.attention not in BACKENDS:
-            raise InputError(f"attention must be one of {', '.join(BACKENDS)}, got {self.attention!r}")
+        if self.attention not in ("auto", *BACKENDS):
+            raise InputError(f"attention must be one of auto, {', '.join(BACKENDS)}, got {self.attention!r}")
+        if self.residual not in ("fp32", "bf16"):
+            raise InputError(f"residual must be fp32 or bf16, got {self.residual!r}")
         for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
             if getattr(self, width) % getattr(self, heads) or getattr(self, width) % 4:
                 raise InputError(
@@ -85,6 +93,12 @@ class ModelConfig:
             raise InputError(f"pixel_std must be positive, got {self.pixel_std}")
         if self.norm_pix_loss and self.patch_values < 2:
             raise InputError("norm_pix_loss needs patches of at least 2 values: the variance of one is undefined")
+
+    @property
+    def architecture(self) -> dict[str, object]:
+        """The fields that decide what is computed: all but those of speed and memory."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name not in ("attention", "residual", "checkpointing")}
 
     @property
     def grid(self) -> tuple[int, int]:

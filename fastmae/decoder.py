@@ -10,9 +10,10 @@ Source: He et al. 2021 (arXiv 2111.06377), section 3 "MAE decoder".
 import torch
 from torch import Tensor, nn
 
-from fastmae.blocks import LAYER_NORM_EPS, Block
+from fastmae.blocks import LAYER_NORM_EPS, Block, residual_dtype, run_block
 from fastmae.config import ModelConfig
-from fastmae.kernels import take_rows
+from fastmae.kernels import decoder_input, take_rows
+from fastmae.linear import Linear
 from fastmae.masking import Masking
 from fastmae.positions import sincos_positions
 
@@ -25,24 +26,25 @@ class DecoderMixin:
         D = config.decoder_embed_dim
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
         self.decoder_pos_embed = nn.Parameter(sincos_positions(D, config.grid), requires_grad=False)
-        self.decoder_embed = nn.Linear(config.embed_dim, D)
+        self.decoder_embed = Linear(config.embed_dim, D)
         self.decoder_blocks = nn.ModuleList(
             Block(D, config.decoder_num_heads, config.mlp_ratio, config.attention) for _ in range(config.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(D, eps=LAYER_NORM_EPS)
-        self.decoder_pred = nn.Linear(D, config.patch_values)
+        self.decoder_pred = Linear(D, config.patch_values)
 
     def predict(self, latent: Tensor, masking: Masking) -> Tensor:
         """Pixels of the patches ``masking.ids_predict``: latent (B, 1 + K, D) -> (B, Q, P), channel fastest."""
         first = latent.shape[1]
-        x = self.decoder_embed(latent)
-        cls_position, positions = self.decoder_pos_embed[:, :1], self.decoder_pos_embed[0, 1:]
-        visible = x[:, 1:] + positions[masking.ids_keep]
-        masked = self.mask_token + positions[masking.ids_predict]
-        x = torch.cat([x[:, :1] + cls_position, visible, masked], dim=1)  # (B, 1 + K + Q, D)
+        config = self.config
+        # (B, 1 + K + Q, D)
+        x = decoder_input(
+            self.decoder_embed(latent), self.mask_token.view(-1), self.decoder_pos_embed[0], masking.ids_keep,
+            masking.ids_predict, residual_dtype(self.mask_token, config.residual),
+        )  # fmt: skip
         for block in self.decoder_blocks[:-1]:
-            x = block(x)
-        x = self.decoder_blocks[-1](x, first)  # (B, Q, D)
+            x = run_block(block, x, checkpointing=config.checkpointing)
+        x = run_block(self.decoder_blocks[-1], x, first, checkpointing=config.checkpointing)  # (B, Q, D)
         return self.decoder_pred(self.decoder_norm(x))
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
@@ -53,6 +55,7 @@ class DecoderMixin:
         x = self.decoder_embed(latent)
         patches = take_rows(x[:, 1:], ids_restore, ids_keep, self.mask_token.view(-1))  # unshuffle, (B, L, D)
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        x = x.to(residual_dtype(x, self.config.residual))
         for block in self.decoder_blocks:
-            x = block(x)
+            x = run_block(block, x, checkpointing=self.config.checkpointing)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]

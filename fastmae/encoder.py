@@ -6,12 +6,12 @@ Source: He et al. 2021 (arXiv 2111.06377), section 3 "MAE encoder"; parameter na
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmae.blocks import LAYER_NORM_EPS, Block
+from fastmae.blocks import LAYER_NORM_EPS, Block, residual_dtype, run_block
 from fastmae.config import ModelConfig
 from fastmae.kernels import gather_patches
+from fastmae.linear import linear
 from fastmae.positions import sincos_positions
 
 
@@ -32,7 +32,7 @@ class PatchEmbed(nn.Module):
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """The same map on patches already gathered, channel slowest: (B, K, C p p) -> (B, K, D)."""
-        return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Encoder(nn.Module):
@@ -70,8 +70,9 @@ class Encoder(nn.Module):
         """Class token, blocks and final norm on embedded tokens: (B, N, D) -> (B, 1 + N, D)."""
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
         x = torch.cat([cls, tokens], dim=1)
+        x = x.to(residual_dtype(x, self.config.residual))
         for block in self.blocks:
-            x = block(x)
+            x = run_block(block, x, checkpointing=self.config.checkpointing)
         return self.norm(x)
 
     def normalize(self, images: Tensor) -> Tensor:

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import xxhash
-
 from fastmae.errors import InputError
+from fastmae.optional import require
 
 
 @contextlib.contextmanager
@@ -47,7 +46,7 @@ def sync_folder(folder: Path) -> None:
 def digest(file: BinaryIO) -> str:
     """The xxh3-64 of all bytes of an open file, in hex."""
     file.seek(0)
-    state = xxhash.xxh3_64()
+    state = require("xxhash", "a file's digest").xxh3_64()
     while block := file.read(1 << 20):
         state.update(block)
     return state.hexdigest()

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmae import kernels
 from fastmae.errors import InputError
+from fastmae.kernels import random_masking as random_ids
 
 
 class Masking(NamedTuple):
@@ -74,7 +74,7 @@ def random_masking(
             epochs = epoch.to(device=sample_ids.device, dtype=torch.int64).expand(batch)
         else:
             epochs = torch.full_like(sample_ids, epoch)
-        return Masking(*kernels.random_masking(seed, epochs, sample_ids, patches, K, Q))
+        return Masking(*random_ids(seed, epochs, sample_ids, patches, K, Q))
     else:
         noise = torch.rand(batch, patches, device=device)
     ids_shuffle = torch.argsort(noise, dim=1, stable=True)

@@ -118,9 +118,7 @@ def _decoder_input_triton(
     return out
 
 
-def _decoder_input_bwd_triton(
-    grad: Tensor, rows: int, x_dtype: torch.dtype, token_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _decoder_input_bwd_triton(grad: Tensor, rows: int, x_dtype: torch.dtype, token_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     B, M, D = grad.shape
     grad_x = torch.empty(B, rows, D, dtype=x_dtype, device=grad.device)
     partial = torch.empty(B, D, dtype=torch.float32, device=grad.device)

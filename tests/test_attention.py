@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-import fastmae.attention as attention_module
-from fastmae.attention import BACKENDS, attention, resolve, why_not
+from fastmae import backends
+from fastmae.attention import attention, attention_shapes, resolve
+from fastmae.backends import BACKENDS, why_not
+from fastmae.choice import Shape
+from fastmae.config import preset
 from fastmae.errors import InputError
 
 SHAPES = [(2, 50, 50, 3, 64), (1, 65, 65, 2, 80), (2, 7, 23, 2, 32), (1, 1, 1, 1, 32)]  # B, N, M, H, d
@@ -15,14 +18,14 @@ def explicit(q, k, v):
     return torch.einsum("bhnm,bmhd->bnhd", weights.softmax(-1), v)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_equal_the_formulas(shape, backend, device):
     B, N, M, H, d = shape
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if backend == "cudnn" and 1 in (N, M):
         pytest.skip("cuDNN's attention takes no sequence of one token")
-    if reason := why_not(backend, device, dtype, d):
+    if backend != "auto" and (reason := why_not(backend, device, dtype, d)):
         pytest.skip(f"{backend} does not work here: {reason[:60]}")
     q, k, v = (torch.randn(B, n, H, d, device=device, dtype=dtype, requires_grad=True) for n in (N, M, M))
     weight = torch.randn(B, N, H, d, device=device, dtype=dtype)
@@ -56,12 +59,12 @@ def test_a_backend_that_cannot_work_says_why():
 
 
 def test_auto_is_torchs_own_choice_on_the_cpu():
-    assert resolve("auto", "cpu", torch.float32, 64) == "sdpa"
+    assert resolve("auto", "cpu", torch.float32, Shape(50, 50, 12, 64)) == "sdpa"
 
 
 def test_xformers_is_called_inside_a_compiled_graph(monkeypatch):
     """With a stand-in for its operator, which does not exist on the CPU."""
-    monkeypatch.setattr(attention_module, "_memory_efficient_attention", lambda q, k, v: q * 2)
+    monkeypatch.setattr(backends, "_memory_efficient_attention", lambda q, k, v: q * 2)
     q = torch.randn(1, 3, 2, 8)
     compiled = torch.compile(lambda x: attention(x, x, x, "xformers"), fullgraph=True, backend="eager")
     assert torch.equal(compiled(q), q * 2)
@@ -73,7 +76,13 @@ def test_a_probe_under_inference_mode_is_right():
         assert why_not("math", "cpu", torch.float32, 48) is None
 
 
-@pytest.mark.gpu
-def test_auto_is_xformers_on_cuda_where_it_works():
-    expected = "sdpa" if why_not("xformers", "cuda", torch.bfloat16, 64) else "xformers"
-    assert resolve("auto", "cuda", torch.bfloat16, 64) == expected
+def test_a_compiled_graph_leaves_the_batch_open():
+    compiled = torch.compile(lambda x: attention(x, x, x), fullgraph=True, backend="eager", dynamic=True)
+    for B in (3, 5):
+        q = torch.randn(B, 4, 2, 8)
+        torch.testing.assert_close(compiled(q), attention(q, q, q))
+
+
+def test_the_shapes_of_a_training_step_are_known_beforehand():
+    assert attention_shapes(preset("huge"), 64, 192) == [(65, 65, 16, 80), (257, 257, 16, 32), (192, 257, 16, 32)]
+    assert attention_shapes(preset("base", decoder_depth=1), 49, 147) == [(50, 50, 12, 64), (147, 197, 16, 32)]

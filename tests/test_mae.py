@@ -185,6 +185,33 @@ def test_residual_stream_is_float32_under_autocast(device):
     assert loss.dtype == torch.float32
 
 
+def test_a_bf16_residual_stream_is_bf16_under_autocast_only(device):
+    model = make(3, 32, 8, residual="bf16").float().to(device)
+    seen = []
+    for block in (*model.blocks, *model.decoder_blocks):
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    images, masking = torch.randn(2, 3, 32, 32, device=device), random_masking(2, 16, 0.75, seed=0, device=device)
+    exact = model.training_loss(images, masking)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        losses = model.training_loss(images, masking), model(images)[0]
+    assert seen == [torch.float32] * 4 + [torch.bfloat16] * 8
+    assert losses[0].dtype == torch.float32 and 0 < abs(losses[0] - exact) / exact < 2e-2
+
+
+def test_checkpointing_keeps_the_gradients_and_less_memory():
+    found = {}
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = make(3, 32, 8, checkpointing=checkpointing).float()
+        images, masking = torch.randn(2, 3, 32, 32), random_masking(2, 16, 0.75, seed=0)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            loss = model.training_loss(images, masking)
+        found[checkpointing] = (sum(kept), gradients(model, loss))
+    assert found[True][0] < 0.5 * found[False][0]
+    assert all(torch.equal(found[True][1][n], g) for n, g in found[False][1].items())
+
+
 def test_training_loss_compiles_into_one_graph_with_equal_gradients(device):
     model = make(3, 32, 8).float().to(device)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, device=device)

@@ -18,6 +18,7 @@ from fastmae.train.log import RunLog
 from fastmae.train.pretrain import pretrain
 from fastmae.train.recipes import RECIPES, Recipe
 from fastmae.train.run import Run, accumulation
+from fastmae.train.step import LossModule
 from tests.test_loader import damage_samples
 
 MODEL = ModelConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, norm_pix_loss=True,
@@ -80,11 +81,35 @@ def test_accumulation_keeps_the_loss(shard_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compilation_keeps_the_loss(precision, shard_folder, tmp_path):
-    for compile in (False, True):
-        run = run_of(shard_folder, tmp_path / str(compile), compile=compile, precision=precision)
-        pretrain(replace(RECIPE, steps=3), run)
+    for how in ("off", "blocks", "model"):
+        pretrain(replace(RECIPE, steps=3), run_of(shard_folder, tmp_path / how, compile=how, precision=precision))
     tolerance = 1e-5 if precision == "fp32" else 5e-3
-    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=tolerance)
+    for how in ("blocks", "model"):
+        assert losses(tmp_path / how) == pytest.approx(losses(tmp_path / "off"), rel=tolerance)
+
+
+def test_two_runs_of_one_seed_have_the_same_bits(shard_folder, tmp_path):
+    one, two = (pretrain(RECIPE, run_of(shard_folder, tmp_path / name)) for name in "ab")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert_same_bits(one, two)
+
+
+def test_checkpointing_keeps_the_bits(shard_folder, tmp_path):
+    recipe = replace(RECIPE, model=replace(RECIPE.model, checkpointing=True))
+    assert_same_bits(
+        pretrain(RECIPE, run_of(shard_folder, tmp_path / "a")), pretrain(recipe, run_of(shard_folder, tmp_path / "b"))
+    )
+
+
+def test_speed_settings_may_change_on_resume(shard_folder, tmp_path):
+    pretrain(replace(RECIPE, steps=RECIPE.steps), run_of(shard_folder, tmp_path))
+    other = replace(RECIPE, model=replace(RECIPE.model, checkpointing=True, attention="math", residual="bf16"))
+    pretrain(other, run_of(shard_folder, tmp_path))
+
+
+def test_cuda_graphs_on_a_cpu_are_refused(shard_folder, tmp_path):
+    with pytest.raises(InputError, match="cuda graphs need a CUDA device, and this run is on cpu"):
+        pretrain(RECIPE, run_of(shard_folder, tmp_path, cuda_graphs=True))
 
 
 def test_a_run_leaves_everything_that_it_promises(shard_folder, tmp_path, capsys):
@@ -153,13 +178,13 @@ def test_a_signal_repeated_at_once_still_saves(shard_folder, tmp_path, monkeypat
 
 
 def test_updates_left_out_now_and_then_are_said_and_the_run_goes_on(shard_folder, tmp_path, monkeypatch, capsys):
-    forward, calls = pretrain_module.LossModule.forward, []
+    forward, calls = LossModule.forward, []
 
     def spoil_two(*arguments):
         calls.append(1)
         return forward(*arguments) * (float("nan") if len(calls) in (2, 4) else 1.0)
 
-    monkeypatch.setattr(pretrain_module.LossModule, "forward", spoil_two)
+    monkeypatch.setattr(LossModule, "forward", spoil_two)
     assert pretrain(RECIPE, run_of(shard_folder, tmp_path, log_every=6)).name == "step-0000006"
     assert "step 6: 2 updates were left out" in capsys.readouterr().out
     assert losses(tmp_path)[6] > 0
@@ -183,8 +208,8 @@ def test_other_data_is_refused_with_both_fingerprints(shard_folder, image_folder
 
 def test_gradients_that_stay_bad_end_the_run_with_good_weights(shard_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain_module, "MAX_SKIPPED", 3)
-    spoil = pretrain_module.LossModule.forward
-    monkeypatch.setattr(pretrain_module.LossModule, "forward", lambda *a: spoil(*a) * float("nan"))
+    spoil = LossModule.forward
+    monkeypatch.setattr(LossModule, "forward", lambda *a: spoil(*a) * float("nan"))
     with pytest.raises(DivergedError, match="not finite for 3 steps on end at step 3; no such update was applied"):
         pretrain(RECIPE, run_of(shard_folder, tmp_path))
 

@@ -4,19 +4,20 @@ import pytest
 import torch
 
 from fastmae import MAE, ModelConfig
+from fastmae.train.graph import GraphedStep
 from fastmae.train.optimizer import make_optimizer
-from fastmae.train.step import LossModule, MicroBatch, Step
+from fastmae.train.step import MicroBatch, Step, compiled
 
 CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, norm_pix_loss=True,
                      decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
 
 
-def make_step(device="cpu", seed=0, **options):
+def make_step(device="cpu", seed=0, kind=Step, compile="off", **options):
     torch.manual_seed(0)
     model = MAE(CONFIG).to(device)
     optimizer = make_optimizer(model, 0.05, (0.9, 0.95))
     options = {"autocast": None, **options}
-    return model, Step(LossModule(model), optimizer, patches=16, mask_ratio=0.75, seed=seed, **options)
+    return model, kind(compiled(model, compile), optimizer, patches=16, mask_ratio=0.75, seed=seed, **options)
 
 
 def batch(n=8, device="cpu", epoch=0):
@@ -81,6 +82,41 @@ def test_autocast_keeps_weights_and_loss_in_float32(device):
     assert all(p.dtype == torch.float32 for p in model.parameters())
     exact = make_step(device)[1]([batch(device=device)], 1e-3).loss
     assert result.loss != exact and abs(result.loss - exact) / exact < 1e-2
+
+
+def test_two_steps_of_one_seed_have_the_same_bits(device):
+    runs = []
+    for _ in range(2):
+        _, step = make_step(device)
+        runs.append([step([batch(device=device)], 1e-3).loss.item() for _ in range(5)])
+    assert runs[0] == runs[1]
+
+
+def test_the_learning_rate_may_change_at_every_step():
+    model, step = make_step()
+    step([batch()], 1e-3)
+    before = weights(model)
+    step([batch()], 0.0)
+    assert all(torch.equal(w, before[n]) for n, w in weights(model).items())
+    step([batch()], 1e-3)
+    assert not torch.equal(weights(model)["norm.weight"], before["norm.weight"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", ["off", "blocks", "model"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_graph_of_the_step_has_the_bits_of_the_step(accumulate, compile):
+    losses, results = {}, {}
+    for kind in (Step, GraphedStep):
+        torch._dynamo.reset()
+        model, step = make_step("cuda", kind=kind, compile=compile, autocast=torch.bfloat16)
+        losses[kind] = []
+        for number in range(8):
+            batches = [batch(device="cuda", epoch=number + 100 * part) for part in range(accumulate)]
+            losses[kind].append(step(batches, 1e-3 * (number % 3)).loss)
+        results[kind] = weights(model)
+    assert torch.equal(torch.stack(losses[Step]), torch.stack(losses[GraphedStep]))
+    assert all(torch.equal(w, results[GraphedStep][n]) for n, w in results[Step].items())
 
 
 @pytest.mark.gpu

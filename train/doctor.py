@@ -9,12 +9,13 @@ import torch
 import triton
 
 import fastmae
-from fastmae.attention import BACKENDS, resolve, why_not
+from fastmae.attention import attention_shapes, resolve
+from fastmae.backends import BACKENDS, why_not
+from fastmae.config import preset
 from fastmae.kernels import dispatch, gather_patches
 
 _PACKAGES = ("torch", "triton", "numpy", "xformers", "webdataset", "simplejpeg", "pillow", "safetensors", "xxhash",
              "tyro", "tqdm", "tensorboard", "matplotlib")  # fmt: skip
-_HEAD_DIMS = (64, 80, 32)  # of ViT-B and -L, of ViT-H, of the decoder
 
 
 def report() -> list[str]:
@@ -71,9 +72,10 @@ def _kernels(device: str) -> list[str]:
 
 def _attention(device: str, dtype: torch.dtype) -> list[str]:
     lines = [f"attention ({device}, {dtype}):"]
-    for head_dim in _HEAD_DIMS:
-        lines.append(f"  head dim {head_dim}: auto uses {resolve('auto', device, dtype, head_dim)}")
-    for backend in BACKENDS[1:]:
-        reasons = {reason for d in _HEAD_DIMS if (reason := why_not(backend, device, dtype, d))}
+    shapes = dict.fromkeys(attention_shapes(preset("base"), 49, 147) + attention_shapes(preset("huge"), 64, 192))
+    for shape in shapes:
+        lines.append(f"  {shape}: auto uses {resolve('auto', device, dtype, shape)}")
+    for backend in BACKENDS:
+        reasons = {reason for d in {s.head_dim for s in shapes} if (reason := why_not(backend, device, dtype, d))}
         lines.append(f"  {backend}: {'; '.join(sorted(reasons)) or 'works'}")
     return lines

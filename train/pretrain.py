@@ -1,5 +1,6 @@
 """Pretrain: shards in, checkpoints out; stopped and resumed at any step, on CPUs with the same bits."""
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -8,13 +9,17 @@ from pathlib import Path
 import torch
 
 import fastmae
-from fastmae.attention import resolve, why_not
+from fastmae.attention import attention_shapes, resolve
+from fastmae.backends import why_not
+from fastmae.choice import Shape, adopt
 from fastmae.data.batch import Batch, LoaderConfig
 from fastmae.data.loader import Loader
 from fastmae.errors import DivergedError, InputError
 from fastmae.files import make_folder
 from fastmae.mae import MAE
+from fastmae.masking import kept_patches
 from fastmae.train.checkpoint import load_checkpoint, save_checkpoint
+from fastmae.train.graph import GraphedStep
 from fastmae.train.log import RunLog
 from fastmae.train.meter import Meter
 from fastmae.train.optimizer import learning_rate, make_optimizer
@@ -22,7 +27,7 @@ from fastmae.train.parallel import World, join_world, leave_world, share_gradien
 from fastmae.train.recipes import Recipe
 from fastmae.train.resume import check_resume, choose_checkpoint, plain_settings
 from fastmae.train.run import Run, accumulation
-from fastmae.train.step import LossModule, MicroBatch, Step
+from fastmae.train.step import MicroBatch, Step, compiled
 
 MAX_SKIPPED = 20  # updates left out on end before a run is called diverged
 _REPEATED_SIGNAL = 5.0  # seconds; launchers and clusters send the same signal twice within moments
@@ -48,7 +53,7 @@ class Trainer:
         self.recipe, self.run, self.world = recipe, run, world
         self.accumulate = accumulation(recipe.effective_batch, run.batch_size, world.size)
         self.autocast = _autocast(run, world)
-        self.attention = self._check_attention()
+        self.attention = self._choose_attention()
         torch.manual_seed(recipe.seed)
         self.model = MAE(recipe.model).to(world.device)
         self.optimizer = make_optimizer(self.model, recipe.weight_decay, recipe.betas)
@@ -58,9 +63,9 @@ class Trainer:
         self.total_steps = recipe.total_steps(self.data.samples)
         self.warmup_steps = self.total_steps * recipe.warmup_epochs / recipe.epochs
         # DDP takes its first weights from rank 0, so it wraps a model that is loaded already.
-        module = LossModule(self.model)
-        module = share_gradients(torch.compile(module) if run.compile else module, world)
-        self.step = Step(module, self.optimizer, patches=recipe.model.patches, mask_ratio=recipe.mask_ratio,
+        module = share_gradients(compiled(self.model, run.compile), world)
+        kind = GraphedStep if run.cuda_graphs else Step
+        self.step = kind(module, self.optimizer, patches=recipe.model.patches, mask_ratio=recipe.mask_ratio,
                          seed=recipe.seed, autocast=self.autocast)  # fmt: skip
         self.replaced: list[str] = []
         self.left_out = 0
@@ -197,20 +202,29 @@ class Trainer:
             f"steps = {self.total_steps}, {length}; {self.first_step} done",
         ]
 
-    def _check_attention(self) -> str:
-        """What attention will run on, with the reason if it is not the fastest. Raises InputError if it cannot run."""
+    def _choose_attention(self) -> str:
+        """What attention will run on, with the reason if xformers cannot. Raises InputError if it cannot run."""
         config, device = self.recipe.model, self.world.device.type
         dtype = self.autocast or torch.float32
-        dims = {config.embed_dim // config.num_heads, config.decoder_embed_dim // config.decoder_num_heads}
-        chosen = set()
-        for head_dim in dims:
-            by_name = config.attention if config.attention != "auto" else resolve("auto", device, dtype, head_dim)
-            if reason := why_not(by_name, device, dtype, head_dim):
-                raise InputError(f"attention {by_name} does not work here, {reason}; leave it to auto, or see `fastmae doctor`")
-            chosen.add(by_name)
-        text = " and ".join(sorted(chosen))
-        if config.attention == "auto" and device == "cuda" and "sdpa" in chosen:
-            text += f" (not xformers: {next(r for d in dims if (r := why_not('xformers', device, dtype, d)))})"
+        K = kept_patches(config.patches, self.recipe.mask_ratio)
+        shapes = attention_shapes(config, K, config.patches - K)
+        for shape in shapes if config.attention != "auto" else []:
+            if reason := why_not(config.attention, device, dtype, shape.head_dim):
+                raise InputError(
+                    f"attention {config.attention} does not work here, {reason}; leave it to auto, or see `fastmae doctor`"
+                )
+        # Timings differ from process to process: the main one measures, and all compute alike.
+        word = [[*s, resolve(config.attention, device, dtype, s)] for s in shapes] if self.world.is_main else None
+        chosen = {Shape(*sizes): backend for *sizes, backend in json.loads(self.world.from_main(json.dumps(word)))}
+        if config.attention == "auto":
+            adopt(device, dtype, chosen)
+        text = " and ".join(dict.fromkeys(chosen.values()))
+        if (
+            config.attention == "auto"
+            and device == "cuda"
+            and (reason := why_not("xformers", device, dtype, shapes[0].head_dim))
+        ):
+            text += f" (xformers does not work here: {reason})"
         return text
 
     def _epoch(self, step: int) -> float:

@@ -36,10 +36,10 @@ def choose_checkpoint(run: Run, world: World) -> tuple[Path | None, list[str]]:
 def check_resume(folder: Path, recipe: Recipe) -> list[str]:
     """A line for each setting that differs from the checkpoint's. Raises InputError on one that must not."""
     state = read_state(folder)
-    theirs, ours = ModelConfig.from_json(state["model"]), recipe.model
-    changed = [f for f in asdict(ours) if getattr(ours, f) != getattr(theirs, f) and f != "attention"]
+    theirs, ours = ModelConfig.from_json(state["model"]).architecture, recipe.model.architecture
+    changed = [f for f in ours if ours[f] != theirs[f]]
     if changed:
-        differences = ", ".join(f"{f} {getattr(theirs, f)} there and {getattr(ours, f)} here" for f in changed)
+        differences = ", ".join(f"{f} {theirs[f]} there and {ours[f]} here" for f in changed)
         raise InputError(f"{folder}: a checkpoint of another architecture, {differences}; give its settings or another --out")
     before, now = state["recipe"], plain_settings(recipe)
     for name in _FIXED:

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmae.errors import InputError
+from fastmae.train.step import COMPILE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where a run reads and writes, and how fast it goes. Of these only ``precision`` touches the result, by rounding."""
+    """Where a run reads and writes, and how fast it goes. Of these only ``precision`` and
+    ``compile`` touch the result, by rounding."""
 
     data: str
     """A folder of shards, or paths or URLs of tars with {000..999} in them."""
@@ -22,8 +24,10 @@ class Run:
     """auto, cpu or cuda."""
     precision: str = "auto"
     """bf16 (autocast, fp32 weights and residual stream), fp32, or auto: bf16 on GPUs, fp32 on the CPU."""
-    compile: bool = False
-    """Run forward and backward through torch.compile."""
+    compile: str = "auto"
+    """torch.compile of the whole model, of single blocks (compiled in seconds), off, or auto: model on GPUs, off on the CPU."""
+    cuda_graphs: bool = False
+    """Record the whole step once and replay it: no launches, for small batches on one GPU."""
     resume: str = "auto"
     """auto: the newest complete checkpoint in ``out``, if any; or the path of one."""
     log_every: int = 20
@@ -39,6 +43,8 @@ class Run:
                 raise InputError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise InputError(f"precision must be auto, bf16 or fp32, got {self.precision!r}")
+        if self.compile not in COMPILE:
+            raise InputError(f"compile must be one of {', '.join(COMPILE)}, got {self.compile!r}")
 
 
 def accumulation(effective_batch: int, batch_size: int, processes: int) -> int:

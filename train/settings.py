@@ -39,6 +39,10 @@ class PretrainSettings(Run):
     """Predict normalised pixels (the recipes' default) or plain ones."""
     attention: str | None = None
     """Attention backend: auto, xformers, sdpa, flash, cudnn, efficient or math."""
+    residual: str | None = None
+    """Residual stream under bf16 autocast: fp32, the reference's, or bf16, which is faster and rounds more."""
+    checkpointing: bool | None = None
+    """Compute each block again in the backward pass instead of keeping its activations: less memory, slower."""
     mask_ratio: float | None = None
     """Share of patches removed, between 0 and 1."""
     epochs: float | None = None
@@ -98,5 +102,6 @@ class PretrainSettings(Run):
         return recipe
 
 
-_MODEL = ("patch_size", "in_chans", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss", "attention")
+_MODEL = ("patch_size", "in_chans", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss", "attention",
+          "residual", "checkpointing")  # fmt: skip
 _TRAINING = ("mask_ratio", "epochs", "steps", "warmup_epochs", "effective_batch", "blr", "min_lr", "weight_decay", "seed")

@@ -1,7 +1,7 @@
 """One optimizer step: forward, backward, update. Nothing in it waits for the device.
 
 An update whose gradients are not all finite is left out on the device itself (weights and moments keep their bits) and
-counted; the trainer looks at the count at its log interval.
+counted; the trainer looks at the count at its log interval. The trainer and the benchmarks run this same step.
 """
 
 import contextlib
@@ -53,6 +53,24 @@ class LossModule(nn.Module):
         return self.model.training_loss(images, Masking(ids_keep, ids_predict, ids_restore))
 
 
+COMPILE = ("auto", "off", "blocks", "model")
+
+
+def compiled(model: MAE, how: str) -> nn.Module:
+    """The ``LossModule`` of ``model``, compiled as ``how`` says, one of ``COMPILE``.
+
+    ``model``: one graph of the whole loss, so that work fuses across blocks. ``blocks``: one small graph that all blocks of
+    a kind share, compiled in seconds. ``auto``: ``model`` on GPUs; ``off`` on CPUs, where torch's own kernels are faster.
+    """
+    if how == "auto":
+        how = "model" if model.cls_token.is_cuda else "off"
+    if how == "blocks":
+        for block in (*model.blocks, *model.decoder_blocks):
+            block.compile(dynamic=False)
+    module = LossModule(model)
+    return torch.compile(module, dynamic=False) if how == "model" else module
+
+
 class Step:
     """The step of one process. ``module`` is a ``LossModule``, perhaps compiled, perhaps inside DDP."""
 
@@ -63,12 +81,20 @@ class Step:
         self.patches, self.mask_ratio, self.seed = patches, mask_ratio, seed
         self.autocast = autocast
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.skipped = torch.zeros((), dtype=torch.int64, device=self.parameters[0].device)
+        self.device = self.parameters[0].device
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.left_out = torch.zeros_like(self.skipped)
+        # A tensor on the device, so that a graph of the step can be run again at another learning rate.
+        self.lr = torch.zeros((), device=self.device)
 
     def __call__(self, batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """Accumulate the gradients of ``batches``, equal in size, and update at ``lr``."""
-        loss = torch.zeros((), device=self.skipped.device)
+        self.lr.fill_(lr)
+        return StepResult(*(t.clone() for t in self.run(batches)))
+
+    def run(self, batches: Sequence[MicroBatch]) -> StepResult:
+        """The step at the learning rate ``self.lr``. The result's counts go on counting in later steps."""
+        loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             is_last = number == len(batches) - 1
             with contextlib.nullcontext() if is_last else self._no_sync():
@@ -76,7 +102,7 @@ class Step:
                 share.backward()
             loss += share.detach()
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        self._update(grad_norm, lr)
+        self._update(grad_norm)
         return StepResult(loss, grad_norm, self.skipped, self.left_out)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
@@ -86,16 +112,16 @@ class Step:
         with torch.autocast(batch.images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             return self.module(batch.images, *masking)
 
-    def _update(self, grad_norm: Tensor, lr: float) -> None:
+    def _update(self, grad_norm: Tensor) -> None:
         is_bad = ~torch.isfinite(grad_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.lr
         # The fused kernels of AdamW leave everything as it is where found_inf is 1: the way GradScaler skips a step.
         self.optimizer.found_inf = is_bad.float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.skipped = (self.skipped + 1) * is_bad
-        self.left_out = self.left_out + is_bad
+        self.skipped.add_(1).mul_(is_bad)
+        self.left_out.add_(is_bad)
 
     def _no_sync(self) -> contextlib.AbstractContextManager:
         return self.module.no_sync() if isinstance(self.module, DistributedDataParallel) else contextlib.nullcontext()

@@ -1,0 +1,107 @@
+"""Linear layers that keep little and, on CPUs, go through oneDNN.
+
+    linear(x) = x W^T + b;        norm_linear(x) = layer_norm(x) W^T + b
+
+On a CPU in float32, outside autocast and compiled graphs, products of W run in oneDNN, which adds the bias as it writes
+(torch's own route fills the result with the bias first), and the normalised x is not kept: the backward pass computes it
+again from x, which the residual stream keeps anyway. Elsewhere both are torch's own layers; torch.compile decides for itself
+what to keep.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear``, computed by ``linear``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``x`` (..., I) by ``weight`` (O, I) plus ``bias`` (O,): (..., O)."""
+    return _Linear.apply(x, weight, bias) if _by_onednn(x) else F.linear(x, weight, bias)
+
+
+def norm_linear(x: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor:
+    """``layer(norm(x))``: (..., I) -> (..., O)."""
+    # Whoever has put a hook, a parametrisation or another class there gets the modules called.
+    if not (_by_onednn(x) and _is_plain(norm, nn.LayerNorm) and _is_plain(layer, Linear)):
+        return layer(norm(x))
+    return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias)[0]
+
+
+def _by_onednn(x: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _is_plain(module: nn.Module, kind: type) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(x, weight, bias):
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _ = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = _product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
+        grad = _flat(grad)
+        # torch's own route: oneDNN is slower at this product, whose inner dimension is the number of tokens.
+        return grad_x, grad.t() @ _flat(x), grad.sum(0)
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(x, scale, shift, eps, weight, bias):
+        normal, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], scale, shift, eps)
+        return _product(normal, weight, bias), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, scale, shift, ctx.eps, weight, _ = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x, scale, shift, weight, mean, rstd)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        x, scale, shift, weight, mean, rstd = ctx.saved_tensors
+        grad_normal = _product(grad, weight.t(), None)
+        grad = _flat(grad)
+        normal = torch.native_layer_norm(x, x.shape[-1:], scale, shift, ctx.eps)[0]
+        grad_weight = grad.t() @ _flat(normal)
+        del normal
+        grads = torch.ops.aten.native_layer_norm_backward(
+            grad_normal, x, x.shape[-1:], mean, rstd, scale, shift, [True, True, True]
+        )
+        return *grads, None, grad_weight, grad.sum(0)

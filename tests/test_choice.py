@@ -1,0 +1,76 @@
+"""The choice of an attention backend: measured, kept, shared between processes, and never in the way."""
+
+import json
+
+import pytest
+import torch
+
+from fastmae import choice
+from fastmae.backends import BACKENDS, why_not
+from fastmae.choice import Shape, adopt, cache_file, fastest, measure
+
+SHAPE = Shape(7, 9, 2, 16)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTMAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(choice, "_chosen", {})
+
+
+@pytest.mark.parametrize("shape", [SHAPE, Shape(5, 5, 2, 8)])
+def test_every_backend_that_works_is_measured_and_no_other(shape, device):
+    times = measure(device, torch.float32, shape, tokens=100)
+    assert set(times) == {b for b in BACKENDS if why_not(b, device, torch.float32, shape.head_dim) is None}
+    assert list(times.values()) == sorted(times.values()) and min(times.values()) > 0
+
+
+def test_the_fastest_is_chosen_once_and_kept_in_a_file(monkeypatch):
+    calls = []
+    monkeypatch.setattr(choice, "measure", lambda *place: calls.append(place) or {"math": 1.0, "sdpa": 2.0})
+    assert fastest("cpu", torch.float32, SHAPE) == fastest("cpu", torch.float32, SHAPE) == "math"
+    monkeypatch.setattr(choice, "_chosen", {})  # another process
+    assert fastest("cpu", torch.float32, SHAPE) == "math"
+    assert fastest("cpu", torch.float32, Shape(8, 9, 2, 16)) == "math"
+    assert len(calls) == 2
+    kept = json.loads(cache_file("cpu").read_text())
+    assert kept["torch"] == torch.__version__
+    assert kept["choices"][f"torch.float32: {SHAPE}"] == {"backend": "math", "microseconds": {"math": 1.0, "sdpa": 2.0}}
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"choices": 3}', '{"choices": {"torch.float32: %s": {"backend": "abacus"}}}'])
+def test_a_damaged_file_is_measured_anew_and_mended(content, monkeypatch):
+    monkeypatch.setattr(choice, "measure", lambda *_: {"math": 1.0})
+    cache_file("cpu").parent.mkdir()
+    cache_file("cpu").write_text(content.replace("%s", str(SHAPE)))
+    assert fastest("cpu", torch.float32, SHAPE) == "math"
+    assert json.loads(cache_file("cpu").read_text())["choices"]
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_file(tmp_path, monkeypatch):
+    (tmp_path / "occupied").write_text("a file where the folder should be")
+    monkeypatch.setenv("FASTMAE_CACHE", str(tmp_path / "occupied"))
+    monkeypatch.setattr(choice, "measure", lambda *_: {"math": 1.0})
+    assert fastest("cpu", torch.float32, SHAPE) == "math"
+
+
+def test_a_kept_backend_that_no_longer_works_is_not_used(monkeypatch):
+    monkeypatch.setattr(choice, "measure", lambda *_: {"xformers": 1.0})
+    fastest("cpu", torch.float32, SHAPE)
+    monkeypatch.setattr(choice, "_chosen", {})
+    monkeypatch.setattr(choice, "measure", lambda *_: {"math": 1.0})
+    assert fastest("cpu", torch.float32, SHAPE) == "math"  # xformers works on no CPU
+
+
+def test_another_processs_choice_is_taken_over():
+    adopt("cpu", torch.float32, {SHAPE: "math"})
+    assert fastest("cpu", torch.float32, SHAPE) == "math"
+    assert not cache_file("cpu").exists()
+
+
+@pytest.mark.gpu
+def test_auto_is_never_much_slower_than_the_best():
+    for shape in (Shape(50, 50, 12, 64), Shape(197, 197, 16, 32)):
+        chosen = fastest("cuda", torch.bfloat16, shape)
+        times = measure("cuda", torch.bfloat16, shape)
+        assert times[chosen] <= 1.03 * min(times.values())

@@ -1,8 +1,10 @@
 """Compile every kernel ahead of time, without a GPU, and read what the binary needs: registers, stack, shared memory.
 
-A stack means spilled registers; shared memory above 48 KB would not launch everywhere.
+A stack means spilled registers; shared memory above 48 KiB would not launch everywhere. ``kernels --resources`` prints the
+table and holds it against its limits; ``benchmarks/results/resources.json`` is the committed one, which a test compares with.
 """
 
+import json
 import re
 import subprocess
 import tempfile
@@ -13,12 +15,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastmae.kernels.decoder_input import _TILE, _decoder_input_bwd_kernel, _decoder_input_fwd_kernel
 from fastmae.kernels.dispatch import warps
 from fastmae.kernels.masked_mse import EPS, _masked_mse_bwd_kernel, _masked_mse_fwd_kernel
 from fastmae.kernels.patches import _gather_patches_fwd_kernel
+from fastmae.kernels.philox import MASKS
+from fastmae.kernels.random_masking import _INDEX_BITS, _random_masking_kernel
 from fastmae.kernels.take_rows import _sum_holes_kernel, _take_rows_fwd_kernel
 
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
+MOST_REGISTERS, MOST_SHARED = 128, 48 * 1024  # per thread; bytes per program
+TABLE = Path(__file__).parent / "results" / "resources.json"
 
 _STRIDES = {"stride_b": "i64", "stride_c": "i32", "stride_y": "i32", "stride_x": "i32"}
 
@@ -65,7 +72,39 @@ def variants() -> list[Variant]:
     for dtype in ("*bf16", "*fp32"):
         types = {"partial_ptr": "*fp32", "grad_ptr": dtype, "ids_ptr": "*i32", "N": "i32", "D": "i32"}
         found.append(Variant(f"sum_holes {dtype[1:]}", _sum_holes_kernel, types, {"M": 196, "BLOCK_D": 128}))
+    for width, x, out in ((512, "*bf16", "*fp32"), (512, "*bf16", "*bf16"), (512, "*fp32", "*fp32"), (256, "*fp16", "*fp32")):
+        found += _decoder_variants(width, x, out)
+    found += [_masking_variant(patches) for patches in (16, 196, 256, 1024, 2048)]
     return found
+
+
+def _decoder_variants(width: int, x: str, out: str) -> list[Variant]:
+    """The decoder's input and its gradient at one width and pair of dtypes."""
+    block, tag = triton.next_power_of_2(width), f"D{width} {x[1:]} {out[1:]}"
+    sizes = {"K": "i32", "Q": "i32", "D": "i32"}
+    return [
+        Variant(
+            f"decoder_input forward {tag}",
+            _decoder_input_fwd_kernel,
+            {"out_ptr": out, "x_ptr": x, "token_ptr": "*fp32", "positions_ptr": "*fp32", "keep_ptr": "*i32",
+             "predict_ptr": "*i32", **sizes},
+            {"BLOCK_M": max(1, _TILE // block), "BLOCK_D": block},
+        ),
+        Variant(
+            f"decoder_input backward {tag}",
+            _decoder_input_bwd_kernel,
+            {"grad_x_ptr": x, "partial_ptr": "*fp32", "grad_ptr": out, "rows": "i32", "M": "i32", "D": "i32"},
+            {"BLOCK_M": _TILE // 128, "BLOCK_D": min(128, block)},
+        ),
+    ]  # fmt: skip
+
+
+def _masking_variant(patches: int) -> Variant:
+    types = {"keep_ptr": "*i32", "predict_ptr": "*i32", "restore_ptr": "*i32", "epochs_ptr": "*i64", "samples_ptr": "*i64",
+             "seed": "i64", "L": "i32", "K": "i32", "Q": "i32"}  # fmt: skip
+    block = triton.next_power_of_2(patches)
+    constants = {"STREAM": MASKS, "INDEX_BITS": _INDEX_BITS, "BLOCK_L": block}
+    return Variant(f"random_masking L{patches}", _random_masking_kernel, types, constants)
 
 
 def _patch_variants(channels: int, patch: int, pixels: str, compute: str, norm_pix: bool) -> list[Variant]:
@@ -104,8 +143,9 @@ def resources(variant: Variant, target: int) -> Resources:
     """Compile ``variant`` for compute capability ``target`` (80 is 8.0) and read its needs off the binary."""
     signature = {**variant.types, **dict.fromkeys(variant.constants, "constexpr")}
     source = ASTSource(variant.kernel, signature, variant.constants)
-    # Of the kernels here only those with BLOCK_P are launched with other than Triton's default of four warps.
-    options = {"num_warps": warps(variant.constants.get("BLOCK_P", 0))}
+    # Kernels that hold a whole patch or all keys of an image get more warps for more values, the others Triton's default.
+    block = variant.constants.get("BLOCK_P", 2 * variant.constants.get("BLOCK_L", 0))
+    options = {"num_warps": warps(block)}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -114,3 +154,35 @@ def resources(variant: Variant, target: int) -> Resources:
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK"))
     return Resources(registers, stack, compiled.metadata.shared)
+
+
+def measure() -> dict[str, object]:
+    """Every variant on every target: plain JSON, with the version of Triton that compiled it."""
+    rows = {}
+    for variant in variants():
+        rows[variant.name] = {f"sm_{target}": vars(resources(variant, target)) for target in TARGETS}
+    return {"triton": triton.__version__, "kernels": rows}
+
+
+def exceeded(found: dict) -> list[str]:
+    """A line for each binary that needs more than the limits."""
+    return [
+        f"{name} on {target} needs {needs}"
+        for name, row in found["kernels"].items()
+        for target, needs in row.items()
+        if needs["stack"] or needs["shared"] > MOST_SHARED or needs["registers"] > MOST_REGISTERS
+    ]
+
+
+def to_json(found: dict) -> str:
+    """``found`` with one line a kernel, so that a change shows as the lines that changed."""
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in found["kernels"].items())
+    return f'{{"triton": {json.dumps(found["triton"])}, "kernels": {{\n{rows}\n}}}}\n'
+
+
+def table(found: dict) -> list[list[str]]:
+    """Registers, stack bytes and shared bytes of each kernel on each target, for people."""
+    lines = [["kernel", *(f"sm_{t}: regs / stack / shared" for t in TARGETS)]]
+    for name, row in found["kernels"].items():
+        lines.append([name, *(f"{n['registers']} / {n['stack']} / {n['shared']}" for n in row.values())])
+    return lines

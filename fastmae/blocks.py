@@ -7,12 +7,11 @@ Source: Dosovitskiy et al. 2020 (arXiv 2010.11929), section 3.1; parameter names
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastmae.attention import attention
-from fastmae.linear import Linear, linear, norm_linear
+from fastmae.linear import Linear, gelu_linear, linear, norm_linear
 
 LAYER_NORM_EPS = 1e-6
 
@@ -49,7 +48,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """The MLP of ``norm(x)``: (B, N, D) -> (B, N, D)."""
-        return self.fc2(F.gelu(norm_linear(x, norm, self.fc1)))
+        return gelu_linear(norm_linear(x, norm, self.fc1), self.fc2)
 
 
 class Block(nn.Module):

@@ -1,11 +1,11 @@
 """Linear layers that keep little and, on CPUs, go through oneDNN.
 
-    linear(x) = x W^T + b;        norm_linear(x) = layer_norm(x) W^T + b
+    linear(x) = x W^T + b;      norm_linear(x) = layer_norm(x) W^T + b;      gelu_linear(x) = gelu(x) W^T + b
 
 On a CPU in float32, outside autocast and compiled graphs, products of W run in oneDNN, which adds the bias as it writes
-(torch's own route fills the result with the bias first), and the normalised x is not kept: the backward pass computes it
-again from x, which the residual stream keeps anyway. Elsewhere both are torch's own layers; torch.compile decides for itself
-what to keep.
+(torch's own route fills the result with the bias first), and neither the normalised nor the activated x is kept: the backward
+pass computes them again from x, which costs a few thousandths of a step. Elsewhere all three are torch's own layers;
+torch.compile decides for itself what to keep.
 """
 
 import torch
@@ -32,6 +32,13 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor:
     if not (_by_onednn(x) and _is_plain(norm, nn.LayerNorm) and _is_plain(layer, Linear)):
         return layer(norm(x))
     return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias)[0]
+
+
+def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """``layer(gelu(x))`` with the exact GELU: (..., I) -> (..., O)."""
+    if not (_by_onednn(x) and _is_plain(layer, Linear)):
+        return layer(F.gelu(x))
+    return _GeluLinear.apply(x, layer.weight, layer.bias)
 
 
 def _by_onednn(x: Tensor) -> bool:
@@ -75,7 +82,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = _product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
         grad = _flat(grad)
-        # torch's own route: oneDNN is slower at this product, whose inner dimension is the number of tokens.
+        # torch's own product: oneDNN is no faster at this one, whose inner dimension is the number of tokens.
         return grad_x, grad.t() @ _flat(x), grad.sum(0)
 
 
@@ -105,3 +112,25 @@ class _NormLinear(torch.autograd.Function):
             grad_normal, x, x.shape[-1:], mean, rstd, scale, shift, [True, True, True]
         )
         return *grads, None, grad_weight, grad.sum(0)
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(x, weight, bias):
+        return _product(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _ = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = _product(grad, weight.t(), None)
+        grad = _flat(grad)
+        grad_weight = grad.t() @ _flat(F.gelu(x))
+        # In place: memory that is fresh to the process costs more than the arithmetic.
+        torch.ops.aten.gelu_backward.grad_input(grad_x, x, grad_input=grad_x)
+        return grad_x, grad_weight, grad.sum(0)

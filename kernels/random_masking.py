@@ -19,7 +19,7 @@ from fastmae.kernels.dispatch import use_triton, warps
 from fastmae.kernels.philox import MASKS, random_words
 
 _INDEX_BITS = 24  # a key's word stands above its patch's index
-_LARGEST_SORT = 4096  # patches that one program sorts in registers; more go to the twin
+_LARGEST_SORT = 2048  # patches that one program sorts; more would compile for long, and go to the twin
 
 
 def random_masking(
@@ -87,7 +87,7 @@ def _random_masking_triton(
         with torch.cuda.device_of(sample_ids):
             _random_masking_kernel[(B,)](
                 *ids, epochs.contiguous(), sample_ids.contiguous(), seed, patches, kept, predicted,
-                STREAM=MASKS, INDEX_BITS=_INDEX_BITS, BLOCK_L=block, num_warps=warps(block),
+                STREAM=MASKS, INDEX_BITS=_INDEX_BITS, BLOCK_L=block, num_warps=warps(2 * block),
             )  # fmt: skip
     return ids
 

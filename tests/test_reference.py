@@ -7,6 +7,7 @@ import torch
 
 import fastmae
 from fastmae import random_masking
+from fastmae.benchmarks.twin import TwinMAE
 
 CLONE = os.environ.get("FASTMAE_REFERENCE")
 pytestmark = [
@@ -32,6 +33,10 @@ def test_loss_prediction_and_every_gradient_are_the_references(name, norm_pix_lo
     expected, expected_pred, expected_mask = theirs(images, mask_ratio=0.75)
     torch.manual_seed(5)
     noise = torch.rand(2, L)
+    twin = TwinMAE(ours.config)
+    twin.load_state_dict(ours.state_dict(), strict=True)
+    torch.manual_seed(5)
+    assert abs(twin(images)[0] - expected) / expected < 1e-6
     expected.backward()
     gradients = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
 

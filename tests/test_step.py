@@ -6,7 +6,7 @@ import torch
 from fastmae import MAE, ModelConfig
 from fastmae.train.graph import GraphedStep
 from fastmae.train.optimizer import make_optimizer
-from fastmae.train.step import MicroBatch, Step, compiled
+from fastmae.train.step import LossModule, MicroBatch, Step, compiled
 
 CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, norm_pix_loss=True,
                      decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
@@ -17,7 +17,7 @@ def make_step(device="cpu", seed=0, kind=Step, compile="off", **options):
     model = MAE(CONFIG).to(device)
     optimizer = make_optimizer(model, 0.05, (0.9, 0.95))
     options = {"autocast": None, **options}
-    return model, kind(compiled(model, compile), optimizer, patches=16, mask_ratio=0.75, seed=seed, **options)
+    return model, kind(compiled(LossModule(model), compile), optimizer, patches=16, mask_ratio=0.75, seed=seed, **options)
 
 
 def batch(n=8, device="cpu", epoch=0):

@@ -21,13 +21,14 @@ from fastmae.masking import kept_patches
 from fastmae.train.checkpoint import load_checkpoint, save_checkpoint
 from fastmae.train.graph import GraphedStep
 from fastmae.train.log import RunLog
+from fastmae.train.memory import keep_freed_memory
 from fastmae.train.meter import Meter
 from fastmae.train.optimizer import learning_rate, make_optimizer
 from fastmae.train.parallel import World, join_world, leave_world, share_gradients
 from fastmae.train.recipes import Recipe
 from fastmae.train.resume import check_resume, choose_checkpoint, plain_settings
 from fastmae.train.run import Run, accumulation
-from fastmae.train.step import MicroBatch, Step, compiled
+from fastmae.train.step import LossModule, MicroBatch, Step, compiled
 
 MAX_SKIPPED = 20  # updates left out on end before a run is called diverged
 _REPEATED_SIGNAL = 5.0  # seconds; launchers and clusters send the same signal twice within moments
@@ -54,6 +55,8 @@ class Trainer:
         self.accumulate = accumulation(recipe.effective_batch, run.batch_size, world.size)
         self.autocast = _autocast(run, world)
         self.attention = self._choose_attention()
+        if world.device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(recipe.seed)
         self.model = MAE(recipe.model).to(world.device)
         self.optimizer = make_optimizer(self.model, recipe.weight_decay, recipe.betas)
@@ -63,7 +66,7 @@ class Trainer:
         self.total_steps = recipe.total_steps(self.data.samples)
         self.warmup_steps = self.total_steps * recipe.warmup_epochs / recipe.epochs
         # DDP takes its first weights from rank 0, so it wraps a model that is loaded already.
-        module = share_gradients(compiled(self.model, run.compile), world)
+        module = share_gradients(compiled(LossModule(self.model), run.compile), world)
         kind = GraphedStep if run.cuda_graphs else Step
         self.step = kind(module, self.optimizer, patches=recipe.model.patches, mask_ratio=recipe.mask_ratio,
                          seed=recipe.seed, autocast=self.autocast)  # fmt: skip

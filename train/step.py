@@ -56,18 +56,17 @@ class LossModule(nn.Module):
 COMPILE = ("auto", "off", "blocks", "model")
 
 
-def compiled(model: MAE, how: str) -> nn.Module:
-    """The ``LossModule`` of ``model``, compiled as ``how`` says, one of ``COMPILE``.
+def compiled(module: LossModule, how: str) -> nn.Module:
+    """``module``, compiled as ``how`` says, one of ``COMPILE``.
 
     ``model``: one graph of the whole loss, so that work fuses across blocks. ``blocks``: one small graph that all blocks of
     a kind share, compiled in seconds. ``auto``: ``model`` on GPUs; ``off`` on CPUs, where torch's own kernels are faster.
     """
     if how == "auto":
-        how = "model" if model.cls_token.is_cuda else "off"
+        how = "model" if module.model.cls_token.is_cuda else "off"
     if how == "blocks":
-        for block in (*model.blocks, *model.decoder_blocks):
+        for block in (*module.model.blocks, *module.model.decoder_blocks):
             block.compile(dynamic=False)
-    module = LossModule(model)
     return torch.compile(module, dynamic=False) if how == "model" else module
 
 

@@ -1,0 +1,164 @@
+"""Results for people and for programs: tables on the console, one JSON document, files, plots and README's table.
+
+A result file is ``<device>-<date>.json``: the environment of each section beside its numbers. The same day's sections of one
+device go into one file, so that long benchmarks can be run one by one.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from fastmae.errors import InputError
+from fastmae.optional import require
+
+README_BEGIN, README_END = "<!-- results: begin -->", "<!-- results: end -->"
+_COLORS = {"reference": "tab:gray", "rival": "tab:orange", "fastmae": "tab:blue"}
+
+
+def align(rows: list[list[str]]) -> str:
+    """Rows of cells as columns, the first one a head; numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    is_number = [all(re.fullmatch(r"[-+]?[\d.]+%?|-|", row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, is_number, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in [lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Rows of cells as a Markdown table."""
+    head, *body = [[cell or " " for cell in row] for row in rows]
+    return "\n".join(["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)])
+
+
+def save(folder: Path, document: dict, tables: dict[str, list[list[str]]]) -> list[Path]:
+    """Merge ``document``, sections by name, into the day's file in ``folder``; write JSON, Markdown and plots; return paths.
+
+    ``tables`` gives each section's rows. Raises InputError if the file that is there is damaged.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    first = next(iter(document.values()))["environment"]
+    slug = re.sub(r"[^a-z0-9]+", "-", first["device"].lower()).strip("-")
+    path = folder / f"{slug}-{first['date'][:10]}.json"
+    if path.exists():
+        try:
+            document = {**json.loads(path.read_text()), **document}
+        except ValueError as error:
+            raise InputError(f"{path}: damaged, {error}; move it away") from error
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    written = [path]
+    page = path.with_suffix(".md")
+    known = {**_tables_of(page), **{name: markdown(rows) for name, rows in tables.items()}}
+    page.write_text(_page(document, known))
+    written.append(page)
+    for name, draw in (("step", _draw_steps), ("waterfall", _draw_waterfall)):
+        if name in tables:
+            picture = folder / f"{path.stem}-{name}.png"
+            draw(document[name], picture)
+            written.append(picture)
+    return written
+
+
+def readme_table(folder: Path) -> str:
+    """README's table: the step of every committed result, at the batch where fastmae is fastest."""
+    rows = [["device", "model", "batch", "fastmae, images/s", "x reference", "x best rival", "peak memory, x reference"]]
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text())
+        if "step" not in document:
+            continue
+        step = document["step"]
+        for model in dict.fromkeys(r["model"] for r in step["rows"]):
+            ours = [r for r in step["rows"] if r["model"] == model and r["contender"] == "fastmae"]
+            best = max(ours, key=lambda r: r["images_per_second"], default=None)
+            if best is None:
+                continue
+            device = f"[{step['environment']['device']}](benchmarks/results/{path.with_suffix('.md').name})"
+            numbers = [
+                f"{best[k]:.2f}" if k in best else "-"
+                for k in ("images_per_second", "speed_over_reference", "speed_over_rival", "memory_over_reference")
+            ]
+            rows.append([device, model, str(best["batch"]), *numbers])  # fmt: skip
+    return markdown(rows) if len(rows) > 1 else "No result has been committed."
+
+
+def update_readme(readme: Path, folder: Path) -> None:
+    """Write ``readme_table`` between README's two marks. Raises InputError if they are not there."""
+    text = readme.read_text()
+    if README_BEGIN not in text or README_END not in text:
+        raise InputError(f"{readme}: the marks {README_BEGIN} and {README_END} are not there")
+    head, rest = text.split(README_BEGIN)
+    readme.write_text(f"{head}{README_BEGIN}\n{readme_table(folder)}\n{README_END}{rest.split(README_END)[1]}")
+
+
+def _page(document: dict, tables: dict[str, str]) -> str:
+    first = next(iter(document.values()))["environment"]
+    parts = [f"# {first['device']}, {first['date'][:10]}"]
+    for name, section in document.items():
+        environment = ", ".join(f"{k} {v}" for k, v in section["environment"].items() if v is not None and k != "command")
+        parts += [f"## {name}", f"`{section['environment']['command']}`\n\n{environment}", tables.get(name, "")]
+        parts += ["\n".join(f"- {note}" for note in section["notes"])] if section["notes"] else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _tables_of(page: Path) -> dict[str, str]:
+    """The tables of a page that is there, by section: those that this run does not measure anew."""
+    if not page.exists():
+        return {}
+    found = {}
+    for part in page.read_text().split("\n## ")[1:]:
+        name, _, rest = part.partition("\n")
+        found[name] = "\n".join(line for line in rest.splitlines() if line.startswith("|"))
+    return found
+
+
+def _figure(width: float, height: float, columns: int = 1):
+    agg = require("matplotlib.backends.backend_agg", "a plot", "matplotlib")
+    figure = require("matplotlib.figure", "a plot", "matplotlib").Figure(figsize=(width, height), layout="constrained", dpi=120)
+    agg.FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _draw_steps(section: dict, path: Path) -> None:
+    """Images per second and peak memory against the batch; bars where only one batch was measured."""
+    rows, device = section["rows"], section["environment"]["device"]
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    figure, axes = _figure(9, 3.6, 2)
+    only_one = len({r["batch"] for r in rows}) == 1
+    for axis, key, scale, label in (
+        (axes[0], "images_per_second", 1, "images/s"),
+        (axes[1], "peak_memory", 2**-30, "peak memory, GiB"),
+    ):
+        if only_one:
+            bars = [(f"{r['contender']}\n{r['model']}", r[key] * scale, _COLORS[r["contender"]]) for r in rows]
+            drawn = axis.bar([b[0] for b in bars], [b[1] for b in bars], color=[b[2] for b in bars])
+            axis.bar_label(drawn, fmt="%.2f")
+        else:
+            for model, style in zip(models, ("-o", "--s", ":^", "-.d", "-x"), strict=False):
+                for who, color in _COLORS.items():
+                    points = sorted((r["batch"], r[key] * scale) for r in rows if r["model"] == model and r["contender"] == who)
+                    if points:
+                        axis.plot(*zip(*points, strict=True), style, color=color, label=f"{who}, {model}")
+            axis.set_xscale("log", base=2)
+            axis.set_xlabel("images per step")
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    if not only_one:
+        axes[0].legend(fontsize="small")
+    batch = f", batch {rows[0]['batch']}" if only_one else ""
+    figure.suptitle(f"A training step on {device}{batch}", fontsize="medium")
+    figure.savefig(path)
+
+
+def _draw_waterfall(section: dict, path: Path) -> None:
+    """Speed with each switch thrown alone, fastmae as it is being 1."""
+    rows = section["rows"][1:]
+    figure, (axis,) = _figure(8, 0.6 + 0.4 * len(rows))
+    names = [("+ " if r["adds"] else "") + r["switch"] for r in rows]
+    colors = ["tab:blue" if r["adds"] else "tab:orange" for r in rows]
+    drawn = axis.barh(names[::-1], [r["speed"] for r in rows][::-1], color=colors[::-1])
+    axis.bar_label(drawn, fmt="%.3f", padding=3)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xlim(0, 1.15 * max(1, *(r["speed"] for r in rows)))
+    axis.set_xlabel("speed, fastmae as it is = 1")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(f"{section['model']}, batch {section['batch']}, {section['environment']['device']}", fontsize="medium")
+    figure.savefig(path)

@@ -1,0 +1,109 @@
+"""``waterfall``: what each optimisation is worth, by switching it off alone in fastmae's step. All run in turns."""
+
+import statistics
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from fastmae.benchmarks.contenders import MASK_RATIO, Contender, Workload, fastmae_contender
+from fastmae.benchmarks.timing import interleave
+from fastmae.benchmarks.worker import Worker
+from fastmae.config import preset
+from fastmae.train.step import LossModule, Step
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One change of the step: arguments of ``fastmae_contender`` and fields of the model's config."""
+
+    name: str
+    arguments: dict[str, object] = field(default_factory=dict)
+    config: dict[str, object] = field(default_factory=dict)
+    devices: tuple[str, ...] = ("cuda", "cpu")
+    adds: bool = False
+    """An option that is off by default, switched on."""
+
+    def build(self, workload: Workload) -> Contender:
+        """The step with this switch thrown."""
+        return fastmae_contender(workload, config=replace(workload.config, **self.config), **self.arguments)
+
+
+class ReferenceCall(LossModule):
+    """The model's reference call in place of its fast path: all patches embedded, everything predicted, target stored."""
+
+    def forward(self, images: Tensor, ids_keep: Tensor, ids_predict: Tensor, ids_restore: Tensor) -> Tensor:
+        """The loss under the same mask: the places in the shuffled order are a noise that sorts into it."""
+        return self.model(images, MASK_RATIO, noise=ids_restore.float())[0]
+
+
+class PlainUpdate(Step):
+    """The step with torch's own AdamW loop, unfused, and no guard."""
+
+    def __init__(self, module: nn.Module, optimizer: AdamW, **settings):
+        plain = AdamW(optimizer.param_groups, lr=1e-4, betas=(0.9, 0.95), fused=False)
+        for group in plain.param_groups:
+            group["fused"], group["lr"] = False, 1e-4
+        super().__init__(module, plain, **settings)
+
+    def _update(self, grad_norm: Tensor) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+SWITCHES = (
+    Switch("no torch.compile", {"compile": "off"}, devices=("cuda",)),
+    Switch("torch.compile of single blocks", {"compile": "blocks"}, devices=("cuda",)),
+    Switch("torch.compile of the model", {"compile": "model"}, devices=("cpu",), adds=True),
+    Switch("CUDA graph of the step", {"graphs": True}, devices=("cuda",), adds=True),
+    Switch("twins in place of Triton kernels", {"kernels": "torch"}, devices=("cuda",)),
+    Switch("explicit attention", config={"attention": "math"}),
+    Switch("torch's choice of attention", config={"attention": "sdpa"}, devices=("cuda",)),
+    Switch("no exact skipping", {"loss_module": ReferenceCall}),
+    Switch("float images", {"as_bytes": False}),
+    Switch("unfused AdamW, no guard", {"step_class": PlainUpdate}),
+    Switch("torch's own linear layers", {"onednn": False}, devices=("cpu",)),
+    Switch("freed memory returned to the system", {"keep_memory": False}, devices=("cpu",)),
+    Switch("bf16 residual stream", config={"residual": "bf16"}, devices=("cuda",), adds=True),
+    Switch("block checkpointing", config={"checkpointing": True}, adds=True),
+)
+
+
+def measure_waterfall(model: str, batch: int | None, device: torch.device, rounds: int | None = None,
+                      image_size: int = 224) -> dict[str, object]:  # fmt: skip
+    """The section ``waterfall`` of a result: the step as it is, and with each switch thrown alone."""
+    on_gpu = device.type == "cuda"
+    batch, rounds = batch or (256 if on_gpu else 16), rounds or 5
+    config = preset(model, norm_pix_loss=True, img_size=image_size)
+    workload = Workload(name=model, config=config, batch=batch, device=device)
+    rows = [{"switch": "fastmae", "adds": False, "speed": 1.0}]
+    with Worker(partial(fastmae_contender, workload), device) as plain:
+        for switch in SWITCHES:
+            if device.type in switch.devices:
+                with Worker(partial(switch.build, workload), device) as switched:
+                    times = interleave({"fastmae": plain.seconds, "switched": switched.seconds},
+                                       rounds=rounds, calls=5 if on_gpu else 1, warm_up=6 if on_gpu else 1)  # fmt: skip
+                    memory = switched.peak_memory()
+                rows.append({
+                    "switch": switch.name, "adds": switch.adds, "images_per_second": batch / times["switched"].median,
+                    "speed": times["switched"].over(times["fastmae"]), "spread": max(t.spread for t in times.values()),
+                    "fastmae_images_per_second": batch / times["fastmae"].median, "peak_memory": memory,
+                })  # fmt: skip
+        rows[0] |= {"peak_memory": plain.peak_memory()}
+    rates = [r["fastmae_images_per_second"] for r in rows[1:]]
+    rows[0] |= {"images_per_second": statistics.median(rates), "spread": (max(rates) - min(rates)) / statistics.median(rates)}
+    for row in rows:
+        row["memory"] = row["peak_memory"] / rows[0]["peak_memory"]
+    return {"model": model, "batch": batch, "rows": rows, "notes": []}
+
+
+def table(section: dict) -> list[list[str]]:
+    """The section's rows for people."""
+    lines = [["fastmae with", "images/s", "x fastmae", "spread", "GiB", "x fastmae"]]
+    for r in section["rows"]:
+        rate = f"{r['images_per_second']:.{2 if r['images_per_second'] < 100 else 0}f}"
+        lines.append([f"{'+ ' if r['adds'] else ''}{r['switch']}", rate, f"{r['speed']:.3f}", f"{r['spread']:.1%}",
+                      f"{r['peak_memory'] / 2**30:.2f}", f"{r['memory']:.2f}"])  # fmt: skip
+    return lines

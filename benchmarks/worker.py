@@ -1,0 +1,125 @@
+"""A process of its own for each contender, that runs steps when asked: so none warms, slows or bloats another."""
+
+import multiprocessing
+import re
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from fastmae.benchmarks.contenders import Contender
+from fastmae.benchmarks.timing import seconds_per_call, synchronize
+from fastmae.errors import InputError
+
+
+class OutOfMemory(Exception):
+    """The contender does not fit."""
+
+
+class Worker:
+    """Builds a contender in a new process, on ``device``; ``build`` must be picklable. Use as a context manager.
+
+    Every method raises OutOfMemory if it does not fit, InputError if what it was built from is wrong, else RuntimeError.
+    """
+
+    def __init__(self, build: Callable[[], Contender], device: torch.device):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, build, device, torch.get_num_threads()), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pipe.close()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+
+    def description(self) -> str:
+        """What it is."""
+        return self._ask("description")
+
+    def losses(self, images: torch.Tensor, seed: int) -> tuple[float, float]:
+        """The loss on ``images`` under the noise of ``seed``: in float32, and in the precision that it trains in."""
+        return self._ask("losses", images, seed)
+
+    def seconds(self, calls: int) -> float:
+        """Mean seconds of one of ``calls`` steps."""
+        return self._ask("seconds", calls)
+
+    def peak_memory(self) -> int:
+        """Bytes at the worst moment of a step: of the GPU's allocator, or of the whole process on a CPU."""
+        return self._ask("peak_memory")
+
+    def _ask(self, *question):
+        try:
+            self._pipe.send(question)
+            kind, answer = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(10)
+            if self._process.exitcode == -9:  # by the system, as a rule for want of memory
+                raise OutOfMemory("the process was killed") from error
+            raise RuntimeError(f"a benchmark's process ended with code {self._process.exitcode}") from error
+        if kind == "answer":
+            return answer
+        raise {"memory": OutOfMemory, "input": InputError}.get(kind, RuntimeError)(answer)
+
+
+def _serve(pipe: Connection, build: Callable[[], Contender], device: torch.device, threads: int) -> None:
+    torch.set_num_threads(threads)
+    contender: Contender | None = None
+    while True:
+        try:
+            question, *arguments = pipe.recv()
+        except EOFError:  # the benchmark is done
+            return
+        try:
+            contender = contender or build()
+            answer = ("answer", _ANSWERS[question](contender, device, *arguments))
+        except torch.cuda.OutOfMemoryError:
+            answer = ("memory", "out of memory")
+        except InputError as error:
+            answer = ("input", str(error))
+        except Exception as error:  # told to the process that asked
+            answer = ("failed", f"{type(error).__name__}: {error}")
+        pipe.send(answer)
+
+
+def _losses(contender: Contender, device: torch.device, images: torch.Tensor, seed: int) -> tuple[float, float]:
+    images = images.to(device)
+    # Convolutions on a GPU would round to TF32, which is none of what is compared.
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        exact = contender.loss(images, seed).item()
+        with torch.autocast(device.type, dtype=contender.autocast, enabled=contender.autocast is not None):
+            return exact, contender.loss(images, seed).item()
+
+
+def _seconds(contender: Contender, device: torch.device, calls: int) -> float:
+    if device.type != "cuda":
+        return seconds_per_call(contender.step, device, calls)
+    contender.step()  # takes memory back, untimed
+    seconds = seconds_per_call(contender.step, device, calls)
+    torch.cuda.empty_cache()  # leaves room for the others
+    return seconds
+
+
+def _peak_memory(contender: Contender, device: torch.device) -> int:
+    if device.type != "cuda":
+        contender.step()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    contender.step()
+    return torch.cuda.max_memory_allocated(device)
+
+
+_ANSWERS = {
+    "description": lambda contender, device: contender.description,
+    "losses": _losses,
+    "seconds": _seconds,
+    "peak_memory": _peak_memory,
+}

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu clean
 
 # A stamp inside the environment: installed again only when the dependencies change.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -22,6 +22,24 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# A report of this machine's GPU: every test that needs one, then every benchmark, written to benchmarks/results. Each command
+# takes less than ten minutes and can be run alone. Uses PYTHON's own torch, triton and numpy, and installs nothing but this
+# checkout. QUICK=1 takes a few minutes in all; REFERENCE=CLONE runs a clone of facebookresearch/mae (needs timm).
+RESULTS ?= benchmarks/results
+BENCH := $(PYTHON) -m fastmae.benchmarks
+GPU := --device cuda --out $(RESULTS)
+STEP := $(GPU) $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(QUICK),--batch 256 --rounds 3)
+gpu:
+	$(PYTHON) -c "import fastmae.kernels" 2>/dev/null || \
+		$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@failed=0; run() { echo "$$@"; "$$@" || failed=1; }; \
+	run $(PYTHON) -m pytest -m gpu --continue-on-collection-errors; \
+	run $(BENCH) attention $(GPU); \
+	run $(BENCH) kernels $(GPU) $(if $(QUICK),--models base); \
+	for model in base $(if $(QUICK),,large huge); do run $(BENCH) step --models $$model $(STEP); done; \
+	run $(BENCH) waterfall --models base $(GPU) $(if $(QUICK),--rounds 3); \
+	exit $$failed
 
 clean:
 	rm -rf $(VENV) runs *.egg-info

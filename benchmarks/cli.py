@@ -73,7 +73,7 @@ def _step(options: argparse.Namespace) -> int:
     step.check_models(models, options.reference)
     section = step.measure_steps(models, options.batch, device, clone=options.reference, rounds=options.rounds,
                                  minutes=options.minutes, image_size=options.image_size)  # fmt: skip
-    return _report(options, {"step": (section, step.table)})
+    return _report(options, f"step {' '.join(models)}", section, step.table)
 
 
 def _kernels(options: argparse.Namespace) -> int:
@@ -81,20 +81,20 @@ def _kernels(options: argparse.Namespace) -> int:
         return _resources(options)
     device = _device(options)
     section = kernels.measure_kernels(_models(options, ["base", "large", "huge"], ["base"]), _one(options.batch), device)
-    return _report(options, {"kernels": (section, kernels.table)})
+    return _report(options, "kernels", section, kernels.table)
 
 
 def _attention(options: argparse.Namespace) -> int:
     device = _device(options)
     section = attention.measure_attention(_models(options, ["base", "large", "huge"], ["base", "huge"]), device)
-    return _report(options, {"attention": (section, attention.table)})
+    return _report(options, "attention", section, attention.table)
 
 
 def _waterfall(options: argparse.Namespace) -> int:
     device = _device(options)
     model = _models(options, ["base"], ["base"])[0]
     section = waterfall.measure_waterfall(model, _one(options.batch), device, options.rounds, options.image_size)
-    return _report(options, {"waterfall": (section, waterfall.table)})
+    return _report(options, "waterfall", section, waterfall.table)
 
 
 def _all(options: argparse.Namespace) -> int:
@@ -119,21 +119,17 @@ def _readme(options: argparse.Namespace) -> int:
     return 0
 
 
-def _report(options: argparse.Namespace, sections: dict[str, tuple[dict, Callable]]) -> int:
-    document, tables = {}, {}
-    for name, (section, table) in sections.items():
-        document[name] = {"environment": environment(_device(options)), **section}
-        tables[name] = table(section)
-        print("  ".join(f"{k} {v}" for k, v in document[name]["environment"].items() if v is not None))
-        print(f"\n{align(tables[name])}\n")
-        print("\n".join(f"note: {note}" for note in section["notes"]) + ("\n" if section["notes"] else ""), end="")
+def _report(options: argparse.Namespace, name: str, section: dict, table: Callable) -> int:
+    section = {"environment": environment(_device(options)), **section}
+    rows = table(section)
+    print("  ".join(f"{k} {v}" for k, v in section["environment"].items() if v is not None))
+    print(f"\n{align(rows)}\n")
+    for note in section["notes"]:
+        print(f"note: {note}")
     if options.out:
-        try:
-            print("wrote " + ", ".join(str(path) for path in save(options.out, document, tables)))
-        except InputError as error:  # no matplotlib: the numbers are written, the picture is not
-            print(f"note: {error}")
-    print(json.dumps(document))
-    sys.stdout.flush()
+        written, lacking = save(options.out, name, section, rows)
+        print(f"wrote {', '.join(str(path) for path in written)}{lacking}")
+    print(json.dumps({name: section}), flush=True)
     return 0
 
 

@@ -83,7 +83,8 @@ def make(contender: str, workload: Workload) -> Contender:
 
 def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, compile: str = "auto", graphs: bool = False,
                       kernels: str = "auto", step_class: type[Step] | None = None, onednn: bool = True,
-                      keep_memory: bool = True, loss_module: type[LossModule] = LossModule, as_bytes: bool = True) -> Contender:  # fmt: skip
+                      keep_memory: bool = True, loss_module: type[LossModule] = LossModule,
+                      as_bytes: bool = True) -> Contender:  # fmt: skip
     """(c), or with other arguments (c) with something switched off: the waterfall's. Changes the process that it runs in."""
     config = config or workload.config
     if workload.device.type == "cpu" and keep_memory:

@@ -29,54 +29,55 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)])
 
 
-def save(folder: Path, document: dict, tables: dict[str, list[list[str]]]) -> list[Path]:
-    """Merge ``document``, sections by name, into the day's file in ``folder``; write JSON, Markdown and plots; return paths.
+def save(folder: Path, name: str, section: dict, rows: list[list[str]]) -> tuple[list[Path], str]:
+    """Put the section ``name`` into the day's file in ``folder``; write JSON, Markdown and, for a step or a waterfall, a plot.
 
-    ``tables`` gives each section's rows. Raises InputError if the file that is there is damaged.
+    ``rows`` is its table. Returns the paths written and, for people, what could not be drawn. Raises InputError if the
+    day's file is there and damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    first = next(iter(document.values()))["environment"]
-    slug = re.sub(r"[^a-z0-9]+", "-", first["device"].lower()).strip("-")
-    path = folder / f"{slug}-{first['date'][:10]}.json"
-    if path.exists():
-        try:
-            document = {**json.loads(path.read_text()), **document}
-        except ValueError as error:
-            raise InputError(f"{path}: damaged, {error}; move it away") from error
+    environment = section["environment"]
+    slug = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
+    path = folder / f"{slug}-{environment['date'][:10]}.json"
+    try:
+        document = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{path}: damaged, {error}; move it away") from error
+    document[name] = {**section, "table": rows}
     path.write_text(json.dumps(document, indent=1) + "\n")
-    written = [path]
-    page = path.with_suffix(".md")
-    known = {**_tables_of(page), **{name: markdown(rows) for name, rows in tables.items()}}
-    page.write_text(_page(document, known))
-    written.append(page)
-    for name, draw in (("step", _draw_steps), ("waterfall", _draw_waterfall)):
-        if name in tables:
-            picture = folder / f"{path.stem}-{name}.png"
-            draw(document[name], picture)
+    page, written, lacking = path.with_suffix(".md"), [path, path.with_suffix(".md")], ""
+    draw = {"step": _draw_steps, "waterfall": _draw_waterfall}.get(name.split()[0])
+    if draw:
+        picture = folder / f"{path.stem}-{name.replace(' ', '-')}.png"
+        try:
+            draw(section, picture)
             written.append(picture)
-    return written
+        except InputError as error:  # no matplotlib: the numbers are there, the picture is not
+            lacking = f"; {error}"
+    page.write_text(_page(document, path.stem, folder))
+    return written, lacking
 
 
 def readme_table(folder: Path) -> str:
     """README's table: the step of every committed result, at the batch where fastmae is fastest."""
-    rows = [["device", "model", "batch", "fastmae, images/s", "x reference", "x best rival", "peak memory, x reference"]]
+    rows = [["device", "model", "batch", "fastmae, images/s", "x reference", "x best rival", "memory, x reference"]]
     for path in sorted(folder.glob("*.json")):
-        document = json.loads(path.read_text())
-        if "step" not in document:
-            continue
-        step = document["step"]
-        for model in dict.fromkeys(r["model"] for r in step["rows"]):
-            ours = [r for r in step["rows"] if r["model"] == model and r["contender"] == "fastmae"]
-            best = max(ours, key=lambda r: r["images_per_second"], default=None)
-            if best is None:
-                continue
-            device = f"[{step['environment']['device']}](benchmarks/results/{path.with_suffix('.md').name})"
-            numbers = [
-                f"{best[k]:.2f}" if k in best else "-"
-                for k in ("images_per_second", "speed_over_reference", "speed_over_rival", "memory_over_reference")
-            ]
-            rows.append([device, model, str(best["batch"]), *numbers])  # fmt: skip
+        for name, section in json.loads(path.read_text()).items():
+            if name.split()[0] == "step":
+                rows += _best_rows(section, path)
     return markdown(rows) if len(rows) > 1 else "No result has been committed."
+
+
+def _best_rows(section: dict, path: Path) -> list[list[str]]:
+    found = []
+    for model in dict.fromkeys(r["model"] for r in section["rows"]):
+        ours = [r for r in section["rows"] if r["model"] == model and r["contender"] == "fastmae"]
+        if ours:
+            best = max(ours, key=lambda r: r["images_per_second"])
+            device = f"[{section['environment']['device']}](benchmarks/results/{path.with_suffix('.md').name})"
+            keys = ("images_per_second", "speed_over_reference", "speed_over_rival", "memory_over_reference")
+            found.append([device, model, str(best["batch"]), *(f"{best[k]:.2f}" if k in best else "-" for k in keys)])
+    return found
 
 
 def update_readme(readme: Path, folder: Path) -> None:
@@ -88,25 +89,16 @@ def update_readme(readme: Path, folder: Path) -> None:
     readme.write_text(f"{head}{README_BEGIN}\n{readme_table(folder)}\n{README_END}{rest.split(README_END)[1]}")
 
 
-def _page(document: dict, tables: dict[str, str]) -> str:
+def _page(document: dict, stem: str, folder: Path) -> str:
     first = next(iter(document.values()))["environment"]
     parts = [f"# {first['device']}, {first['date'][:10]}"]
     for name, section in document.items():
         environment = ", ".join(f"{k} {v}" for k, v in section["environment"].items() if v is not None and k != "command")
-        parts += [f"## {name}", f"`{section['environment']['command']}`\n\n{environment}", tables.get(name, "")]
+        parts += [f"## {name}", f"`{section['environment']['command']}`", environment, markdown(section["table"])]
         parts += ["\n".join(f"- {note}" for note in section["notes"])] if section["notes"] else []
+        picture = f"{stem}-{name.replace(' ', '-')}.png"
+        parts += [f"![{name}]({picture})"] if (folder / picture).exists() else []
     return "\n\n".join(parts) + "\n"
-
-
-def _tables_of(page: Path) -> dict[str, str]:
-    """The tables of a page that is there, by section: those that this run does not measure anew."""
-    if not page.exists():
-        return {}
-    found = {}
-    for part in page.read_text().split("\n## ")[1:]:
-        name, _, rest = part.partition("\n")
-        found[name] = "\n".join(line for line in rest.splitlines() if line.startswith("|"))
-    return found
 
 
 def _figure(width: float, height: float, columns: int = 1):

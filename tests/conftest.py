@@ -6,10 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from fastmae.data.recode import Recode
-from fastmae.data.write import write_shards
+# Pillow and what reads data are imported where they are used: kernels are tested where only torch and triton are.
 
 
 def pytest_collection_modifyitems(items):
@@ -33,8 +31,10 @@ def seeded():
     torch.manual_seed(0)
 
 
-def make_picture(number: int, size: tuple[int, int] = (48, 64)) -> Image.Image:
-    """A smooth picture with a shape in it, (height, width), different for each number."""
+def make_picture(number: int, size: tuple[int, int] = (48, 64)):
+    """A smooth picture with a shape in it, (height, width), different for each number; a Pillow image."""
+    from PIL import Image
+
     rng = np.random.default_rng(number)
     y, x = np.mgrid[0 : size[0], 0 : size[1]] / max(size)
     waves = [np.sin(rng.uniform(2, 9) * x + rng.uniform(2, 9) * y + rng.uniform(0, 6)) for _ in range(3)]
@@ -58,6 +58,9 @@ def image_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def shard_folder(image_folder, tmp_path_factory) -> Path:
     """Shards of ``image_folder``, 10 to a shard, at their own size."""
+    from fastmae.data.recode import Recode
+    from fastmae.data.write import write_shards
+
     out = tmp_path_factory.mktemp("shards")
     write_shards(image_folder, out, Recode(resize=None), samples_per_shard=10)
     return out

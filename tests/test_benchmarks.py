@@ -1,0 +1,233 @@
+"""The benchmarks: equal work is shown before time is taken, turns are fair, and results are what was measured."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmae import linear
+from fastmae.benchmarks import kernels, waterfall
+from fastmae.benchmarks.cli import RESULTS, main
+from fastmae.benchmarks.contenders import NAMES, Contender, Workload, make
+from fastmae.benchmarks.report import README_BEGIN, README_END, align, readme_table, save
+from fastmae.benchmarks.step import check_losses, measure_steps
+from fastmae.benchmarks.timing import Times, interleave
+from fastmae.benchmarks.worker import OutOfMemory, Worker
+from fastmae.config import preset
+from fastmae.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def workload(**more):
+    return Workload(name="tiny", config=preset("tiny", norm_pix_loss=True, img_size=32), batch=2, device=CPU, **more)
+
+
+def section(device="A Device, 2 cores", rows=None, **more):
+    environment = {"device": device, "date": "2026-01-02 03:04 UTC", "command": "python -m fastmae.benchmarks", "commit": None}
+    return {"environment": environment, "rows": rows or [], "notes": [], **more}
+
+
+def step_row(contender, batch, rate, **more):
+    return {"model": "base", "batch": batch, "contender": contender, "images_per_second": rate, "peak_memory": 2**30, **more}
+
+
+def test_all_contenders_train_on_the_same_loss():
+    losses = {}
+    for name in NAMES:
+        contender = make(name, workload())
+        loss = contender.loss(workload().images(4), 7).item()
+        losses[name] = (loss, loss)
+        contender.step()
+        assert contender.loss(workload().images(4), 7).item() != loss  # the same module trains
+    check_losses(losses)
+
+
+@pytest.mark.parametrize("losses", [{"a": (1.0, 1.0), "b": (1.0001, 1.0)}, {"a": (1.0, 1.0), "b": (1.0, 1.02)}])
+def test_another_loss_ends_the_benchmark(losses):
+    with pytest.raises(AssertionError, match=r"b (computes|trains on) another loss"):
+        check_losses(losses)
+
+
+def test_nothing_is_timed_when_losses_differ(monkeypatch, capsys):
+    monkeypatch.setattr("fastmae.benchmarks.cli.step.measure_steps", lambda *_, **__: check_losses({"a": (1, 1), "b": (2, 2)}))
+    assert main(["step", "--models", "tiny"]) == 1
+    assert "nothing was timed: b computes another loss, 2, not 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_step_is_measured_for_everyone_in_turns():
+    found = measure_steps(["tiny"], [2], CPU, rounds=2, image_size=32)
+    assert [r["contender"] for r in found["rows"]] == list(NAMES)
+    for row in found["rows"]:
+        assert len(row["rounds"]) == 2 and row["peak_memory"] > 2**27
+        assert row["images_per_second"] == pytest.approx(2e3 / row["milliseconds"])
+        assert row["loss_fp32"] == pytest.approx(found["rows"][0]["loss_fp32"], rel=1e-5)
+    ours, reference = found["rows"][2], found["rows"][0]
+    ratios = sorted(b / a for a, b in zip(ours["rounds"], reference["rounds"], strict=True))
+    assert ours["speed_over_reference"] == pytest.approx(sum(ratios) / 2)
+    assert ours["memory_over_reference"] == ours["peak_memory"] / reference["peak_memory"]
+    json.dumps(found)
+
+
+def test_turns_alternate_and_ratios_are_taken_within_a_round():
+    order = []
+
+    def run(name, calls):
+        order.append(f"{name}{calls}")
+        return 2.0 if name == "a" else float(len(order))
+
+    times = interleave({"a": partial(run, "a"), "b": partial(run, "b")}, rounds=3, calls=5, warm_up=1)
+    assert order == ["a1", "b1", "a5", "b5", "b5", "a5", "a5", "b5"]
+    assert times["b"].seconds == (4.0, 5.0, 8.0)
+    assert times["a"].over(times["b"]) == 2.5
+    assert Times((1.0, 2.0, 4.0)).spread == 1.5
+
+
+def broken(kind):
+    if kind == "input":
+        raise InputError("no such clone")
+    if kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Contender(step=lambda: 1 / 0, loss=lambda images, seed: images.sum(), autocast=None, description="broken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("input", InputError, "no such clone"),
+        ("killed", OutOfMemory, "was killed"),
+        ("step", RuntimeError, "ZeroDivision"),
+    ],
+)
+def test_a_workers_failure_is_told(kind, error, message):
+    with Worker(partial(broken, kind), CPU) as worker, pytest.raises(error, match=message):
+        worker.seconds(1)
+
+
+@pytest.mark.slow
+def test_the_waterfall_measures_each_switch_against_the_whole(monkeypatch):
+    monkeypatch.setattr(waterfall, "SWITCHES", [s for s in waterfall.SWITCHES if s.name.startswith("no exact")])
+    found = waterfall.measure_waterfall("tiny", 2, CPU, rounds=2, image_size=32)
+    assert [r["switch"] for r in found["rows"]] == ["fastmae", "no exact skipping"]
+    assert all(r["images_per_second"] > 0 and r["memory"] > 0 for r in found["rows"])
+
+
+@pytest.mark.parametrize("switch", [s for s in waterfall.SWITCHES if "cpu" in s.devices], ids=lambda s: s.name)
+def test_every_switch_keeps_the_loss(switch, monkeypatch):
+    monkeypatch.setattr("fastmae.benchmarks.contenders.keep_freed_memory", lambda: None)
+    monkeypatch.setattr(linear, "_by_onednn", linear._by_onednn)  # undone at the end
+    images = workload().images(2)
+    expected, found = make("fastmae", workload()), switch.build(workload())
+    if not switch.name.startswith("torch.compile"):
+        for contender in (expected, found):
+            contender.step()
+    torch.testing.assert_close(found.loss(images, 3), expected.loss(images, 3), rtol=2e-5, atol=0)
+
+
+def test_every_op_is_measured_by_every_body_that_runs_here():
+    found = kernels.measure_kernels(["tiny"], 1, CPU)
+    ops = {c.name for c in kernels.CASES}
+    assert {(r["op"], r["body"]) for r in found["rows"]} == {(o, b) for o in ops for b in ("twin", "compiled twin")}
+    assert found["notes"] == ["no row for Triton: its kernels need a CUDA device"]
+    for row in found["rows"]:
+        assert row["share_of_copy"] == pytest.approx(row["bytes"] / row["microseconds"] * 1e6 / found["copy_bytes_per_second"])
+
+
+@pytest.mark.parametrize("case", kernels.CASES, ids=lambda c: c.name)
+def test_measured_bodies_compute_the_same(case, device):
+    sizes = kernels.Sizes.of(preset("tiny", img_size=32), 2)
+    inputs = case.inputs(sizes, torch.device(device), torch.float32)
+    for body in kernels.bodies(case, torch.device(device)).values():
+        torch.testing.assert_close(body(*inputs), case.twin(*inputs))
+
+
+def test_the_last_line_is_one_json_document(capsys, tmp_path):
+    assert main(["attention", "--models", "tiny", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    document = json.loads(lines[-1])["attention"]
+    assert document["environment"]["torch"] == torch.__version__ and document["rows"]
+    (kept,) = tmp_path.glob("*.json")
+    assert json.loads(kept.read_text())["attention"]["rows"] == document["rows"]
+    assert "tmp" not in kept.read_text() and "/" not in document["environment"]["command"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["step", "--models", "giant"], "model must be one of tiny, small, base, large, huge, got 'giant'"),
+        (["step", "--models", "tiny", "--reference", "/nowhere"], "model must be one of base, large, huge, got 'tiny'"),
+        (["kernels", "--batch", "1", "2"], "this benchmark takes one batch, got [1, 2]"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"fastmae bench: {message}\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_said(capsys):
+    assert main(["step", "--device", "cuda"]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_sections_of_a_day_share_a_file(tmp_path):
+    rows = [step_row("reference", 8, 10.0), step_row("fastmae", 8, 30.0, speed_over_reference=3.0)]
+    save(tmp_path, "step base", section(rows=rows), [["who", "images/s"], ["fastmae", "30"]])
+    written, lacking = save(tmp_path, "kernels", section(), [["op", "us"], ["gather_patches", "4.2"]])
+    assert not lacking and {p.name for p in written} == {"a-device-2-cores-2026-01-02.json", "a-device-2-cores-2026-01-02.md"}
+    page = written[1].read_text()
+    assert "## step base" in page and "| gather_patches | 4.2 |" in page
+    assert "![step base](a-device-2-cores-2026-01-02-step-base.png)" in page
+    assert (tmp_path / "a-device-2-cores-2026-01-02-step-base.png").stat().st_size > 5000
+
+
+def test_readmes_table_shows_the_best_batch_of_each_model(tmp_path):
+    rows = [step_row("fastmae", 8, 10.0), step_row("fastmae", 16, 30.0, speed_over_reference=3.0, memory_over_reference=0.5)]
+    save(tmp_path, "step base", section(rows=rows), [["a"], ["b"]])
+    line = readme_table(tmp_path).splitlines()[-1]
+    assert line.endswith("| base | 16 | 30.00 | 3.00 | - | 0.50 |")
+    assert readme_table(tmp_path / "empty") == "No result has been committed."
+
+
+def test_readmes_table_is_that_of_the_committed_results():
+    text = (ROOT / "README.md").read_text()
+    assert text.split(README_BEGIN)[1].split(README_END)[0].strip() == readme_table(RESULTS)
+
+
+def test_columns_are_aligned_numbers_to_the_right():
+    lines = align([["name", "us"], ["a", "10.5"], ["long name", "3"]]).splitlines()
+    assert lines == ["name         us", "---------  ----", "a          10.5", "long name     3"]
+
+
+@pytest.mark.slow
+def test_the_command_line_hands_over(tmp_path):
+    program = [sys.executable, "-m", "fastmae.train", "bench"]
+    wrong = subprocess.run([*program, "attention", "--models", "giant"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("fastmae bench: model must be one of")
+    help = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(name in help for name in ("step", "kernels", "attention", "waterfall", "all"))
+
+
+@pytest.mark.gpu
+def test_kernels_are_measured_on_a_gpu():
+    found = kernels.measure_kernels(["tiny"], 8, torch.device("cuda"))
+    assert {r["body"] for r in found["rows"]} == {"triton", "twin", "compiled twin"}
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_step_is_measured_on_a_gpu():
+    began = time.monotonic()
+    found = measure_steps(["tiny"], [8], torch.device("cuda"), rounds=2, image_size=64)
+    assert [r["contender"] for r in found["rows"]] == list(NAMES) and not found["notes"]
+    assert time.monotonic() - began < 600

@@ -7,7 +7,8 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from fastmae.errors import InputError
 
 _ROOT = Path(__file__).resolve().parents[1]
 RESULTS = _ROOT / "benchmarks" / "results"
+
+
+Part = tuple[str, dict, Callable[[dict], list[list[str]]]]  # a section's name, the section, and what makes its table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="fastmae bench", description=__doc__.partition("\n")[0])
+    description = "Measure fastmae against the reference: a table, and one JSON document as the last line."
+    top = argparse.ArgumentParser(prog="fastmae bench", description=description)
     commands = top.add_subparsers(required=True, metavar="step | kernels | attention | waterfall | all | readme")
 
     def add(name: str, run: Callable, help: str) -> argparse.ArgumentParser:
@@ -53,53 +58,71 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="side of an image, 224")
         return command
 
-    for name, run, help in (
+    for name, parts, help in (
         ("step", _step, "a training step: the reference, its best rival, fastmae"),
         ("all", _all, "every benchmark, one after the other"),
     ):
-        command = add(name, run, help)
+        command = add(name, partial(_report, parts), help)
         command.add_argument("--reference", type=Path, metavar="CLONE", help="a clone of facebookresearch/mae (needs timm)")
-    command = add("kernels", _kernels, "each op: Triton, twin, compiled twin")
+    command = add("kernels", _kernels_or_resources, "each op: Triton, twin, compiled twin")
     command.add_argument("--resources", action="store_true", help="compile for sm_80, 90, 100 and print what the binaries need")
     command.add_argument("--save", action="store_true", help=f"with --resources: write {resources.TABLE.name}")
-    add("attention", _attention, "each attention backend on the shapes of training")
-    add("waterfall", _waterfall, "the step with each optimisation switched off alone")
+    add("attention", partial(_report, _attention), "each attention backend on the shapes of training")
+    add("waterfall", partial(_report, _waterfall), "the step with each optimisation switched off alone")
     add("readme", _readme, "write README's table from benchmarks/results")
     return top
 
 
-def _step(options: argparse.Namespace) -> int:
+def _report(measure: Callable[[argparse.Namespace], Iterator[Part]], options: argparse.Namespace) -> int:
+    """Print each part as it is measured, and all of them as one JSON document in the end."""
+    document = {}
+    for name, section, table in measure(options):
+        section = {"environment": environment(_device(options)), **section}
+        rows = table(section)
+        print("  ".join(f"{k} {v}" for k, v in section["environment"].items() if v is not None))
+        print(f"\n{align(rows)}\n")
+        for note in section["notes"]:
+            print(f"note: {note}")
+        if options.out:
+            written, lacking = save(options.out, name, section, rows)
+            print(f"wrote {', '.join(str(path) for path in written)}{lacking}")
+        sys.stdout.flush()
+        document[name] = section
+    print(json.dumps(document))
+    return 0
+
+
+def _step(options: argparse.Namespace) -> Iterator[Part]:
     device, models = _device(options), _models(options, ["base", "large", "huge"], ["base"])
     step.check_models(models, options.reference)
     section = step.measure_steps(models, options.batch, device, clone=options.reference, rounds=options.rounds,
                                  minutes=options.minutes, image_size=options.image_size)  # fmt: skip
-    return _report(options, f"step {' '.join(models)}", section, step.table)
+    yield f"step {' '.join(models)}", section, step.table
 
 
-def _kernels(options: argparse.Namespace) -> int:
-    if options.resources:
-        return _resources(options)
-    device = _device(options)
-    section = kernels.measure_kernels(_models(options, ["base", "large", "huge"], ["base"]), _one(options.batch), device)
-    return _report(options, "kernels", section, kernels.table)
+def _kernels(options: argparse.Namespace) -> Iterator[Part]:
+    models = _models(options, ["base", "large", "huge"], ["base"])
+    yield "kernels", kernels.measure_kernels(models, _one(options.batch), _device(options)), kernels.table
 
 
-def _attention(options: argparse.Namespace) -> int:
-    device = _device(options)
-    section = attention.measure_attention(_models(options, ["base", "large", "huge"], ["base", "huge"]), device)
-    return _report(options, "attention", section, attention.table)
+def _attention(options: argparse.Namespace) -> Iterator[Part]:
+    models = _models(options, ["base", "large", "huge"], ["base", "huge"])
+    yield "attention", attention.measure_attention(models, _device(options)), attention.table
 
 
-def _waterfall(options: argparse.Namespace) -> int:
-    device = _device(options)
-    model = _models(options, ["base"], ["base"])[0]
-    section = waterfall.measure_waterfall(model, _one(options.batch), device, options.rounds, options.image_size)
-    return _report(options, "waterfall", section, waterfall.table)
+def _waterfall(options: argparse.Namespace) -> Iterator[Part]:
+    model, batch = _models(options, ["base"], ["base"])[0], _one(options.batch)
+    section = waterfall.measure_waterfall(model, batch, _device(options), options.rounds, options.image_size)
+    yield "waterfall", section, waterfall.table
 
 
-def _all(options: argparse.Namespace) -> int:
-    codes = [run(options) for run in (_attention, _kernels, _step, _waterfall)]
-    return max(codes)
+def _all(options: argparse.Namespace) -> Iterator[Part]:
+    for parts in (_attention, _kernels, _step, _waterfall):
+        yield from parts(options)
+
+
+def _kernels_or_resources(options: argparse.Namespace) -> int:
+    return _resources(options) if options.resources else _report(_kernels, options)
 
 
 def _resources(options: argparse.Namespace) -> int:
@@ -116,20 +139,6 @@ def _resources(options: argparse.Namespace) -> int:
 
 def _readme(options: argparse.Namespace) -> int:
     update_readme(_ROOT / "README.md", RESULTS)
-    return 0
-
-
-def _report(options: argparse.Namespace, name: str, section: dict, table: Callable) -> int:
-    section = {"environment": environment(_device(options)), **section}
-    rows = table(section)
-    print("  ".join(f"{k} {v}" for k, v in section["environment"].items() if v is not None))
-    print(f"\n{align(rows)}\n")
-    for note in section["notes"]:
-        print(f"note: {note}")
-    if options.out:
-        written, lacking = save(options.out, name, section, rows)
-        print(f"wrote {', '.join(str(path) for path in written)}{lacking}")
-    print(json.dumps({name: section}), flush=True)
     return 0
 
 

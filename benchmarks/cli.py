@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"fastmae bench: {error}", file=sys.stderr)
         return error.exit_code
-    except AssertionError as error:
-        print(f"fastmae bench: nothing was timed: {error}", file=sys.stderr)
+    except step.LossesDiffer as error:
+        print(f"fastmae bench: contenders do not do the same work: {error}", file=sys.stderr)
         return 1
 
 
@@ -45,32 +45,46 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="fastmae bench", description=description)
     commands = top.add_subparsers(required=True, metavar="step | kernels | attention | waterfall | all | readme")
 
-    def add(name: str, run: Callable, help: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable, help: str, *flags: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
-        command.set_defaults(run=run, command=name)
-        if name != "readme":
-            command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="a GPU if there is one")
-            command.add_argument("--out", type=Path, metavar="FOLDER", help="write <device>-<date>.json, .md and plots there")
-            command.add_argument("--models", nargs="+", metavar="MODEL", help="tiny, small, base, large, huge")
-            command.add_argument("--batch", type=int, nargs="+", metavar="N", help="images a step; several make a sweep")
-            command.add_argument("--rounds", type=int, help="rounds that the contenders run in turns, by default 5")
-            command.add_argument("--minutes", type=float, default=9.0, help="begin nothing that would end later (step, all)")
-            command.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="side of an image, 224")
+        command.set_defaults(run=run)
+        for flag in flags:
+            command.add_argument(f"--{flag}", **_FLAGS[flag])
         return command
 
-    for name, parts, help in (
-        ("step", _step, "a training step: the reference, its best rival, fastmae"),
-        ("all", _all, "every benchmark, one after the other"),
-    ):
-        command = add(name, partial(_report, parts), help)
-        command.add_argument("--reference", type=Path, metavar="CLONE", help="a clone of facebookresearch/mae (needs timm)")
-    command = add("kernels", _kernels_or_resources, "each op: Triton, twin, compiled twin")
+    common = ("device", "out", "models")
+    add("step", partial(_report, _step), "a training step: the reference, its best rival, fastmae",
+        *common, "batches", "rounds", "minutes", "image-size", "reference")  # fmt: skip
+    command = add("kernels", _kernels_or_resources, "each op: Triton, twin, compiled twin", *common, "batch")
     command.add_argument("--resources", action="store_true", help="compile for sm_80, 90, 100 and print what the binaries need")
     command.add_argument("--save", action="store_true", help=f"with --resources: write {resources.TABLE.name}")
-    add("attention", partial(_report, _attention), "each attention backend on the shapes of training")
-    add("waterfall", partial(_report, _waterfall), "the step with each optimisation switched off alone")
+    add("attention", partial(_report, _attention), "each attention backend on the shapes of training", *common)
+    add("waterfall", partial(_report, _waterfall), "the step with each optimisation switched off alone",
+        "device", "out", "model", "batch", "rounds", "image-size")  # fmt: skip
+    add("all", partial(_report, _all), "every benchmark, one after the other",
+        *common, "model", "batches", "batch", "rounds", "minutes", "image-size", "reference")  # fmt: skip
     add("readme", _readme, "write README's table from benchmarks/results")
     return top
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return int(text)
+
+
+_FLAGS: dict[str, dict] = {
+    "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "a GPU if there is one"},
+    "out": {"type": Path, "metavar": "FOLDER", "help": "write <device>-<date>.json, .md and plots there"},
+    "models": {"nargs": "+", "metavar": "MODEL", "help": "tiny, small, base, large, huge"},
+    "model": {"default": "base", "metavar": "MODEL", "help": "of the waterfall, base"},
+    "batches": {"type": _positive, "nargs": "+", "metavar": "N", "help": "images a step; a GPU's default is a sweep"},
+    "batch": {"type": _positive, "metavar": "N", "help": "images, of kernels and waterfall; 256 on a GPU, 16 on a CPU"},
+    "rounds": {"type": _positive, "metavar": "N", "default": 5, "help": "turns that each contender gets, 5"},
+    "minutes": {"type": float, "default": 9.0, "help": "begin no further batch that would end later, 9"},
+    "image-size": {"type": _positive, "default": 224, "metavar": "PIXELS", "help": "side of an image, 224"},
+    "reference": {"type": Path, "metavar": "CLONE", "help": "a clone of facebookresearch/mae (needs timm)"},
+}
 
 
 def _report(measure: Callable[[argparse.Namespace], Iterator[Part]], options: argparse.Namespace) -> int:
@@ -93,16 +107,16 @@ def _report(measure: Callable[[argparse.Namespace], Iterator[Part]], options: ar
 
 
 def _step(options: argparse.Namespace) -> Iterator[Part]:
-    device, models = _device(options), _models(options, ["base", "large", "huge"], ["base"])
+    models = _models(options, ["base", "large", "huge"], ["base"])
     step.check_models(models, options.reference)
-    section = step.measure_steps(models, options.batch, device, clone=options.reference, rounds=options.rounds,
+    section = step.measure_steps(models, options.batches, _device(options), clone=options.reference, rounds=options.rounds,
                                  minutes=options.minutes, image_size=options.image_size)  # fmt: skip
-    yield f"step {' '.join(models)}", section, step.table
+    yield " ".join(["step", *models, *_size(options)]), section, step.table
 
 
 def _kernels(options: argparse.Namespace) -> Iterator[Part]:
     models = _models(options, ["base", "large", "huge"], ["base"])
-    yield "kernels", kernels.measure_kernels(models, _one(options.batch), _device(options)), kernels.table
+    yield "kernels", kernels.measure_kernels(models, options.batch, _device(options)), kernels.table
 
 
 def _attention(options: argparse.Namespace) -> Iterator[Part]:
@@ -111,9 +125,13 @@ def _attention(options: argparse.Namespace) -> Iterator[Part]:
 
 
 def _waterfall(options: argparse.Namespace) -> Iterator[Part]:
-    model, batch = _models(options, ["base"], ["base"])[0], _one(options.batch)
-    section = waterfall.measure_waterfall(model, batch, _device(options), options.rounds, options.image_size)
-    yield "waterfall", section, waterfall.table
+    step.check_models([options.model], None)
+    section = waterfall.measure_waterfall(options.model, options.batch, _device(options), options.rounds, options.image_size)
+    yield " ".join(["waterfall", options.model, *_size(options)]), section, waterfall.table
+
+
+def _size(options: argparse.Namespace) -> list[str]:
+    return [] if options.image_size == 224 else [f"{options.image_size}px"]
 
 
 def _all(options: argparse.Namespace) -> Iterator[Part]:
@@ -153,9 +171,3 @@ def _models(options: argparse.Namespace, on_gpu: list[str], on_cpu: list[str]) -
     models = options.models or (on_gpu if _device(options).type == "cuda" else on_cpu)
     step.check_models(models, None)
     return models
-
-
-def _one(batches: list[int] | None) -> int | None:
-    if batches and len(batches) > 1:
-        raise InputError(f"this benchmark takes one batch, got {batches}")
-    return batches[0] if batches else None

@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +21,9 @@ import fastmae.linear
 from fastmae.benchmarks.reference import load_reference
 from fastmae.benchmarks.twin import TwinMAE
 from fastmae.config import ModelConfig
+from fastmae.errors import InputError
 from fastmae.mae import MAE
-from fastmae.masking import random_masking
+from fastmae.masking import Masking, random_masking
 from fastmae.train.graph import GraphedStep
 from fastmae.train.memory import keep_freed_memory
 from fastmae.train.optimizer import make_optimizer
@@ -34,12 +36,16 @@ _REFERENCE_NAMES = {"base": "mae_vit_base_patch16", "large": "mae_vit_large_patc
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to train: ``step()`` is a whole optimizer step; ``loss(images, seed)`` the loss of uint8 images under the noise
-    of ``seed``, by the same module; ``autocast`` what it trains in."""
+    """One way to train."""
 
     step: Callable[[], object]
+    """A whole optimizer step."""
     loss: Callable[[Tensor, int], Tensor]
-    autocast: torch.dtype | None
+    """The loss of uint8 images under the noise of a seed, by the uncompiled model."""
+    images: Tensor
+    """Four uint8 images to compare ``loss`` on."""
+    timed_loss: Callable[[int], Tensor]
+    """The loss of the workload's images under the noise of a seed, by the callable and in the precision that ``step`` runs."""
     description: str
 
 
@@ -96,6 +102,8 @@ def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, 
     optimizer = make_optimizer(model, 0.05, (0.9, 0.95))
     autocast = torch.bfloat16 if workload.device.type == "cuda" else None
     kind = step_class or (GraphedStep if graphs else Step)
+    if workload.clone:
+        load_reference(workload.clone)  # so that all processes hold the same packages when their memory is compared
     module = compiled(loss_module(model), compile)
     step = kind(module, optimizer, patches=config.patches, mask_ratio=MASK_RATIO, seed=0, autocast=autocast)
     ids = torch.arange(workload.batch, device=workload.device)
@@ -106,12 +114,19 @@ def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, 
         with _kernels(kernels):
             step([batch], LR)
 
-    def loss(images: Tensor, seed: int) -> Tensor:
+    def masking(images: Tensor, seed: int) -> Masking:
         torch.manual_seed(seed)
         noise = torch.rand(len(images), config.patches, device=images.device)
-        return model.training_loss(images, random_masking(len(images), config.patches, MASK_RATIO, noise=noise))
+        return random_masking(len(images), config.patches, MASK_RATIO, noise=noise)
 
-    return Contender(run, loss, autocast, "fastmae's training step")
+    def timed_loss(seed: int) -> Tensor:
+        with _kernels(kernels), torch.autocast(workload.device.type, dtype=autocast, enabled=autocast is not None):
+            return module(batch.images, *masking(batch.images, seed))
+
+    def loss(images: Tensor, seed: int) -> Tensor:
+        return model.training_loss(images, masking(images, seed))
+
+    return Contender(run, loss, workload.images(4), timed_loss, "fastmae's training step")
 
 
 def _reference(workload: Workload) -> Contender:
@@ -120,10 +135,14 @@ def _reference(workload: Workload) -> Contender:
     optimizer = torch.optim.AdamW(_groups(model), lr=LR, betas=(0.9, 0.95))
     scaler = torch.amp.GradScaler(workload.device.type, enabled=on_gpu)
     images = workload.normalised(workload.images())
+    torch.backends.cudnn.benchmark = True  # as its program sets it
+
+    def forward() -> Tensor:
+        with torch.autocast(workload.device.type, dtype=torch.float16, enabled=on_gpu):
+            return model(images, mask_ratio=MASK_RATIO)[0]
 
     def step() -> None:
-        with torch.autocast(workload.device.type, dtype=torch.float16, enabled=on_gpu):
-            loss = model(images, mask_ratio=MASK_RATIO)[0]
+        loss = forward()
         loss.item()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -134,8 +153,8 @@ def _reference(workload: Workload) -> Contender:
         if on_gpu:
             torch.cuda.synchronize()
 
-    autocast = torch.float16 if on_gpu else None
-    return Contender(step, _plain_loss(model, workload), autocast, f"{_whose(workload)}, eager, explicit attention, AdamW")
+    description = f"{_whose(workload)}, eager, explicit attention, AdamW"
+    return Contender(step, _plain_loss(model, workload), workload.images(4), partial(_seeded, forward), description)
 
 
 def _rival(workload: Workload) -> Contender:
@@ -143,18 +162,22 @@ def _rival(workload: Workload) -> Contender:
     on_gpu = workload.device.type == "cuda"
     optimizer = torch.optim.AdamW(_groups(model), lr=LR, betas=(0.9, 0.95), fused=True)
     images = workload.normalised(workload.images())
+    torch.backends.cudnn.benchmark = True
     run = torch.compile(model, dynamic=False) if on_gpu else model
 
-    def step() -> None:
+    def forward() -> Tensor:
         with torch.autocast(workload.device.type, dtype=torch.bfloat16, enabled=on_gpu):
-            loss = run(images, mask_ratio=MASK_RATIO)[0]
-        loss.backward()
+            return run(images, mask_ratio=MASK_RATIO)[0]
+
+    def step() -> None:
+        forward().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    autocast = torch.bfloat16 if on_gpu else None
     how = "bf16, SDPA, fused AdamW, torch.compile" if on_gpu else "SDPA, fused AdamW"
-    return Contender(step, _plain_loss(model, workload), autocast, f"{_whose(workload)}, {how}")
+    return Contender(
+        step, _plain_loss(model, workload), workload.images(4), partial(_seeded, forward), f"{_whose(workload)}, {how}"
+    )
 
 
 def _build(workload: Workload, fused: bool) -> nn.Module:
@@ -162,20 +185,30 @@ def _build(workload: Workload, fused: bool) -> nn.Module:
         model = TwinMAE(workload.config, fused)
     else:
         module = load_reference(workload.clone)
-        model = getattr(module, _REFERENCE_NAMES[workload.name])(norm_pix_loss=workload.config.norm_pix_loss)
-        for part in model.modules():  # timm's attention
-            if hasattr(part, "fused_attn"):
-                part.fused_attn = fused
+        config = workload.config
+        if config.img_size[0] != config.img_size[1]:
+            raise InputError(f"the reference takes square images, got {config.img_size}")
+        build = getattr(module, _REFERENCE_NAMES[workload.name])
+        model = build(norm_pix_loss=config.norm_pix_loss, img_size=config.img_size[0])
+        layers = [part for part in model.modules() if hasattr(part, "fused_attn")]  # timm's attention
+        if not layers:
+            raise InputError("this timm's attention has no fused_attn to switch; install timm 1.0 or newer")
+        for layer in layers:
+            layer.fused_attn = fused
     model.load_state_dict(workload.weights())
     return model.to(workload.device)
 
 
 def _plain_loss(model: nn.Module, workload: Workload) -> Callable[[Tensor, int], Tensor]:
     def loss(images: Tensor, seed: int) -> Tensor:
-        torch.manual_seed(seed)  # its noise is the first thing that the call draws
-        return model(workload.normalised(images), mask_ratio=MASK_RATIO)[0]
+        return _seeded(lambda: model(workload.normalised(images), mask_ratio=MASK_RATIO)[0], seed)
 
     return loss
+
+
+def _seeded(forward: Callable[[], Tensor], seed: int) -> Tensor:
+    torch.manual_seed(seed)  # the noise is the first thing that the call draws
+    return forward()
 
 
 def _groups(model: nn.Module) -> list[dict]:

@@ -1,6 +1,7 @@
 """``kernels``: each op by its Triton kernel, by its plain twin, and by the twin through torch.compile.
 
-Time is the device's alone: on a GPU the calls are one CUDA graph. Bytes are the fewest that the op must move (each input read
+Time is the device's alone: on a GPU the calls are one CUDA graph. A backward pass is the difference of both passes and the
+forward one. Bytes are the fewest that the op must move (each input read
 once, each output written once), and are held against a copy measured in the same run. Inputs rotate through more memory than
 the cache holds.
 """
@@ -14,12 +15,15 @@ from torch import Tensor
 
 from fastmae import kernels
 from fastmae.benchmarks.machine import copy_bytes
+from fastmae.benchmarks.step import LossesDiffer
 from fastmae.benchmarks.timing import device_seconds
 from fastmae.config import ModelConfig, preset
 from fastmae.kernels.dispatch import use_triton
 from fastmae.masking import kept_patches, random_masking
 
 _CPU_CACHE = 64 * 2**20  # bytes, assumed
+_MOST_SETS = 32
+_TOLERANCE = 1e-2  # relative, of bf16 results that were rounded at different places
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ def measure_kernels(models: list[str], batch: int | None, device: torch.device) 
         sizes = Sizes.of(preset(model), batch)
         for case in CASES:
             for body, function in bodies(case, device).items():
+                check_equal(case, body, function, case.inputs(sizes, device, dtype))
                 rows += [r | {"model": model, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
                          for r in _rows(case, body, function, sizes, device, dtype, copy)]  # fmt: skip
     return {"copy_bytes_per_second": copy, "rows": rows, "notes": notes}
@@ -132,11 +137,19 @@ def bodies(case: Case, device: torch.device) -> dict[str, Callable]:
     return {**found, "twin": case.twin, "compiled twin": torch.compile(case.twin, dynamic=False)}
 
 
+def check_equal(case: Case, body: str, function: Callable, inputs: tuple) -> None:
+    """Raise LossesDiffer unless ``function`` gives the values and gradients of the twin, up to rounding."""
+    found, expected = (_both(case, f, inputs)() if case.differentiable else [f(*inputs)] for f in (function, case.twin))
+    for one, two in zip(found, expected, strict=True):
+        if not (one.double() - two.double()).norm() <= _TOLERANCE * two.double().norm():
+            raise LossesDiffer(f"{case.name} by {body} differs from its twin")
+
+
 def input_sets(case: Case, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[tuple]:
-    """Inputs that together are four times what the cache holds, at least two sets."""
+    """Inputs that together are four times what the cache holds: at least two sets, at most ``_MOST_SETS``."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CPU_CACHE
     count = math.ceil(4 * cache / case.forward_bytes(sizes, dtype.itemsize))
-    return [case.inputs(sizes, device, dtype) for _ in range(min(16, max(2, count)))]
+    return [case.inputs(sizes, device, dtype) for _ in range(min(_MOST_SETS, max(2, count)))]
 
 
 def _rows(case: Case, body: str, function: Callable, sizes: Sizes, device: torch.device, dtype: torch.dtype,
@@ -170,11 +183,18 @@ def _forward(function: Callable, inputs: tuple) -> Callable[[], Tensor]:
     return lambda: function(*inputs)
 
 
-def _both(case: Case, function: Callable, inputs: tuple) -> Callable[[], object]:
+def _both(case: Case, function: Callable, inputs: tuple) -> Callable[[], list[Tensor]]:
     wanted = [inputs[i] for i in case.differentiable]
     with torch.no_grad():
-        gradient = torch.randn_like(function(*inputs))
-    return lambda: torch.autograd.grad(function(*inputs), wanted, gradient)
+        out = function(*inputs)
+    generator = torch.Generator(out.device).manual_seed(0)  # the same for every body
+    gradient = torch.randn(out.shape, dtype=out.dtype, device=out.device, generator=generator)
+
+    def run() -> list[Tensor]:
+        out = function(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, wanted, gradient)]
+
+    return run
 
 
 def table(section: dict) -> list[list[str]]:

@@ -15,8 +15,17 @@ import triton
 import fastmae
 from fastmae.benchmarks.timing import device_seconds
 
-# Dense bf16 TFLOP/s of the makers' datasheets, by a part of the device's name; the first that fits.
-_DATASHEET = (("B200", 2250), ("H200", 989), ("H100 PCIe", 756), ("H100", 989), ("A100", 312), ("L40S", 362), ("A10", 125))
+# Dense bf16 TFLOP/s of the makers' datasheets, by the device's whole name without the maker's. Others have no MFU.
+_DATASHEET = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 80GB HBM3": 989,
+    "H100 PCIe": 756,
+    "A100-SXM4-40GB": 312,
+    "A100-SXM4-80GB": 312,
+    "A100-PCIE-40GB": 312,
+    "A100 80GB PCIe": 312,
+}
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -52,8 +61,8 @@ def device_name(device: torch.device) -> str:
 
 def datasheet_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s that the maker states, where known."""
-    name = device_name(device)
-    return next((tera * 1e12 for part, tera in _DATASHEET if device.type == "cuda" and part in name), None)
+    tera = _DATASHEET.get(device_name(device).removeprefix("NVIDIA "))
+    return tera and tera * 1e12
 
 
 def matmul_flops(device: torch.device) -> float:

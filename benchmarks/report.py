@@ -59,8 +59,8 @@ def save(folder: Path, name: str, section: dict, rows: list[list[str]]) -> tuple
 
 
 def readme_table(folder: Path) -> str:
-    """README's table: the step of every committed result, at the batch where fastmae is fastest."""
-    rows = [["device", "model", "batch", "fastmae, images/s", "x reference", "x best rival", "memory, x reference"]]
+    """README's table: the step of every committed result, each contender at the batch where it is fastest."""
+    rows = [["device", "model", "fastmae, images/s", "x best rival", "x reference", "peak memory, x reference"]]
     for path in sorted(folder.glob("*.json")):
         for name, section in json.loads(path.read_text()).items():
             if name.split()[0] == "step":
@@ -70,14 +70,26 @@ def readme_table(folder: Path) -> str:
 
 def _best_rows(section: dict, path: Path) -> list[list[str]]:
     found = []
+    device = f"[{section['environment']['device']}](benchmarks/results/{path.with_suffix('.md').name})"
     for model in dict.fromkeys(r["model"] for r in section["rows"]):
-        ours = [r for r in section["rows"] if r["model"] == model and r["contender"] == "fastmae"]
-        if ours:
-            best = max(ours, key=lambda r: r["images_per_second"])
-            device = f"[{section['environment']['device']}](benchmarks/results/{path.with_suffix('.md').name})"
-            keys = ("images_per_second", "speed_over_reference", "speed_over_rival", "memory_over_reference")
-            found.append([device, model, str(best["batch"]), *(f"{best[k]:.2f}" if k in best else "-" for k in keys)])
+        best = {}
+        for row in (r for r in section["rows"] if r["model"] == model):
+            best[row["contender"]] = max(best.get(row["contender"], row), row, key=lambda r: r["images_per_second"])
+        if "fastmae" in best:
+            ours = best["fastmae"]
+            speeds = [_ratio(ours, best.get(other), other) for other in ("rival", "reference")]
+            memory = f"{ours['memory_over_reference']:.2f}" if "memory_over_reference" in ours else "-"
+            found.append([device, f"{model}, batch {ours['batch']}", f"{ours['images_per_second']:.2f}", *speeds, memory])
     return found
+
+
+def _ratio(ours: dict, other: dict | None, name: str) -> str:
+    """Best against best: within turns if that is the same batch, else of the two medians."""
+    if other is None:
+        return "-"
+    if other["batch"] == ours["batch"] and f"speed_over_{name}" in ours:
+        return f"{ours[f'speed_over_{name}']:.2f}"
+    return f"{ours['images_per_second'] / other['images_per_second']:.2f}"
 
 
 def update_readme(readme: Path, folder: Path) -> None:

@@ -28,12 +28,13 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
     """The section ``step`` of a result: ceilings, and a row for each model, batch and contender.
 
     ``batches`` None: a sweep up to what memory holds on a GPU, 16 on a CPU. A further batch is not begun if it would not end
-    within ``minutes``. Raises InputError on an unknown model, AssertionError if losses differ.
+    within ``minutes``. Raises InputError on an unknown model, LossesDiffer if losses do.
     """
     on_gpu = device.type == "cuda"
     batches = batches or ([64, 128, 256, 512, 1024] if on_gpu else [16])
     rounds = rounds or 5
-    began, longest, rows, notes = time.monotonic(), 0.0, [], []
+    began, longest, rows = time.monotonic(), 0.0, []
+    notes = ["MFU and share of the matrix products' measured rate count the official work of the model, done or skipped"]
     ceilings = {"matmul_flops": matmul_flops(device), "datasheet_flops": datasheet_flops(device)}
     for name in models:
         config = preset(name, norm_pix_loss=True, img_size=image_size)
@@ -44,43 +45,58 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
                 notes.append(f"{name} at batch {batch} was left out: {minutes:g} minutes would not have been enough")
                 continue
             workload = Workload(name=name, config=config, batch=batch, device=device, clone=clone)
-            found, lost = _compare(workload, alive, rounds, ceilings)
-            rows += found
-            for contender, reason in lost.items():
-                notes.append(f"{contender}, {name} at batch {batch}: {reason}")
-                alive.remove(contender)
+            found, failed = _compare(workload, alive, rounds, ceilings)
+            rows, notes = rows + found, notes + failed
+            alive = [r["contender"] for r in found]  # who failed at this batch would at a larger one
             longest = max(longest, time.monotonic() - started)
             if not alive:
                 break
     return {"ceilings": ceilings, "rows": rows, "notes": notes}
 
 
-def check_losses(found: dict[str, tuple[float, float]]) -> None:
-    """Raise AssertionError unless all losses, (float32, as timed), are the first one's float32 loss within the tolerances."""
-    expected = next(iter(found.values()))[0]
-    for name, (exact, timed) in found.items():
-        assert abs(exact - expected) <= FP32_TOLERANCE * expected, f"{name} computes another loss, {exact}, not {expected}"
-        assert abs(timed - expected) <= LOW_TOLERANCE * expected, f"{name} trains on another loss, {timed}, not {expected}"
+class LossesDiffer(Exception):
+    """Contenders do not do the same work, so their times mean nothing."""
 
 
-def _compare(workload: Workload, names: list[str], rounds: int, ceilings: dict) -> tuple[list[dict], dict[str, str]]:
-    """Rows for the contenders that fit into memory, and why the others do not."""
-    on_gpu, lost = workload.device.type == "cuda", {}
+def check_losses(found: dict[str, tuple[float, float]], device: torch.device) -> None:
+    """Raise LossesDiffer unless all losses, (float32, as timed), are the first contender's within the tolerances."""
+    exact, timed = next(iter(found.values()))
+    tolerance = LOW_TOLERANCE if device.type == "cuda" else FP32_TOLERANCE
+    for name, (own_exact, own_timed) in found.items():
+        if not abs(own_exact - exact) <= FP32_TOLERANCE * exact:
+            raise LossesDiffer(f"{name} computes another loss, {own_exact}, not {exact}")
+        if not abs(own_timed - timed) <= tolerance * timed:
+            raise LossesDiffer(f"{name} trains on another loss, {own_timed}, not {timed}")
+
+
+def _compare(workload: Workload, names: list[str], rounds: int, ceilings: dict) -> tuple[list[dict], list[str]]:
+    """Rows of those that work, and a line for each that does not fit or fails."""
+    try:
+        return _side_by_side(workload, names, rounds, ceilings, {}), []
+    except (OutOfMemory, RuntimeError) as error:
+        notes = [f"{workload.name} at batch {workload.batch}: measured one after the other, side by side failed: {error}"]
+    rows, losses = [], {}
+    for name in names:
+        try:
+            rows += _side_by_side(workload, [name], rounds, ceilings, losses)
+        except (OutOfMemory, RuntimeError) as error:
+            notes.append(f"{name}, {workload.name} at batch {workload.batch}: {error}")
+    return rows, notes
+
+
+def _side_by_side(workload: Workload, names: list[str], rounds: int, ceilings: dict,
+                  losses: dict[str, tuple[float, float]]) -> list[dict]:  # fmt: skip
+    """Rows of ``names``, timed in turns. ``losses`` holds those of earlier ones, and gets these."""
+    on_gpu = workload.device.type == "cuda"
     with contextlib.ExitStack() as stack:
         workers = {n: stack.enter_context(Worker(partial(make, n, workload), workload.device)) for n in names}
-        losses = {n: w.losses(workload.images(4).cpu(), 7) for n, w in workers.items()}
-        check_losses(losses)
-        for name in names:
-            try:
-                workers[name].seconds(6 if on_gpu else 1)
-            except OutOfMemory as error:
-                lost[name] = str(error)
-                workers.pop(name).__exit__()  # makes room for the others
-        times = interleave({n: w.seconds for n, w in workers.items()}, rounds=rounds, calls=5 if on_gpu else 1, warm_up=1)
+        losses |= {n: w.losses(7) for n, w in workers.items()}
+        check_losses(losses, workload.device)
+        times = interleave({n: w.seconds for n, w in workers.items()}, rounds=rounds, calls=5 if on_gpu else 1,
+                           warm_up=6 if on_gpu else 1)  # fmt: skip
         memory = {n: w.peak_memory() for n, w in workers.items()}
-        rows = [_row(n, workload, times, memory, losses[n], ceilings) | {"description": w.description()}
+        return [_row(n, workload, times, memory, losses[n], ceilings) | {"description": w.description()}
                 for n, w in workers.items()]  # fmt: skip
-    return rows, lost
 
 
 def _row(name: str, workload: Workload, times: dict[str, Times], memory: dict[str, int], loss: tuple[float, float],
@@ -90,6 +106,8 @@ def _row(name: str, workload: Workload, times: dict[str, Times], memory: dict[st
     flops = rate * training_flops(workload.config, MASK_RATIO)
     row = {
         "model": workload.name,
+        "image_size": workload.config.img_size[0],
+        "mask_ratio": MASK_RATIO,
         "batch": workload.batch,
         "contender": name,
         "images_per_second": rate,

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from fastmae.benchmarks.contenders import MASK_RATIO, Contender, Workload, fastmae_contender
+from fastmae.benchmarks.contenders import LR, MASK_RATIO, Contender, Workload, fastmae_contender
+from fastmae.benchmarks.step import check_losses
 from fastmae.benchmarks.timing import interleave
-from fastmae.benchmarks.worker import Worker
+from fastmae.benchmarks.worker import OutOfMemory, Worker
 from fastmae.config import preset
+from fastmae.errors import InputError
 from fastmae.train.step import LossModule, Step
 
 
@@ -40,13 +42,11 @@ class ReferenceCall(LossModule):
 
 
 class PlainUpdate(Step):
-    """The step with torch's own AdamW loop, unfused, and no guard."""
+    """The step with the AdamW that torch takes when nothing is asked for."""
 
     def __init__(self, module: nn.Module, optimizer: AdamW, **settings):
-        plain = AdamW(optimizer.param_groups, lr=1e-4, betas=(0.9, 0.95), fused=False)
-        for group in plain.param_groups:
-            group["fused"], group["lr"] = False, 1e-4
-        super().__init__(module, plain, **settings)
+        groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in optimizer.param_groups]
+        super().__init__(module, AdamW(groups, lr=LR, betas=(0.9, 0.95)), **settings)
 
     def _update(self, grad_norm: Tensor) -> None:
         self.optimizer.step()
@@ -58,12 +58,12 @@ SWITCHES = (
     Switch("torch.compile of single blocks", {"compile": "blocks"}, devices=("cuda",)),
     Switch("torch.compile of the model", {"compile": "model"}, devices=("cpu",), adds=True),
     Switch("CUDA graph of the step", {"graphs": True}, devices=("cuda",), adds=True),
-    Switch("twins in place of Triton kernels", {"kernels": "torch"}, devices=("cuda",)),
-    Switch("explicit attention", config={"attention": "math"}),
+    Switch("eager twins in place of Triton kernels", {"kernels": "torch"}, devices=("cuda",)),
+    Switch("SDPA's math attention", config={"attention": "math"}),
     Switch("torch's choice of attention", config={"attention": "sdpa"}, devices=("cuda",)),
     Switch("no exact skipping", {"loss_module": ReferenceCall}),
     Switch("float images", {"as_bytes": False}),
-    Switch("unfused AdamW, no guard", {"step_class": PlainUpdate}),
+    Switch("unfused AdamW", {"step_class": PlainUpdate}),
     Switch("torch's own linear layers", {"onednn": False}, devices=("cpu",)),
     Switch("freed memory returned to the system", {"keep_memory": False}, devices=("cpu",)),
     Switch("bf16 residual stream", config={"residual": "bf16"}, devices=("cuda",), adds=True),
@@ -78,25 +78,41 @@ def measure_waterfall(model: str, batch: int | None, device: torch.device, round
     batch, rounds = batch or (256 if on_gpu else 16), rounds or 5
     config = preset(model, norm_pix_loss=True, img_size=image_size)
     workload = Workload(name=model, config=config, batch=batch, device=device)
-    rows = [{"switch": "fastmae", "adds": False, "speed": 1.0}]
+    rows, notes = [{"switch": "fastmae", "adds": False, "speed": 1.0}], []
     with Worker(partial(fastmae_contender, workload), device) as plain:
-        for switch in SWITCHES:
-            if device.type in switch.devices:
-                with Worker(partial(switch.build, workload), device) as switched:
-                    times = interleave({"fastmae": plain.seconds, "switched": switched.seconds},
-                                       rounds=rounds, calls=5 if on_gpu else 1, warm_up=6 if on_gpu else 1)  # fmt: skip
-                    memory = switched.peak_memory()
-                rows.append({
-                    "switch": switch.name, "adds": switch.adds, "images_per_second": batch / times["switched"].median,
-                    "speed": times["switched"].over(times["fastmae"]), "spread": max(t.spread for t in times.values()),
-                    "fastmae_images_per_second": batch / times["fastmae"].median, "peak_memory": memory,
-                })  # fmt: skip
+        losses = {"fastmae": plain.losses(7)}
+        for switch in [s for s in SWITCHES if device.type in s.devices]:
+            try:
+                rows.append(_against(plain, losses, switch, workload, rounds))
+            except (OutOfMemory, RuntimeError) as error:
+                notes.append(f"{switch.name}: {error}")
         rows[0] |= {"peak_memory": plain.peak_memory()}
+    if len(rows) == 1:
+        raise InputError(f"no switch could be measured: {'; '.join(notes)}")
     rates = [r["fastmae_images_per_second"] for r in rows[1:]]
-    rows[0] |= {"images_per_second": statistics.median(rates), "spread": (max(rates) - min(rates)) / statistics.median(rates)}
+    middle = statistics.median(rates)
+    rows[0] |= {"images_per_second": middle, "spread": (max(rates) - min(rates)) / middle}
     for row in rows:
         row["memory"] = row["peak_memory"] / rows[0]["peak_memory"]
-    return {"model": model, "batch": batch, "rows": rows, "notes": []}
+    return {"model": model, "image_size": image_size, "batch": batch, "rows": rows, "notes": notes}
+
+
+def _against(plain: Worker, losses: dict[str, tuple[float, float]], switch: Switch, workload: Workload, rounds: int) -> dict:
+    """The row of one switch, timed in turns with fastmae as it is. Raises LossesDiffer if it computes something else."""
+    on_gpu = workload.device.type == "cuda"
+    with Worker(partial(switch.build, workload), workload.device) as switched:
+        check_losses({**losses, switch.name: switched.losses(7)}, workload.device)
+        times = interleave({"fastmae": plain.seconds, "switched": switched.seconds},
+                           rounds=rounds, calls=5 if on_gpu else 1, warm_up=6 if on_gpu else 1)  # fmt: skip
+        return {
+            "switch": switch.name,
+            "adds": switch.adds,
+            "images_per_second": workload.batch / times["switched"].median,
+            "speed": times["switched"].over(times["fastmae"]),
+            "spread": max(t.spread for t in times.values()),
+            "fastmae_images_per_second": workload.batch / times["fastmae"].median,
+            "peak_memory": switched.peak_memory(),
+        }
 
 
 def table(section: dict) -> list[list[str]]:

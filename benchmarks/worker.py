@@ -2,6 +2,7 @@
 
 import multiprocessing
 import re
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastmae.benchmarks.contenders import Contender
-from fastmae.benchmarks.timing import seconds_per_call, synchronize
+from fastmae.benchmarks.timing import seconds_per_call
 from fastmae.errors import InputError
 
 
@@ -43,16 +44,16 @@ class Worker:
         """What it is."""
         return self._ask("description")
 
-    def losses(self, images: torch.Tensor, seed: int) -> tuple[float, float]:
-        """The loss on ``images`` under the noise of ``seed``: in float32, and in the precision that it trains in."""
-        return self._ask("losses", images, seed)
+    def losses(self, seed: int) -> tuple[float, float]:
+        """Losses under the noise of ``seed``: of four images in float32, and of the batch by what is timed, as it is timed."""
+        return self._ask("losses", seed)
 
     def seconds(self, calls: int) -> float:
         """Mean seconds of one of ``calls`` steps."""
         return self._ask("seconds", calls)
 
     def peak_memory(self) -> int:
-        """Bytes at the worst moment of a step: of the GPU's allocator, or of the whole process on a CPU."""
+        """Bytes at the worst moment so far: allocated on the GPU, or resident of the whole process on a CPU."""
         return self._ask("peak_memory")
 
     def _ask(self, *question):
@@ -85,17 +86,17 @@ def _serve(pipe: Connection, build: Callable[[], Contender], device: torch.devic
         except InputError as error:
             answer = ("input", str(error))
         except Exception as error:  # told to the process that asked
-            answer = ("failed", f"{type(error).__name__}: {error}")
+            traceback.print_exc()
+            answer = ("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         pipe.send(answer)
 
 
-def _losses(contender: Contender, device: torch.device, images: torch.Tensor, seed: int) -> tuple[float, float]:
-    images = images.to(device)
+def _losses(contender: Contender, device: torch.device, seed: int) -> tuple[float, float]:
+    # With gradients, as in training: a compiled graph without them is another one.
+    timed = contender.timed_loss(seed).item()
     # Convolutions on a GPU would round to TF32, which is none of what is compared.
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        exact = contender.loss(images, seed).item()
-        with torch.autocast(device.type, dtype=contender.autocast, enabled=contender.autocast is not None):
-            return exact, contender.loss(images, seed).item()
+        return contender.loss(contender.images, seed).item(), timed
 
 
 def _seconds(contender: Contender, device: torch.device, calls: int) -> float:
@@ -108,13 +109,10 @@ def _seconds(contender: Contender, device: torch.device, calls: int) -> float:
 
 
 def _peak_memory(contender: Contender, device: torch.device) -> int:
-    if device.type != "cuda":
-        contender.step()
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-    synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
     contender.step()
-    return torch.cuda.max_memory_allocated(device)
+    if device.type == "cuda":  # over the whole life: a replayed graph allocates nothing any more
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 _ANSWERS = {

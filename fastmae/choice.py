@@ -12,10 +12,13 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastmae.backends import BACKENDS, attend, prepare, why_not
 from fastmae.errors import InputError
@@ -23,6 +26,7 @@ from fastmae.files import write_atomically
 
 _TOKENS = 32_768  # keys in a measured batch: a millisecond or so of work, so that launches do not hide differences
 _ROUNDS, _CALLS = 5, 8  # interleaved rounds of so many calls each
+_TOLERANCE = 2e-2  # relative, against SDPA's math: several times what bf16 rounding gives, far below any mistake
 
 
 class Shape(NamedTuple):
@@ -56,15 +60,17 @@ def adopt(device_type: str, dtype: torch.dtype, choices: dict[Shape, str]) -> No
 
 def measure(device_type: str, dtype: torch.dtype, shape: Shape, tokens: int = _TOKENS) -> dict[str, float]:
     """Microseconds of a forward and backward pass over about ``tokens`` keys, for each backend that works; fastest first."""
-    backends = [b for b in BACKENDS if _works(b, device_type, dtype, shape)]
     B = max(1, tokens // shape.keys)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
         runs = {}
-        for backend in backends:
-            run = _forward_backward(backend, device_type, dtype, shape, B)
+        for backend in [b for b in BACKENDS if _works(b, device_type, dtype, shape)]:
             with contextlib.suppress(Exception):  # what works on the probe's few tokens may still refuse these
+                run = _forward_backward(backend, device_type, dtype, shape, B)
                 _seconds(run, device_type, 2)
                 runs[backend] = run
+        exact = _sample("math", device_type, dtype, shape)
+        for backend in [b for b in runs if not _agree(_sample(b, device_type, dtype, shape), exact)]:
+            del runs[backend]  # fast and wrong
         times = {backend: [] for backend in runs}
         for _ in range(_ROUNDS):
             for backend, run in runs.items():
@@ -84,18 +90,29 @@ def _works(backend: str, device_type: str, dtype: torch.dtype, shape: Shape) -> 
     return why_not(backend, device_type, dtype, shape.head_dim) is None
 
 
-def _forward_backward(backend: str, device_type: str, dtype: torch.dtype, shape: Shape, B: int):
+def _forward_backward(backend: str, device_type: str, dtype: torch.dtype, shape: Shape, B: int) -> Callable[[], list[Tensor]]:
+    """A pass over ``B`` images: the result and the gradients."""
     N, M, H, d = shape
-    q = torch.randn(B, N, 1, H, d, device=device_type, dtype=dtype, requires_grad=True)
-    packed = torch.randn(B, M, 3 if N == M else 2, H, d, device=device_type, dtype=dtype, requires_grad=True)
-    weight = torch.randn(B, N, H, d, device=device_type, dtype=dtype)
+    generator = torch.Generator(device_type).manual_seed(0)  # its own: who draws later must not see that this was measured
+    draw = partial(torch.randn, device=device_type, dtype=dtype, generator=generator)
+    q, packed = draw(B, N, 1, H, d).requires_grad_(), draw(B, M, 3 if N == M else 2, H, d).requires_grad_()
+    weight = draw(B, N, H, d)
     prepare(backend)
 
-    def run() -> None:
+    def run() -> list[Tensor]:
         queries, k, v = packed.unbind(2) if N == M else (q[:, :, 0], *packed.unbind(2))
-        torch.autograd.grad(attend(queries, k, v, backend), [packed] if N == M else [packed, q], weight)
+        out = attend(queries, k, v, backend)
+        return [out.detach(), *torch.autograd.grad(out, [packed] if N == M else [packed, q], weight)]
 
     return run
+
+
+def _sample(backend: str, device_type: str, dtype: torch.dtype, shape: Shape) -> list[Tensor]:
+    return _forward_backward(backend, device_type, dtype, shape, 2)()
+
+
+def _agree(found: list[Tensor], exact: list[Tensor]) -> bool:
+    return all((f.float() - e.float()).norm() <= _TOLERANCE * e.float().norm() for f, e in zip(found, exact, strict=True))
 
 
 def _seconds(run, device_type: str, calls: int) -> float:

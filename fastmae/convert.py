@@ -116,8 +116,8 @@ def load_model(path: str | Path, *, norm_pix_loss: bool | None = None) -> MAE:
     if norm_pix_loss is None and not weights.knows_target:
         raise InputError(f"{weights.path}: does not say what it predicts; add --norm-pix-loss True or --norm-pix-loss False")
     target = weights.config.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
-    # The attention backend is a matter of the machine that trained it, not of the weights.
-    model = MAE(replace(weights.config, norm_pix_loss=target, attention="auto"))
+    # Attention, residual dtype and checkpointing are matters of how it was trained, not of the weights.
+    model = MAE(ModelConfig(**{**weights.config.architecture, "norm_pix_loss": target}))
     load_strictly(model, weights)
     return model
 

@@ -70,6 +70,8 @@ def random_masking(
         noise = noise.to(device or noise.device)
     elif seed is not None:
         sample_ids = (torch.arange(batch) if sample_ids is None else sample_ids).to(device=device, dtype=torch.int64)
+        if sample_ids.shape != (batch,):
+            raise InputError(f"sample_ids must be {(batch,)}, one an image, got {tuple(sample_ids.shape)}")
         if isinstance(epoch, Tensor):
             epochs = epoch.to(device=sample_ids.device, dtype=torch.int64).expand(batch)
         else:

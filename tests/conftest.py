@@ -25,6 +25,12 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """What tests measure under load stays out of the user's cache."""
+    os.environ["FASTMAE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Random inputs are the same in every run."""

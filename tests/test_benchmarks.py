@@ -8,6 +8,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from fastmae.benchmarks import kernels, waterfall
 from fastmae.benchmarks.cli import RESULTS, main
 from fastmae.benchmarks.contenders import NAMES, Contender, Workload, make
 from fastmae.benchmarks.report import README_BEGIN, README_END, align, readme_table, save
-from fastmae.benchmarks.step import check_losses, measure_steps
+from fastmae.benchmarks.step import LossesDiffer, check_losses, measure_steps
 from fastmae.benchmarks.timing import Times, interleave
 from fastmae.benchmarks.worker import OutOfMemory, Worker
 from fastmae.config import preset
@@ -44,23 +45,67 @@ def test_all_contenders_train_on_the_same_loss():
     losses = {}
     for name in NAMES:
         contender = make(name, workload())
-        loss = contender.loss(workload().images(4), 7).item()
-        losses[name] = (loss, loss)
+        losses[name] = contender.loss(contender.images, 7).item(), contender.timed_loss(7).item()
         contender.step()
-        assert contender.loss(workload().images(4), 7).item() != loss  # the same module trains
-    check_losses(losses)
+        assert contender.loss(contender.images, 7).item() != losses[name][0]  # the same weights train
+        assert contender.timed_loss(7).item() != losses[name][1]
+    check_losses(losses, CPU)
 
 
-@pytest.mark.parametrize("losses", [{"a": (1.0, 1.0), "b": (1.0001, 1.0)}, {"a": (1.0, 1.0), "b": (1.0, 1.02)}])
+@pytest.mark.parametrize("losses", [{"a": (1.0, 2.0), "b": (1.0001, 2.0)}, {"a": (1.0, 2.0), "b": (1.0, 2.0001)},
+                                    {"a": (1.0, 2.0), "b": (float("nan"), 2.0)}])  # fmt: skip
 def test_another_loss_ends_the_benchmark(losses):
-    with pytest.raises(AssertionError, match=r"b (computes|trains on) another loss"):
-        check_losses(losses)
+    with pytest.raises(LossesDiffer, match=r"b (computes|trains on) another loss"):
+        check_losses(losses, CPU)
+    check_losses({"a": (1.0, 2.0), "b": (1.000001, 2.01)}, torch.device("cuda"))
+
+
+class ForgedWorker:
+    """Says of the second contender that it computes another loss, and takes note of what is asked."""
+
+    asked: ClassVar[list[str]] = []
+
+    def __init__(self, build, device):
+        self.name = build.args[0]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def losses(self, seed):
+        return (1.0, 1.0) if self.name == "reference" else (1.1, 1.1)
+
+    def seconds(self, calls):
+        self.asked.append("seconds")
+        return 1.0
 
 
 def test_nothing_is_timed_when_losses_differ(monkeypatch, capsys):
-    monkeypatch.setattr("fastmae.benchmarks.cli.step.measure_steps", lambda *_, **__: check_losses({"a": (1, 1), "b": (2, 2)}))
+    monkeypatch.setattr("fastmae.benchmarks.step.Worker", ForgedWorker)
+    monkeypatch.setattr("fastmae.benchmarks.step.matmul_flops", lambda device: 1e12)
     assert main(["step", "--models", "tiny"]) == 1
-    assert "nothing was timed: b computes another loss, 2, not 1" in capsys.readouterr().err
+    assert "do not do the same work: rival computes another loss, 1.1, not 1.0" in capsys.readouterr().err
+    assert ForgedWorker.asked == []
+
+
+def test_a_contender_that_does_not_fit_costs_its_own_row_alone(monkeypatch):
+    class Small(ForgedWorker):
+        losses = lambda self, seed: (1.0, 1.0)  # noqa: E731
+        peak_memory = lambda self: 2**30  # noqa: E731
+        description = lambda self: self.name  # noqa: E731
+
+        def seconds(self, calls):
+            if self.name == "reference":
+                raise OutOfMemory("out of memory")
+            return 0.5
+
+    monkeypatch.setattr("fastmae.benchmarks.step.Worker", Small)
+    found = measure_steps(["tiny"], [2, 4], CPU, rounds=1, image_size=32)
+    assert [(r["contender"], r["batch"]) for r in found["rows"]] == [(n, b) for b in (2, 4) for n in NAMES[1:]]
+    assert any("one after the other" in n for n in found["notes"])
+    assert "reference, tiny at batch 2: out of memory" in found["notes"]
 
 
 @pytest.mark.slow
@@ -97,7 +142,8 @@ def broken(kind):
         raise InputError("no such clone")
     if kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    return Contender(step=lambda: 1 / 0, loss=lambda images, seed: images.sum(), autocast=None, description="broken")
+    nothing = torch.zeros(())
+    return Contender(lambda: 1 / 0, lambda *_: nothing, nothing, lambda _: nothing, description="broken")
 
 
 @pytest.mark.slow
@@ -126,12 +172,11 @@ def test_the_waterfall_measures_each_switch_against_the_whole(monkeypatch):
 def test_every_switch_keeps_the_loss(switch, monkeypatch):
     monkeypatch.setattr("fastmae.benchmarks.contenders.keep_freed_memory", lambda: None)
     monkeypatch.setattr(linear, "_by_onednn", linear._by_onednn)  # undone at the end
-    images = workload().images(2)
     expected, found = make("fastmae", workload()), switch.build(workload())
-    if not switch.name.startswith("torch.compile"):
-        for contender in (expected, found):
-            contender.step()
-    torch.testing.assert_close(found.loss(images, 3), expected.loss(images, 3), rtol=2e-5, atol=0)
+    for _ in range(2):  # before and after an update
+        torch.testing.assert_close(found.timed_loss(3), expected.timed_loss(3), rtol=2e-5, atol=0)
+        expected.step()
+        found.step()
 
 
 def test_every_op_is_measured_by_every_body_that_runs_here():
@@ -147,8 +192,10 @@ def test_every_op_is_measured_by_every_body_that_runs_here():
 def test_measured_bodies_compute_the_same(case, device):
     sizes = kernels.Sizes.of(preset("tiny", img_size=32), 2)
     inputs = case.inputs(sizes, torch.device(device), torch.float32)
-    for body in kernels.bodies(case, torch.device(device)).values():
-        torch.testing.assert_close(body(*inputs), case.twin(*inputs))
+    for name, body in kernels.bodies(case, torch.device(device)).items():
+        kernels.check_equal(case, name, body, inputs)
+        with pytest.raises(LossesDiffer, match=f"{case.name} by {name} differs"):
+            kernels.check_equal(case, name, lambda *a, body=body: body(*a) * 1.02 + 1, inputs)
 
 
 def test_the_last_line_is_one_json_document(capsys, tmp_path):
@@ -166,7 +213,7 @@ def test_the_last_line_is_one_json_document(capsys, tmp_path):
     [
         (["step", "--models", "giant"], "model must be one of tiny, small, base, large, huge, got 'giant'"),
         (["step", "--models", "tiny", "--reference", "/nowhere"], "model must be one of base, large, huge, got 'tiny'"),
-        (["kernels", "--batch", "1", "2"], "this benchmark takes one batch, got [1, 2]"),
+        (["waterfall", "--model", "giant"], "model must be one of tiny, small, base, large, huge, got 'giant'"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, message, capsys):
@@ -192,10 +239,11 @@ def test_sections_of_a_day_share_a_file(tmp_path):
 
 
 def test_readmes_table_shows_the_best_batch_of_each_model(tmp_path):
-    rows = [step_row("fastmae", 8, 10.0), step_row("fastmae", 16, 30.0, speed_over_reference=3.0, memory_over_reference=0.5)]
+    rows = [step_row("fastmae", 8, 10.0), step_row("fastmae", 16, 30.0, speed_over_reference=3.0, memory_over_reference=0.5),
+            step_row("reference", 16, 9.0), step_row("rival", 8, 15.0), step_row("rival", 16, 5.0)]  # fmt: skip
     save(tmp_path, "step base", section(rows=rows), [["a"], ["b"]])
     line = readme_table(tmp_path).splitlines()[-1]
-    assert line.endswith("| base | 16 | 30.00 | 3.00 | - | 0.50 |")
+    assert line.endswith("| base, batch 16 | 30.00 | 2.00 | 3.00 | 0.50 |")
     assert readme_table(tmp_path / "empty") == "No result has been committed."
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmae.linear import Linear, linear, norm_linear
+from fastmae.linear import Linear, gelu_linear, linear, norm_linear
 from tests.exactness import assert_as_exact_as_torch
 
 SHAPES = [((3, 5, 7), 11), ((1, 1, 4), 3), ((2, 13, 64), 48)]  # of x, width of the result
@@ -49,6 +49,22 @@ def test_norm_linear_and_its_gradients_are_as_exact_as_torchs(shape, width):
     gradient = torch.randn(exact.shape)
     parameters = (inputs[0], layer.weight, layer.bias, norm.weight, norm.bias)
     found, torch_says = torch.autograd.grad(ours, parameters, gradient), torch.autograd.grad(torchs, inputs, gradient)
+    for one, two, three in zip(found, torch_says, torch.autograd.grad(exact, doubles, gradient.double()), strict=True):
+        assert_as_exact_as_torch(one, two, three)
+
+
+@pytest.mark.parametrize(("shape", "width"), SHAPES)
+def test_gelu_linear_and_its_gradients_are_as_exact_as_torchs(shape, width):
+    x, weight, bias, scale, shift = tensors(shape, width)
+    doubles = tensors(shape, width, torch.float64)[:3]
+    _, layer = layers(weight, bias, scale, shift)
+    ours, torchs, exact = gelu_linear(x, layer), F.linear(F.gelu(x), weight, bias), F.linear(F.gelu(doubles[0]), *doubles[1:])
+    assert_as_exact_as_torch(ours, torchs, exact)
+    gradient = torch.randn(exact.shape)
+    kept = gradient.clone()
+    found = torch.autograd.grad(ours, (x, layer.weight, layer.bias), gradient)
+    assert torch.equal(gradient, kept)  # what is written in place is not the caller's
+    torch_says = torch.autograd.grad(torchs, (x, weight, bias), gradient)
     for one, two, three in zip(found, torch_says, torch.autograd.grad(exact, doubles, gradient.double()), strict=True):
         assert_as_exact_as_torch(one, two, three)
 

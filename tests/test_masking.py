@@ -69,6 +69,10 @@ def test_without_a_seed_every_call_draws_anew():
         ({"mask_ratio": 0.99}, "keeps 0 of 16 patches"),
         ({"mask_ratio": 0.75, "num_predict": 13}, r"num_predict must lie in 1\.\.12"),
         ({"mask_ratio": 0.75, "noise": torch.zeros(2, 15)}, r"noise must be \(2, 16\)"),
+        (
+            {"mask_ratio": 0.75, "seed": 0, "sample_ids": torch.arange(3)},
+            r"sample_ids must be \(2,\), .* got \(3,\)",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -23,6 +23,4 @@ def faults(how):
 
 
 def test_kept_memory_is_not_asked_for_again():
-    pages = 5 * 2**26 / 4096
-    assert faults("return") > 0.5 * pages
-    assert faults("keep") < 0.01 * pages
+    assert faults("return") > 10 * max(1, faults("keep"))

@@ -101,10 +101,21 @@ def test_checkpointing_keeps_the_bits(shard_folder, tmp_path):
     )
 
 
-def test_speed_settings_may_change_on_resume(shard_folder, tmp_path):
-    pretrain(replace(RECIPE, steps=RECIPE.steps), run_of(shard_folder, tmp_path))
-    other = replace(RECIPE, model=replace(RECIPE.model, checkpointing=True, attention="math", residual="bf16"))
+def test_speed_settings_may_change_on_resume_and_are_told(shard_folder, tmp_path, capsys):
+    pretrain(replace(RECIPE, steps=4), run_of(shard_folder, tmp_path))
+    other = replace(RECIPE, model=replace(RECIPE.model, checkpointing=True, attention="math"))
     pretrain(other, run_of(shard_folder, tmp_path))
+    text = capsys.readouterr().out
+    assert "changed since the checkpoint: attention auto -> math" in text
+    assert "changed since the checkpoint: checkpointing False -> True" in text
+    assert len(losses(tmp_path)) == 6
+
+
+@pytest.mark.gpu
+def test_a_graphed_run_with_a_loader_has_the_bits_of_a_plain_one(shard_folder, tmp_path):
+    one, two = (pretrain(RECIPE, run_of(shard_folder, tmp_path / str(graphs), device="cuda", workers=1, cuda_graphs=graphs,
+                                        compile="off")) for graphs in (False, True))  # fmt: skip
+    assert_same_bits(one, two)
 
 
 def test_cuda_graphs_on_a_cpu_are_refused(shard_folder, tmp_path):

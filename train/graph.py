@@ -68,5 +68,6 @@ class GraphedStep(Step):
         for group in self.optimizer.param_groups:
             group["capturable"] = True  # torch asks for the word; fused AdamW always is
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):  # recorded, not run
+        # Recorded, not run. Only this thread is watched: a loader's may pin memory meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.result = self.run(self.batches)

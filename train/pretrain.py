@@ -66,7 +66,7 @@ class Trainer:
         self.total_steps = recipe.total_steps(self.data.samples)
         self.warmup_steps = self.total_steps * recipe.warmup_epochs / recipe.epochs
         # DDP takes its first weights from rank 0, so it wraps a model that is loaded already.
-        module = share_gradients(compiled(LossModule(self.model), run.compile), world)
+        module = share_gradients(compiled(LossModule(self.model), run.compile, world.size), world)
         kind = GraphedStep if run.cuda_graphs else Step
         self.step = kind(module, self.optimizer, patches=recipe.model.patches, mask_ratio=recipe.mask_ratio,
                          seed=recipe.seed, autocast=self.autocast)  # fmt: skip

@@ -36,10 +36,10 @@ def choose_checkpoint(run: Run, world: World) -> tuple[Path | None, list[str]]:
 def check_resume(folder: Path, recipe: Recipe) -> list[str]:
     """A line for each setting that differs from the checkpoint's. Raises InputError on one that must not."""
     state = read_state(folder)
-    theirs, ours = ModelConfig.from_json(state["model"]).architecture, recipe.model.architecture
-    changed = [f for f in ours if ours[f] != theirs[f]]
-    if changed:
-        differences = ", ".join(f"{f} {theirs[f]} there and {ours[f]} here" for f in changed)
+    theirs, ours = ModelConfig.from_json(state["model"]), recipe.model
+    changed = [f for f in asdict(ours) if getattr(ours, f) != getattr(theirs, f)]
+    if wrong := [f for f in changed if f in ours.architecture]:
+        differences = ", ".join(f"{f} {getattr(theirs, f)} there and {getattr(ours, f)} here" for f in wrong)
         raise InputError(f"{folder}: a checkpoint of another architecture, {differences}; give its settings or another --out")
     before, now = state["recipe"], plain_settings(recipe)
     for name in _FIXED:
@@ -47,8 +47,9 @@ def check_resume(folder: Path, recipe: Recipe) -> list[str]:
             raise InputError(
                 f"{folder}: was trained with {name} {before[name]}, not {now[name]}; give that value or another --out"
             )
-    return [f"changed since the checkpoint: {name} {before.get(name)} -> {value}" for name, value in now.items()
-            if before.get(name) != value]  # fmt: skip
+    lines = [(f, getattr(theirs, f), getattr(ours, f)) for f in changed]
+    lines += [(name, before.get(name), value) for name, value in now.items() if before.get(name) != value]
+    return [f"changed since the checkpoint: {name} {old} -> {new}" for name, old, new in lines]
 
 
 def plain_settings(recipe: Recipe) -> dict:

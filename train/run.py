@@ -25,7 +25,8 @@ class Run:
     precision: str = "auto"
     """bf16 (autocast, fp32 weights and residual stream), fp32, or auto: bf16 on GPUs, fp32 on the CPU."""
     compile: str = "auto"
-    """torch.compile of the whole model, of single blocks (compiled in seconds), off, or auto: model on GPUs, off on the CPU."""
+    """torch.compile of the whole model, of single blocks (compiled in seconds), off, or auto: off on the CPU, model on one GPU,
+    blocks on several."""
     cuda_graphs: bool = False
     """Record the whole step once and replay it: no launches, for small batches on one GPU."""
     resume: str = "auto"

@@ -56,14 +56,16 @@ class LossModule(nn.Module):
 COMPILE = ("auto", "off", "blocks", "model")
 
 
-def compiled(module: LossModule, how: str) -> nn.Module:
-    """``module``, compiled as ``how`` says, one of ``COMPILE``.
+def compiled(module: LossModule, how: str, processes: int = 1) -> nn.Module:
+    """``module``, compiled as ``how`` says, one of ``COMPILE``, for a run of so many processes.
 
     ``model``: one graph of the whole loss, so that work fuses across blocks. ``blocks``: one small graph that all blocks of
-    a kind share, compiled in seconds. ``auto``: ``model`` on GPUs; ``off`` on CPUs, where torch's own kernels are faster.
+    a kind share, compiled in seconds. ``auto``: ``off`` on CPUs, where torch's own kernels are faster; on GPUs ``model``, or
+    ``blocks`` in a run of several processes, whose gradients are shared while earlier blocks still run backwards.
     """
     if how == "auto":
-        how = "model" if module.model.cls_token.is_cuda else "off"
+        on_gpu = module.model.cls_token.is_cuda
+        how = "off" if not on_gpu else "model" if processes == 1 else "blocks"
     if how == "blocks":
         for block in (*module.model.blocks, *module.model.decoder_blocks):
             block.compile(dynamic=False)

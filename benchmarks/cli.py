@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--save", action="store_true", help=f"with --resources: write {resources.TABLE.name}")
     add("attention", partial(_report, _attention), "each attention backend on the shapes of training", *common)
     add("waterfall", partial(_report, _waterfall), "the step with each optimisation switched off alone",
-        "device", "out", "model", "batch", "rounds", "image-size")  # fmt: skip
+        "device", "out", "model", "batch", "rounds", "minutes", "image-size")  # fmt: skip
     add("all", partial(_report, _all), "every benchmark, one after the other",
         *common, "model", "batches", "batch", "rounds", "minutes", "image-size", "reference")  # fmt: skip
     add("readme", _readme, "write README's table from benchmarks/results")
@@ -81,7 +81,7 @@ _FLAGS: dict[str, dict] = {
     "batches": {"type": _positive, "nargs": "+", "metavar": "N", "help": "images a step; a GPU's default is a sweep"},
     "batch": {"type": _positive, "metavar": "N", "help": "images, of kernels and waterfall; 256 on a GPU, 16 on a CPU"},
     "rounds": {"type": _positive, "metavar": "N", "default": 5, "help": "turns that each contender gets, 5"},
-    "minutes": {"type": float, "default": 9.0, "help": "begin no further batch that would end later, 9"},
+    "minutes": {"type": float, "default": 9.0, "help": "begin nothing further that would end later, 9"},
     "image-size": {"type": _positive, "default": 224, "metavar": "PIXELS", "help": "side of an image, 224"},
     "reference": {"type": Path, "metavar": "CLONE", "help": "a clone of facebookresearch/mae (needs timm)"},
 }
@@ -126,7 +126,8 @@ def _attention(options: argparse.Namespace) -> Iterator[Part]:
 
 def _waterfall(options: argparse.Namespace) -> Iterator[Part]:
     step.check_models([options.model], None)
-    section = waterfall.measure_waterfall(options.model, options.batch, _device(options), options.rounds, options.image_size)
+    section = waterfall.measure_waterfall(options.model, options.batch, _device(options), options.rounds, options.image_size,
+                                          options.minutes)  # fmt: skip
     yield " ".join(["waterfall", options.model, *_size(options)]), section, waterfall.table
 
 

@@ -20,6 +20,7 @@ from fastmae.config import preset
 from fastmae.errors import InputError
 from fastmae.flops import training_flops
 
+_SWEEP = [256, 64, 1024, 128, 512]  # images a step; first those that tell most, for time may run out
 FP32_TOLERANCE, LOW_TOLERANCE = 1e-5, 1e-2  # relative difference of losses, in float32 and in the precision that is timed
 
 
@@ -31,26 +32,28 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
     within ``minutes``. Raises InputError on an unknown model, LossesDiffer if losses do.
     """
     on_gpu = device.type == "cuda"
-    batches = batches or ([64, 128, 256, 512, 1024] if on_gpu else [16])
+    batches = batches or (_SWEEP if on_gpu else [16])
     rounds = rounds or 5
     began, longest, rows = time.monotonic(), 0.0, []
     notes = ["MFU and share of the matrix products' measured rate count the official work of the model, done or skipped"]
     ceilings = {"matmul_flops": matmul_flops(device), "datasheet_flops": datasheet_flops(device)}
     for name in models:
         config = preset(name, norm_pix_loss=True, img_size=image_size)
-        alive = list(NAMES)
+        too_large: dict[str, int] = {}
         for batch in batches:
             started = time.monotonic()
-            if rows and started - began + longest > 60 * minutes:
+            alive = [n for n in NAMES if batch < too_large.get(n, batch + 1)]
+            if not alive:
+                continue
+            if rows and started - began + 1.5 * longest > 60 * minutes:
                 notes.append(f"{name} at batch {batch} was left out: {minutes:g} minutes would not have been enough")
                 continue
             workload = Workload(name=name, config=config, batch=batch, device=device, clone=clone)
             found, failed = _compare(workload, alive, rounds, ceilings)
             rows, notes = rows + found, notes + failed
-            alive = [r["contender"] for r in found]  # who failed at this batch would at a larger one
+            too_large |= dict.fromkeys(set(alive) - {r["contender"] for r in found}, batch)
             longest = max(longest, time.monotonic() - started)
-            if not alive:
-                break
+    rows.sort(key=lambda r: (models.index(r["model"]), r["batch"], NAMES.index(r["contender"])))
     return {"ceilings": ceilings, "rows": rows, "notes": notes}
 
 

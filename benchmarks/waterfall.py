@@ -1,6 +1,7 @@
 """``waterfall``: what each optimisation is worth, by switching it off alone in fastmae's step. All run in turns."""
 
 import statistics
+import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -72,20 +73,26 @@ SWITCHES = (
 
 
 def measure_waterfall(model: str, batch: int | None, device: torch.device, rounds: int | None = None,
-                      image_size: int = 224) -> dict[str, object]:  # fmt: skip
+                      image_size: int = 224, minutes: float = 9.0) -> dict[str, object]:  # fmt: skip
     """The section ``waterfall`` of a result: the step as it is, and with each switch thrown alone."""
     on_gpu = device.type == "cuda"
     batch, rounds = batch or (256 if on_gpu else 16), rounds or 5
     config = preset(model, norm_pix_loss=True, img_size=image_size)
     workload = Workload(name=model, config=config, batch=batch, device=device)
+    began, longest = time.monotonic(), 0.0
     rows, notes = [{"switch": "fastmae", "adds": False, "speed": 1.0}], []
     with Worker(partial(fastmae_contender, workload), device) as plain:
         losses = {"fastmae": plain.losses(7)}
         for switch in [s for s in SWITCHES if device.type in s.devices]:
+            started = time.monotonic()
+            if started - began + longest > 60 * minutes:
+                notes.append(f"{switch.name} was left out: {minutes:g} minutes would not have been enough")
+                continue
             try:
                 rows.append(_against(plain, losses, switch, workload, rounds))
             except (OutOfMemory, RuntimeError) as error:
                 notes.append(f"{switch.name}: {error}")
+            longest = max(longest, time.monotonic() - started)
         rows[0] |= {"peak_memory": plain.peak_memory()}
     if len(rows) == 1:
         raise InputError(f"no switch could be measured: {'; '.join(notes)}")

@@ -81,13 +81,15 @@ def _serve(pipe: Connection, build: Callable[[], Contender], device: torch.devic
         try:
             contender = contender or build()
             answer = ("answer", _ANSWERS[question](contender, device, *arguments))
-        except torch.cuda.OutOfMemoryError:
-            answer = ("memory", "out of memory")
         except InputError as error:
             answer = ("input", str(error))
         except Exception as error:  # told to the process that asked
-            traceback.print_exc()
-            answer = ("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            # Libraries below torch say in their own words that there is no memory left.
+            is_full = re.search("OutOfMemory|out of memory|ALLOC_FAILED|can't allocate memory", text)
+            answer = ("memory", "out of memory") if is_full else ("failed", text)
+            if not is_full:
+                traceback.print_exc()
         pipe.send(answer)
 
 

@@ -14,29 +14,36 @@ from fastmae.choice import Shape, fastest
 from fastmae.config import ModelConfig
 from fastmae.errors import InputError
 
+MEASURED = ("cuda",)  # device types on which auto measures; elsewhere torch's own choice is the only fast one
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     """Attention of ``q`` (B, N, H, d) over ``k`` and ``v`` (B, M, H, d): (B, N, H, d), same dtype; no mask, no dropout.
 
     Raises InputError on an unknown backend, RuntimeError where a backend chosen by name does not work on these tensors.
     """
-    # Token counts are read as plain numbers: a compiled graph may leave the batch open, not these.
-    shape = Shape(int(q.shape[1]), int(k.shape[1]), q.shape[2], q.shape[3])
-    return attend(q, k, v, resolve(backend, q.device.type, q.dtype, shape))
+    # A compiled graph may leave the batch open but not these: the length of a range is a plain number in any graph.
+    N, M, H, d = (len(range(size)) for size in (q.shape[1], k.shape[1], q.shape[2], q.shape[3]))
+    return attend(q, k, v, _resolve_outside_graph(backend, q.device.type, q.dtype, N, M, H, d))
 
 
-@torch.compiler.assume_constant_result  # measured, and xformers imported, outside the graph
 def resolve(backend: str, device_type: str, dtype: torch.dtype, shape: Shape) -> str:
     """The backend that ``backend`` stands for on these tensors: itself, or what ``auto`` chooses.
 
     Raises InputError on an unknown name.
     """
     if backend == "auto":
-        backend = fastest(device_type, dtype, shape) if device_type == "cuda" else "sdpa"
+        backend = fastest(device_type, dtype, shape) if device_type in MEASURED else "sdpa"
     elif backend not in BACKENDS:
         raise InputError(f"attention backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     prepare(backend)
     return backend
+
+
+@torch.compiler.assume_constant_result  # measured, and xformers imported, while a graph is made and not in it
+def _resolve_outside_graph(backend: str, device_type: str, dtype: torch.dtype, N: int, M: int, H: int, d: int) -> str:
+    # Plain numbers: dynamo hands a named tuple over empty.
+    return resolve(backend, device_type, dtype, Shape(N, M, H, d))
 
 
 def attention_shapes(config: ModelConfig, kept: int, predicted: int) -> list[Shape]:

@@ -83,6 +83,22 @@ def test_a_compiled_graph_leaves_the_batch_open():
         torch.testing.assert_close(compiled(q), attention(q, q, q))
 
 
+@pytest.mark.parametrize("backends", [("math", "math"), ("flash", "math"), ("math", "sdpa")])
+def test_backends_chosen_apart_compile_into_one_graph(backends, monkeypatch):
+    """As where encoder and decoder find different ones fastest."""
+    short, long = backends
+    monkeypatch.setattr("fastmae.attention.fastest", lambda device, dtype, shape: short if shape.keys == 4 else long)
+    monkeypatch.setattr("fastmae.attention.MEASURED", ("cpu",))
+
+    def both(x, y):
+        return attention(x, x, x).sum() * attention(y, y, y).square().sum()
+
+    x, y = torch.randn(2, 4, 2, 8, requires_grad=True), torch.randn(2, 7, 2, 8, requires_grad=True)
+    expected = torch.autograd.grad(both(x, y), (x, y))
+    found = torch.autograd.grad(torch.compile(both, fullgraph=True, backend="aot_eager")(x, y), (x, y))
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_shapes_of_a_training_step_are_known_beforehand():
     assert attention_shapes(preset("huge"), 64, 192) == [(65, 65, 16, 80), (257, 257, 16, 32), (192, 257, 16, 32)]
     assert attention_shapes(preset("base", decoder_depth=1), 49, 147) == [(50, 50, 12, 64), (147, 197, 16, 32)]

@@ -28,6 +28,7 @@ class GraphedStep(Step):
             raise InputError(f"cuda graphs need a CUDA device, and this run is on {self.device.type}; leave --cuda-graphs out")
         if isinstance(module, DistributedDataParallel):
             raise InputError("cuda graphs work in a run of one process only; leave --cuda-graphs out")
+        self.stream = torch.cuda.Stream(self.device)  # one for all: the allocator keeps what a stream frees for that stream
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.batches: list[MicroBatch] = []
@@ -57,17 +58,17 @@ class GraphedStep(Step):
                 buffer.copy_(new, non_blocking=True)
 
     def _run_aside(self) -> StepResult:
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
             result = self.run(self.batches)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return result
 
     def _capture(self) -> None:
         for group in self.optimizer.param_groups:
             group["capturable"] = True  # torch asks for the word; fused AdamW always is
-        self.graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         # Recorded, not run. Only this thread is watched: a loader's may pin memory meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.result = self.run(self.batches)
+        self.graph = graph

@@ -85,8 +85,8 @@ def _decoder_input_fwd_kernel(out_ptr, x_ptr, token_ptr, positions_ptr, keep_ptr
 
 
 @triton.jit
-def _decoder_input_bwd_kernel(grad_x_ptr, partial_ptr, grad_ptr, rows, M, D,
-                              BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def _decoder_input_bwd_kernel(grad_x_ptr, partial_ptr, grad_ptr, rows, D,
+                              M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)  # one program per image and BLOCK_D channels: all rows, summed in order
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -126,7 +126,7 @@ def _decoder_input_bwd_triton(grad: Tensor, rows: int, x_dtype: torch.dtype, tok
     if partial.numel():
         with torch.cuda.device_of(grad):
             _decoder_input_bwd_kernel[(B, triton.cdiv(D, block_d))](
-                grad_x, partial, grad.contiguous(), rows, M, D, BLOCK_M=_TILE // 128, BLOCK_D=block_d
+                grad_x, partial, grad.contiguous(), rows, D, M=M, BLOCK_M=_TILE // 128, BLOCK_D=block_d
             )
     return grad_x, partial.sum(0).to(token_dtype)
 

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastmae.kernels.decoder_input import _TILE, _decoder_input_bwd_kernel, _decoder_input_fwd_kernel
+from fastmae.kernels.decoder_input import _BWD_ROWS, _TILE, _decoder_input_bwd_kernel, _decoder_input_fwd_kernel
 from fastmae.kernels.dispatch import warps
 from fastmae.kernels.masked_mse import EPS, _masked_mse_bwd_kernel, _masked_mse_fwd_kernel
 from fastmae.kernels.patches import _gather_patches_fwd_kernel
@@ -94,7 +94,7 @@ def _decoder_variants(width: int, x: str, out: str) -> list[Variant]:
             f"decoder_input backward {tag}",
             _decoder_input_bwd_kernel,
             {"grad_x_ptr": x, "partial_ptr": "*fp32", "grad_ptr": out, "rows": "i32", "D": "i32"},
-            {"M": 197, "BLOCK_M": _TILE // 128, "BLOCK_D": min(128, block)},
+            {"M": 197, "BLOCK_M": _BWD_ROWS, "BLOCK_D": min(128, block)},
         ),
     ]  # fmt: skip
 

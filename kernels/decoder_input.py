@@ -17,6 +17,7 @@ from torch import Tensor
 from fastmae.kernels.dispatch import use_triton
 
 _TILE = 2048  # values of the output that a program holds
+_BWD_ROWS = 8  # rows that a program of the gradient holds at a time; twice as many spill
 
 
 def decoder_input(
@@ -126,7 +127,7 @@ def _decoder_input_bwd_triton(grad: Tensor, rows: int, x_dtype: torch.dtype, tok
     if partial.numel():
         with torch.cuda.device_of(grad):
             _decoder_input_bwd_kernel[(B, triton.cdiv(D, block_d))](
-                grad_x, partial, grad.contiguous(), rows, D, M=M, BLOCK_M=_TILE // 128, BLOCK_D=block_d
+                grad_x, partial, grad.contiguous(), rows, D, M=M, BLOCK_M=_BWD_ROWS, BLOCK_D=block_d
             )
     return grad_x, partial.sum(0).to(token_dtype)
 

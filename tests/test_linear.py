@@ -32,7 +32,7 @@ def test_linear_and_its_gradients_are_as_exact_as_torchs(shape, width):
     x, weight, bias, _, _ = tensors(shape, width)
     doubles = tensors(shape, width, torch.float64)[:3]
     ours, torchs, exact = linear(x, weight, bias), F.linear(x, weight, bias), F.linear(*doubles)
-    assert ours.grad_fn.name() != torchs.grad_fn.name()
+    assert type(ours.grad_fn) is not type(torchs.grad_fn)
     assert_as_exact_as_torch(ours, torchs, exact)
     gradient = torch.randn(exact.shape)
     found, torch_says = (torch.autograd.grad(y, (x, weight, bias), gradient) for y in (ours, torchs))
@@ -91,7 +91,7 @@ def test_a_hook_on_a_layer_is_called():
 
 def test_everything_else_gets_torchs_own():
     def name(x, weight, bias, *_):
-        return linear(x, weight, bias).grad_fn.name()
+        return type(linear(x, weight, bias).grad_fn).__name__
 
     inputs = tensors((1, 3, 4), 5)
     assert "_Linear" in name(*inputs) and "_Linear" not in name(*tensors((1, 3, 4), 5, torch.float64))

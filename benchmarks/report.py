@@ -159,7 +159,7 @@ def _draw_waterfall(section: dict, path: Path) -> None:
     names = [("+ " if r["adds"] else "") + r["switch"] for r in rows]
     colors = ["tab:blue" if r["adds"] else "tab:orange" for r in rows]
     drawn = axis.barh(names[::-1], [r["speed"] for r in rows][::-1], color=colors[::-1])
-    axis.bar_label(drawn, fmt="%.3f", padding=3)
+    axis.bar_label(drawn, fmt="%.3f", padding=3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xlim(0, 1.15 * max(1, *(r["speed"] for r in rows)))
     axis.set_xlabel("speed, fastmae as it is = 1")

@@ -66,6 +66,11 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad`` (N, O) and ``x`` (N, I): (O, I). By oneDNN where O < I, by torch elsewhere, as each is faster."""
+    return _product(grad.t(), x.t(), None) if grad.shape[1] < x.shape[1] else grad.t() @ x
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias):
@@ -82,8 +87,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = _product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
         grad = _flat(grad)
-        # torch's own product: oneDNN is no faster at this one, whose inner dimension is the number of tokens.
-        return grad_x, grad.t() @ _flat(x), grad.sum(0)
+        return grad_x, _weight_gradient(grad, _flat(x)), grad.sum(0)
 
 
 class _NormLinear(torch.autograd.Function):
@@ -106,7 +110,7 @@ class _NormLinear(torch.autograd.Function):
         grad_normal = _product(grad, weight.t(), None)
         grad = _flat(grad)
         normal = torch.native_layer_norm(x, x.shape[-1:], scale, shift, ctx.eps)[0]
-        grad_weight = grad.t() @ _flat(normal)
+        grad_weight = _weight_gradient(grad, _flat(normal))
         del normal
         grads = torch.ops.aten.native_layer_norm_backward(
             grad_normal, x, x.shape[-1:], mean, rstd, scale, shift, [True, True, True]
@@ -114,15 +118,10 @@ class _NormLinear(torch.autograd.Function):
         return *grads, None, grad_weight, grad.sum(0)
 
 
-class _GeluLinear(torch.autograd.Function):
+class _GeluLinear(_Linear):  # keeps what _Linear keeps
     @staticmethod
     def forward(x, weight, bias):
         return _product(F.gelu(x), weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _ = inputs
-        ctx.save_for_backward(x, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -130,7 +129,7 @@ class _GeluLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = _product(grad, weight.t(), None)
         grad = _flat(grad)
-        grad_weight = grad.t() @ _flat(F.gelu(x))
+        grad_weight = _weight_gradient(grad, _flat(F.gelu(x)))
         # In place: memory that is fresh to the process costs more than the arithmetic.
         torch.ops.aten.gelu_backward.grad_input(grad_x, x, grad_input=grad_x)
         return grad_x, grad_weight, grad.sum(0)

@@ -1,6 +1,5 @@
 """Pretrain: shards in, checkpoints out; stopped and resumed at any step, on CPUs with the same bits."""
 
-import json
 import signal
 import time
 from collections.abc import Iterator
@@ -9,15 +8,12 @@ from pathlib import Path
 import torch
 
 import fastmae
-from fastmae.attention import attention_shapes, resolve
-from fastmae.backends import why_not
-from fastmae.choice import Shape, adopt
 from fastmae.data.batch import Batch, LoaderConfig
 from fastmae.data.loader import Loader
 from fastmae.errors import DivergedError, InputError
 from fastmae.files import make_folder
 from fastmae.mae import MAE
-from fastmae.masking import kept_patches
+from fastmae.train.backend import choose_attention
 from fastmae.train.checkpoint import load_checkpoint, save_checkpoint
 from fastmae.train.graph import GraphedStep
 from fastmae.train.log import RunLog
@@ -54,7 +50,7 @@ class Trainer:
         self.recipe, self.run, self.world = recipe, run, world
         self.accumulate = accumulation(recipe.effective_batch, run.batch_size, world.size)
         self.autocast = _autocast(run, world)
-        self.attention = self._choose_attention()
+        self.attention = choose_attention(recipe.model, recipe.mask_ratio, self.autocast or torch.float32, world)
         if world.device.type == "cpu":
             keep_freed_memory()
         torch.manual_seed(recipe.seed)
@@ -204,31 +200,6 @@ class Trainer:
             f"half cosine to {recipe.min_lr:g}",
             f"steps = {self.total_steps}, {length}; {self.first_step} done",
         ]
-
-    def _choose_attention(self) -> str:
-        """What attention will run on, with the reason if xformers cannot. Raises InputError if it cannot run."""
-        config, device = self.recipe.model, self.world.device.type
-        dtype = self.autocast or torch.float32
-        K = kept_patches(config.patches, self.recipe.mask_ratio)
-        shapes = attention_shapes(config, K, config.patches - K)
-        for shape in shapes if config.attention != "auto" else []:
-            if reason := why_not(config.attention, device, dtype, shape.head_dim):
-                raise InputError(
-                    f"attention {config.attention} does not work here, {reason}; leave it to auto, or see `fastmae doctor`"
-                )
-        # Timings differ from process to process: the main one measures, and all compute alike.
-        word = [[*s, resolve(config.attention, device, dtype, s)] for s in shapes] if self.world.is_main else None
-        chosen = {Shape(*sizes): backend for *sizes, backend in json.loads(self.world.from_main(json.dumps(word)))}
-        if config.attention == "auto":
-            adopt(device, dtype, chosen)
-        text = " and ".join(dict.fromkeys(chosen.values()))
-        if (
-            config.attention == "auto"
-            and device == "cuda"
-            and (reason := why_not("xformers", device, dtype, shapes[0].head_dim))
-        ):
-            text += f" (xformers does not work here: {reason})"
-        return text
 
     def _epoch(self, step: int) -> float:
         return step * self.recipe.effective_batch / self.data.samples if self.data.samples else 0.0

@@ -60,7 +60,7 @@ def save(folder: Path, name: str, section: dict, rows: list[list[str]]) -> tuple
 
 def readme_table(folder: Path) -> str:
     """README's table: the step of every committed result, each contender at the batch where it is fastest."""
-    rows = [["device", "model", "fastmae, images/s", "x best rival", "x reference", "peak memory, x reference"]]
+    rows = [["device", "model", "fastmae, images/s", "x rival", "x reference", "peak memory, x reference"]]
     for path in sorted(folder.glob("*.json")):
         for name, section in json.loads(path.read_text()).items():
             if name.split()[0] == "step":

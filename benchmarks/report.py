@@ -141,12 +141,14 @@ def _draw_steps(section: dict, path: Path) -> None:
                     if points:
                         axis.plot(*zip(*points, strict=True), style, color=color, label=f"{who}, {model}")
             axis.set_xscale("log", base=2)
+            batches = sorted({r["batch"] for r in rows})
+            axis.set_xticks(batches, [str(b) for b in batches])
             axis.set_xlabel("images per step")
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
     if not only_one:
-        axes[0].legend(fontsize="small")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     batch = f", batch {rows[0]['batch']}" if only_one else ""
     figure.suptitle(f"A training step on {device}{batch}", fontsize="medium")
     figure.savefig(path)

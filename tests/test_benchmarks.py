@@ -238,6 +238,13 @@ def test_sections_of_a_day_share_a_file(tmp_path):
     assert (tmp_path / "a-device-2-cores-2026-01-02-step-base.png").stat().st_size > 5000
 
 
+def test_a_sweep_is_drawn_as_lines(tmp_path):
+    rows = [step_row(who, batch, batch * speed) for who, speed in (("rival", 1.0), ("fastmae", 2.0)) for batch in (8, 16)]
+    written, _ = save(tmp_path, "step base", section(rows=rows), [["a"], ["b"]])
+    one_batch, _ = save(tmp_path, "step large", section(rows=rows[::2]), [["a"], ["b"]])
+    assert written[2].read_bytes() != one_batch[2].read_bytes()
+
+
 def test_readmes_table_shows_the_best_batch_of_each_model(tmp_path):
     rows = [step_row("fastmae", 8, 10.0), step_row("fastmae", 16, 30.0, speed_over_reference=3.0, memory_over_reference=0.5),
             step_row("reference", 16, 9.0), step_row("rival", 8, 15.0), step_row("rival", 16, 5.0)]  # fmt: skip

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from fastmae.benchmarks import attention, kernels, resources, step, waterfall
+from fastmae.benchmarks.equality import LossesDiffer
 from fastmae.benchmarks.machine import environment
 from fastmae.benchmarks.report import align, save, update_readme
 from fastmae.errors import InputError
 
 _ROOT = Path(__file__).resolve().parents[1]
 RESULTS = _ROOT / "benchmarks" / "results"
-
 
 Part = tuple[str, dict, Callable[[dict], list[list[str]]]]  # a section's name, the section, and what makes its table
 
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"fastmae bench: {error}", file=sys.stderr)
         return error.exit_code
-    except step.LossesDiffer as error:
+    except LossesDiffer as error:
         print(f"fastmae bench: contenders do not do the same work: {error}", file=sys.stderr)
         return 1
 

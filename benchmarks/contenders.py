@@ -7,9 +7,8 @@
 (c) fastmae     the trainer's own step: ``fastmae.train.step``
 """
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +25,11 @@ from fastmae.mae import MAE
 from fastmae.masking import Masking, random_masking
 from fastmae.train.graph import GraphedStep
 from fastmae.train.memory import keep_freed_memory
-from fastmae.train.optimizer import make_optimizer
+from fastmae.train.optimizer import make_optimizer, parameter_groups
 from fastmae.train.step import LossModule, MicroBatch, Step, compiled
 
 NAMES = ("reference", "rival", "fastmae")
-MASK_RATIO, LR = 0.75, 1e-4
+MASK_RATIO, LR, WEIGHT_DECAY = 0.75, 1e-4, 0.05
 _REFERENCE_NAMES = {"base": "mae_vit_base_patch16", "large": "mae_vit_large_patch16", "huge": "mae_vit_huge_patch14"}
 
 
@@ -95,11 +94,13 @@ def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, 
     config = config or workload.config
     if workload.device.type == "cpu" and keep_memory:
         keep_freed_memory()  # as the trainer does
+    if kernels != "auto":
+        os.environ["FASTMAE_KERNELS"] = kernels
     if not onednn:
         fastmae.linear._by_onednn = lambda x: False
     model = MAE(config).to(workload.device)
     model.load_state_dict(workload.weights())
-    optimizer = make_optimizer(model, 0.05, (0.9, 0.95))
+    optimizer = make_optimizer(model, WEIGHT_DECAY, (0.9, 0.95))
     autocast = torch.bfloat16 if workload.device.type == "cuda" else None
     kind = step_class or (GraphedStep if graphs else Step)
     if workload.clone:
@@ -111,8 +112,7 @@ def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, 
     batch = MicroBatch(images if as_bytes else workload.normalised(images), ids, torch.zeros_like(ids))
 
     def run() -> None:
-        with _kernels(kernels):
-            step([batch], LR)
+        step([batch], LR)
 
     def masking(images: Tensor, seed: int) -> Masking:
         torch.manual_seed(seed)
@@ -120,7 +120,7 @@ def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, 
         return random_masking(len(images), config.patches, MASK_RATIO, noise=noise)
 
     def timed_loss(seed: int) -> Tensor:
-        with _kernels(kernels), torch.autocast(workload.device.type, dtype=autocast, enabled=autocast is not None):
+        with torch.autocast(workload.device.type, dtype=autocast, enabled=autocast is not None):
             return module(batch.images, *masking(batch.images, seed))
 
     def loss(images: Tensor, seed: int) -> Tensor:
@@ -132,7 +132,7 @@ def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, 
 def _reference(workload: Workload) -> Contender:
     model = _build(workload, fused=False)
     on_gpu = workload.device.type == "cuda"
-    optimizer = torch.optim.AdamW(_groups(model), lr=LR, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=LR, betas=(0.9, 0.95))
     scaler = torch.amp.GradScaler(workload.device.type, enabled=on_gpu)
     images = workload.normalised(workload.images())
     torch.backends.cudnn.benchmark = True  # as its program sets it
@@ -160,7 +160,7 @@ def _reference(workload: Workload) -> Contender:
 def _rival(workload: Workload) -> Contender:
     model = _build(workload, fused=True)
     on_gpu = workload.device.type == "cuda"
-    optimizer = torch.optim.AdamW(_groups(model), lr=LR, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=LR, betas=(0.9, 0.95), fused=True)
     images = workload.normalised(workload.images())
     torch.backends.cudnn.benchmark = True
     run = torch.compile(model, dynamic=False) if on_gpu else model
@@ -211,26 +211,5 @@ def _seeded(forward: Callable[[], Tensor], seed: int) -> Tensor:
     return forward()
 
 
-def _groups(model: nn.Module) -> list[dict]:
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    plain = [p for n, p in trained if p.ndim == 1 or n.endswith(".bias")]
-    decayed = [p for n, p in trained if not (p.ndim == 1 or n.endswith(".bias"))]
-    return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.05}]
-
-
 def _whose(workload: Workload) -> str:
     return "plain twin of the reference" if workload.clone is None else "facebookresearch/mae"
-
-
-@contextlib.contextmanager
-def _kernels(mode: str) -> Iterator[None]:
-    before = os.environ.get("FASTMAE_KERNELS")
-    if mode != "auto":
-        os.environ["FASTMAE_KERNELS"] = mode
-    try:
-        yield
-    finally:
-        if mode != "auto":
-            os.environ.pop("FASTMAE_KERNELS")
-            if before is not None:
-                os.environ["FASTMAE_KERNELS"] = before

@@ -1,9 +1,8 @@
 """``kernels``: each op by its Triton kernel, by its plain twin, and by the twin through torch.compile.
 
 Time is the device's alone: on a GPU the calls are one CUDA graph. A backward pass is the difference of both passes and the
-forward one. Bytes are the fewest that the op must move (each input read
-once, each output written once), and are held against a copy measured in the same run. Inputs rotate through more memory than
-the cache holds.
+forward one. Bytes are the fewest that the op must move (each input read once, each output written once), and are held against a
+copy measured in the same run. Inputs rotate through more memory than the cache holds.
 """
 
 import math
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastmae import kernels
+from fastmae.benchmarks.equality import LossesDiffer
 from fastmae.benchmarks.machine import copy_bytes
-from fastmae.benchmarks.step import LossesDiffer
 from fastmae.benchmarks.timing import device_seconds
 from fastmae.config import ModelConfig, preset
 from fastmae.kernels.dispatch import use_triton

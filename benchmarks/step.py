@@ -1,8 +1,7 @@
 """``step``: a training step of ViT-B, L and H by the reference, its best rival and fastmae, in one run.
 
-Each contender has a process of its own. Equal losses on equal weights, images and noise are asserted before anything is timed;
-then they run in turns.
-Utilisation counts the official work (``fastmae.flops``), whatever a contender leaves out or repeats.
+Each contender has a process of its own. Losses on equal weights, images and noise must be equal before anything is timed; then
+they run in turns. Utilisation counts the official work (``fastmae.flops``), whatever a contender leaves out or repeats.
 """
 
 import contextlib
@@ -13,19 +12,19 @@ from pathlib import Path
 import torch
 
 from fastmae.benchmarks.contenders import MASK_RATIO, NAMES, Workload, make
+from fastmae.benchmarks.equality import check_losses
 from fastmae.benchmarks.machine import datasheet_flops, matmul_flops
-from fastmae.benchmarks.timing import Times, interleave
-from fastmae.benchmarks.worker import OutOfMemory, Worker
+from fastmae.benchmarks.timing import Times
+from fastmae.benchmarks.worker import OutOfMemory, Worker, take_turns
 from fastmae.config import preset
 from fastmae.errors import InputError
 from fastmae.flops import training_flops
 
 _SWEEP = [256, 64, 1024, 128, 512]  # images a step; first those that tell most, for time may run out
-FP32_TOLERANCE, LOW_TOLERANCE = 1e-5, 1e-2  # relative difference of losses, in float32 and in the precision that is timed
 
 
 def measure_steps(models: list[str], batches: list[int] | None, device: torch.device, *, clone: Path | None = None,
-                  rounds: int | None = None, minutes: float = 9.0, image_size: int = 224) -> dict[str, object]:  # fmt: skip
+                  rounds: int = 5, minutes: float = 9.0, image_size: int = 224) -> dict[str, object]:  # fmt: skip
     """The section ``step`` of a result: ceilings, and a row for each model, batch and contender.
 
     ``batches`` None: a sweep up to what memory holds on a GPU, 16 on a CPU. A further batch is not begun if it would not end
@@ -33,7 +32,6 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
     """
     on_gpu = device.type == "cuda"
     batches = batches or (_SWEEP if on_gpu else [16])
-    rounds = rounds or 5
     began, longest, rows = time.monotonic(), 0.0, []
     notes = ["MFU and share of the matrix products' measured rate count the official work of the model, done or skipped"]
     ceilings = {"matmul_flops": matmul_flops(device), "datasheet_flops": datasheet_flops(device)}
@@ -57,21 +55,6 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
     return {"ceilings": ceilings, "rows": rows, "notes": notes}
 
 
-class LossesDiffer(Exception):
-    """Contenders do not do the same work, so their times mean nothing."""
-
-
-def check_losses(found: dict[str, tuple[float, float]], device: torch.device) -> None:
-    """Raise LossesDiffer unless all losses, (float32, as timed), are the first contender's within the tolerances."""
-    exact, timed = next(iter(found.values()))
-    tolerance = LOW_TOLERANCE if device.type == "cuda" else FP32_TOLERANCE
-    for name, (own_exact, own_timed) in found.items():
-        if not abs(own_exact - exact) <= FP32_TOLERANCE * exact:
-            raise LossesDiffer(f"{name} computes another loss, {own_exact}, not {exact}")
-        if not abs(own_timed - timed) <= tolerance * timed:
-            raise LossesDiffer(f"{name} trains on another loss, {own_timed}, not {timed}")
-
-
 def _compare(workload: Workload, names: list[str], rounds: int, ceilings: dict) -> tuple[list[dict], list[str]]:
     """Rows of those that work, and a line for each that does not fit or fails."""
     try:
@@ -90,13 +73,11 @@ def _compare(workload: Workload, names: list[str], rounds: int, ceilings: dict) 
 def _side_by_side(workload: Workload, names: list[str], rounds: int, ceilings: dict,
                   losses: dict[str, tuple[float, float]]) -> list[dict]:  # fmt: skip
     """Rows of ``names``, timed in turns. ``losses`` holds those of earlier ones, and gets these."""
-    on_gpu = workload.device.type == "cuda"
     with contextlib.ExitStack() as stack:
         workers = {n: stack.enter_context(Worker(partial(make, n, workload), workload.device)) for n in names}
         losses |= {n: w.losses(7) for n, w in workers.items()}
         check_losses(losses, workload.device)
-        times = interleave({n: w.seconds for n, w in workers.items()}, rounds=rounds, calls=5 if on_gpu else 1,
-                           warm_up=6 if on_gpu else 1)  # fmt: skip
+        times = take_turns(workers, workload.device, rounds)
         memory = {n: w.peak_memory() for n, w in workers.items()}
         return [_row(n, workload, times, memory, losses[n], ceilings) | {"description": w.description()}
                 for n, w in workers.items()]  # fmt: skip

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from fastmae.benchmarks.contenders import LR, MASK_RATIO, Contender, Workload, fastmae_contender
-from fastmae.benchmarks.step import check_losses
-from fastmae.benchmarks.timing import interleave
-from fastmae.benchmarks.worker import OutOfMemory, Worker
+from fastmae.benchmarks.contenders import LR, MASK_RATIO, WEIGHT_DECAY, Contender, Workload, fastmae_contender
+from fastmae.benchmarks.equality import check_losses
+from fastmae.benchmarks.worker import OutOfMemory, Worker, take_turns
 from fastmae.config import preset
 from fastmae.errors import InputError
+from fastmae.train.optimizer import parameter_groups
 from fastmae.train.step import LossModule, Step
 
 
@@ -46,7 +46,7 @@ class PlainUpdate(Step):
     """The step with the AdamW that torch takes when nothing is asked for."""
 
     def __init__(self, module: nn.Module, optimizer: AdamW, **settings):
-        groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in optimizer.param_groups]
+        groups = parameter_groups(module, WEIGHT_DECAY)
         super().__init__(module, AdamW(groups, lr=LR, betas=(0.9, 0.95)), **settings)
 
     def _update(self, grad_norm: Tensor) -> None:
@@ -72,11 +72,10 @@ SWITCHES = (
 )
 
 
-def measure_waterfall(model: str, batch: int | None, device: torch.device, rounds: int | None = None,
+def measure_waterfall(model: str, batch: int | None, device: torch.device, rounds: int = 5,
                       image_size: int = 224, minutes: float = 9.0) -> dict[str, object]:  # fmt: skip
     """The section ``waterfall`` of a result: the step as it is, and with each switch thrown alone."""
-    on_gpu = device.type == "cuda"
-    batch, rounds = batch or (256 if on_gpu else 16), rounds or 5
+    batch = batch or (256 if device.type == "cuda" else 16)
     config = preset(model, norm_pix_loss=True, img_size=image_size)
     workload = Workload(name=model, config=config, batch=batch, device=device)
     began, longest = time.monotonic(), 0.0
@@ -106,11 +105,9 @@ def measure_waterfall(model: str, batch: int | None, device: torch.device, round
 
 def _against(plain: Worker, losses: dict[str, tuple[float, float]], switch: Switch, workload: Workload, rounds: int) -> dict:
     """The row of one switch, timed in turns with fastmae as it is. Raises LossesDiffer if it computes something else."""
-    on_gpu = workload.device.type == "cuda"
     with Worker(partial(switch.build, workload), workload.device) as switched:
         check_losses({**losses, switch.name: switched.losses(7)}, workload.device)
-        times = interleave({"fastmae": plain.seconds, "switched": switched.seconds},
-                           rounds=rounds, calls=5 if on_gpu else 1, warm_up=6 if on_gpu else 1)  # fmt: skip
+        times = take_turns({"fastmae": plain, "switched": switched}, workload.device, rounds)
         return {
             "switch": switch.name,
             "adds": switch.adds,

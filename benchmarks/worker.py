@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastmae.benchmarks.contenders import Contender
-from fastmae.benchmarks.timing import seconds_per_call
+from fastmae.benchmarks.timing import Times, interleave, seconds_per_call
 from fastmae.errors import InputError
 
 
@@ -68,6 +68,12 @@ class Worker:
         if kind == "answer":
             return answer
         raise {"memory": OutOfMemory, "input": InputError}.get(kind, RuntimeError)(answer)
+
+
+def take_turns(workers: dict[str, Worker], device: torch.device, rounds: int) -> dict[str, Times]:
+    """The times of ``workers``, interleaved: on a GPU five steps a turn, after enough for compilers and graphs to settle."""
+    calls, warm_up = (5, 6) if device.type == "cuda" else (1, 1)
+    return interleave({name: w.seconds for name, w in workers.items()}, rounds=rounds, calls=calls, warm_up=warm_up)
 
 
 def _serve(pipe: Connection, build: Callable[[], Contender], device: torch.device, threads: int) -> None:

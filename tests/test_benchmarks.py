@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -15,30 +14,20 @@ import torch
 
 from fastmae import linear
 from fastmae.benchmarks import kernels, waterfall
-from fastmae.benchmarks.cli import RESULTS, main
+from fastmae.benchmarks.cli import main
 from fastmae.benchmarks.contenders import NAMES, Contender, Workload, make
-from fastmae.benchmarks.report import README_BEGIN, README_END, align, readme_table, save
-from fastmae.benchmarks.step import LossesDiffer, check_losses, measure_steps
+from fastmae.benchmarks.equality import LossesDiffer, check_losses
+from fastmae.benchmarks.step import measure_steps
 from fastmae.benchmarks.timing import Times, interleave
 from fastmae.benchmarks.worker import OutOfMemory, Worker
 from fastmae.config import preset
 from fastmae.errors import InputError
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
 def workload(**more):
     return Workload(name="tiny", config=preset("tiny", norm_pix_loss=True, img_size=32), batch=2, device=CPU, **more)
-
-
-def section(device="A Device, 2 cores", rows=None, **more):
-    environment = {"device": device, "date": "2026-01-02 03:04 UTC", "command": "python -m fastmae.benchmarks", "commit": None}
-    return {"environment": environment, "rows": rows or [], "notes": [], **more}
-
-
-def step_row(contender, batch, rate, **more):
-    return {"model": "base", "batch": batch, "contender": contender, "images_per_second": rate, "peak_memory": 2**30, **more}
 
 
 def test_all_contenders_train_on_the_same_loss():
@@ -225,43 +214,6 @@ def test_wrong_arguments_are_one_line(arguments, message, capsys):
 def test_a_gpu_that_is_not_there_is_said(capsys):
     assert main(["step", "--device", "cuda"]) == 2
     assert "torch sees no CUDA device" in capsys.readouterr().err
-
-
-def test_sections_of_a_day_share_a_file(tmp_path):
-    rows = [step_row("reference", 8, 10.0), step_row("fastmae", 8, 30.0, speed_over_reference=3.0)]
-    save(tmp_path, "step base", section(rows=rows), [["who", "images/s"], ["fastmae", "30"]])
-    written, lacking = save(tmp_path, "kernels", section(), [["op", "us"], ["gather_patches", "4.2"]])
-    assert not lacking and {p.name for p in written} == {"a-device-2-cores-2026-01-02.json", "a-device-2-cores-2026-01-02.md"}
-    page = written[1].read_text()
-    assert "## step base" in page and "| gather_patches | 4.2 |" in page
-    assert "![step base](a-device-2-cores-2026-01-02-step-base.png)" in page
-    assert (tmp_path / "a-device-2-cores-2026-01-02-step-base.png").stat().st_size > 5000
-
-
-def test_a_sweep_is_drawn_as_lines(tmp_path):
-    rows = [step_row(who, batch, batch * speed) for who, speed in (("rival", 1.0), ("fastmae", 2.0)) for batch in (8, 16)]
-    written, _ = save(tmp_path, "step base", section(rows=rows), [["a"], ["b"]])
-    one_batch, _ = save(tmp_path, "step large", section(rows=rows[::2]), [["a"], ["b"]])
-    assert written[2].read_bytes() != one_batch[2].read_bytes()
-
-
-def test_readmes_table_shows_the_best_batch_of_each_model(tmp_path):
-    rows = [step_row("fastmae", 8, 10.0), step_row("fastmae", 16, 30.0, speed_over_reference=3.0, memory_over_reference=0.5),
-            step_row("reference", 16, 9.0), step_row("rival", 8, 15.0), step_row("rival", 16, 5.0)]  # fmt: skip
-    save(tmp_path, "step base", section(rows=rows), [["a"], ["b"]])
-    line = readme_table(tmp_path).splitlines()[-1]
-    assert line.endswith("| base, batch 16 | 30.00 | 2.00 | 3.00 | 0.50 |")
-    assert readme_table(tmp_path / "empty") == "No result has been committed."
-
-
-def test_readmes_table_is_that_of_the_committed_results():
-    text = (ROOT / "README.md").read_text()
-    assert text.split(README_BEGIN)[1].split(README_END)[0].strip() == readme_table(RESULTS)
-
-
-def test_columns_are_aligned_numbers_to_the_right():
-    lines = align([["name", "us"], ["a", "10.5"], ["long name", "3"]]).splitlines()
-    assert lines == ["name         us", "---------  ----", "a          10.5", "long name     3"]
 
 
 @pytest.mark.slow

@@ -15,11 +15,15 @@ def make_optimizer(model: nn.Module, weight_decay: float, betas: tuple[float, fl
 
     Class and mask token are three-dimensional and so decayed, as in the reference. The learning rate is set at each step.
     """
+    return AdamW(parameter_groups(model, weight_decay), lr=0.0, betas=betas, eps=1e-8, fused=True)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """The trained parameters as the reference groups them: first those that are not decayed, then those that are."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [p for name, p in trained if _is_plain(name, p)]
     decayed = [p for name, p in trained if not _is_plain(name, p)]
-    groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
-    return AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+    return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
 
 def parameter_names(model: nn.Module) -> list[str]:

@@ -25,7 +25,8 @@ lint: $(VENV)/.installed
 
 # A report of this machine's GPU: every test that needs one, then every benchmark, written to benchmarks/results. Each command
 # takes less than ten minutes and can be run alone. Uses PYTHON's own torch, triton, numpy and pytest, and installs nothing but
-# this checkout. QUICK=1 takes a few minutes in all; REFERENCE=CLONE runs a clone of facebookresearch/mae (needs timm).
+# this checkout. QUICK=1 takes a few minutes in all; REFERENCE=CLONE runs a clone of facebookresearch/mae (needs timm);
+# DATA=SHARDS, a folder of `fastmae shards build`, adds the loader and the step fed from it.
 RESULTS ?= $(if $(QUICK),runs/gpu,benchmarks/results)
 BENCH := $(PYTHON) -m fastmae.benchmarks
 GPU := --device cuda --out $(RESULTS)
@@ -43,6 +44,7 @@ gpu:
 	run $(BENCH) kernels $(GPU) $(if $(QUICK),--models base); \
 	for model in base $(if $(QUICK),,large huge); do run $(BENCH) step --models $$model $(STEP); done; \
 	run $(BENCH) waterfall $(GPU) $(if $(QUICK),--rounds 3); \
+	$(if $(DATA),run $(BENCH) loader --gpu --data $(DATA) $(GPU) $(if $(QUICK),--rounds 2);) \
 	exit $$failed
 
 clean:

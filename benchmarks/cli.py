@@ -5,6 +5,7 @@ Needs torch, triton and numpy; an optional package that is missing costs its row
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     description = "Measure fastmae against the reference: a table, and one JSON document as the last line."
     top = argparse.ArgumentParser(prog="fastmae bench", description=description)
-    commands = top.add_subparsers(required=True, metavar="step | kernels | attention | waterfall | all | readme")
+    commands = top.add_subparsers(required=True, metavar="step | kernels | attention | waterfall | loader | all | readme")
 
     def add(name: str, run: Callable, help: str, *flags: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
@@ -61,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
     add("attention", partial(_report, _attention), "each attention backend on the shapes of training", *common)
     add("waterfall", partial(_report, _waterfall), "the step with each optimisation switched off alone",
         "device", "out", "model", "batch", "rounds", "minutes", "image-size")  # fmt: skip
+    command = add("loader", partial(_report, _loader), "images per second from shards to batches, against other pipelines",
+                  "device", "out", "data", "originals", "workers", "rounds", "model", "batch")  # fmt: skip
+    command.add_argument("--gpu", action="store_true", help="also the training step fed from the shards")
     add("all", partial(_report, _all), "every benchmark, one after the other",
         *common, "model", "batches", "batch", "rounds", "minutes", "image-size", "reference")  # fmt: skip
     add("readme", _readme, "write README's table from benchmarks/results")
@@ -83,6 +87,9 @@ _FLAGS: dict[str, dict] = {
     "rounds": {"type": _positive, "metavar": "N", "default": 5, "help": "turns that each contender gets, 5"},
     "minutes": {"type": float, "default": 9.0, "help": "begin nothing further that would end later, 9"},
     "image-size": {"type": _positive, "default": 224, "metavar": "PIXELS", "help": "side of an image, 224"},
+    "data": {"type": Path, "metavar": "SHARDS", "required": True, "help": "a folder of shards of 256 px, say"},
+    "originals": {"type": Path, "metavar": "SHARDS", "help": "shards of the untouched images, for the reference's pipeline"},
+    "workers": {"type": _positive, "metavar": "N", "default": len(os.sched_getaffinity(0)), "help": "processes, one per core"},
     "reference": {"type": Path, "metavar": "CLONE", "help": "a clone of facebookresearch/mae (needs timm)"},
 }
 
@@ -129,6 +136,19 @@ def _waterfall(options: argparse.Namespace) -> Iterator[Part]:
     section = waterfall.measure_waterfall(options.model, options.batch, _device(options), options.rounds, options.image_size,
                                           options.minutes)  # fmt: skip
     yield " ".join(["waterfall", options.model, *_size(options)]), section, waterfall.table
+
+
+def _loader(options: argparse.Namespace) -> Iterator[Part]:
+    device = _device(options)
+    if options.gpu and device.type != "cuda":
+        raise InputError("--gpu needs a CUDA device; `fastmae doctor` tells why there is none")
+    step.check_models([options.model], None)
+    from fastmae.benchmarks import loader  # needs the packages that read data, which other benchmarks do without
+
+    yield "loader", loader.measure_loader(options.data, options.originals, options.workers, options.rounds), loader.table
+    if options.gpu:
+        section = loader.measure_fed_step(options.model, options.data, options.batch or 256, options.workers, device)
+        yield f"fed step {options.model}", section, loader.fed_table
 
 
 def _size(options: argparse.Namespace) -> list[str]:

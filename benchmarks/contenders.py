@@ -106,7 +106,7 @@ def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, 
     if workload.clone:
         load_reference(workload.clone)  # so that all processes hold the same packages when their memory is compared
     module = compiled(loss_module(model), compile)
-    step = kind(module, optimizer, patches=config.patches, mask_ratio=MASK_RATIO, seed=0, autocast=autocast)
+    step = kind(module, optimizer, patch_size=config.patch_size, mask_ratio=MASK_RATIO, seed=0, autocast=autocast)
     ids = torch.arange(workload.batch, device=workload.device)
     images = workload.images()
     batch = MicroBatch(images if as_bytes else workload.normalised(images), ids, torch.zeros_like(ids))

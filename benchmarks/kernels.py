@@ -58,6 +58,8 @@ class Case:
     backward_bytes: Callable[[Sizes, int], int] | None = None
     differentiable: tuple[int, ...] = ()
     """Places of the inputs that get gradients."""
+    compiles: bool = True
+    """Whether the twin is worth compiling: not where it would be compiled anew for every image's size."""
 
 
 def _images(s: Sizes, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,6 +99,27 @@ def _masking_inputs(s, device, dtype):
     return 0, torch.zeros_like(ids), ids, s.L, s.K, s.Q
 
 
+def _boxes(s: Sizes) -> Tensor:
+    """The same for every set: sides of 45% to 100% of an image of 256 x 256 pixels, as for a fifth to all of its area."""
+    generator = torch.Generator().manual_seed(0)
+    sides = torch.randint(115, 257, (s.B, 2), generator=generator)
+    corners = (torch.rand(s.B, 2, generator=generator) * (257 - sides)).long()
+    return torch.cat([corners, sides], 1).int()
+
+
+def _crop_inputs(s, device, dtype):
+    """Tensors on the device, the crops' size, and what the twin looks at on the host, which a CUDA graph could not wait for."""
+    image = 256 * 256 * s.config.in_chans
+    pixels = torch.randint(0, 256, (s.B * image,), dtype=torch.uint8, device=device)
+    host = (torch.arange(s.B) * image, torch.full((s.B,), 256).int(), _boxes(s), torch.arange(s.B) % 2 == 0)
+    return pixels, *(t.to(device) for t in host), s.config.img_size, s.config.in_chans, host
+
+
+def _crop_bytes(s: Sizes, width: int) -> int:
+    out = s.B * math.prod(s.config.img_size)
+    return s.config.in_chans * (int(_boxes(s)[:, 2:].prod(1).sum()) + out)
+
+
 CASES = (
     Case("gather_patches", _gather_inputs, kernels.gather_patches, kernels.gather_patches_ref,
          lambda s, width: s.B * s.K * s.P * (1 + width)),
@@ -109,6 +132,8 @@ CASES = (
          lambda s, width: s.B * s.E * ((1 + s.K) * width + (1 + s.K + s.Q) * 4), (0, 1)),
     Case("random_masking", _masking_inputs, lambda *a: kernels.random_masking(*a)[0],
          lambda *a: kernels.random_masking_ref(*a)[0], lambda s, width: s.B * (16 + 8 * s.L)),
+    Case("resized_crop", _crop_inputs, lambda *a: kernels.resized_crop(*a[:7]),
+         lambda *a: kernels.resized_crop_ref(a[0], *a[7], *a[5:7]), _crop_bytes, compiles=False),
 )  # fmt: skip
 
 
@@ -133,7 +158,8 @@ def measure_kernels(models: list[str], batch: int | None, device: torch.device) 
 def bodies(case: Case, device: torch.device) -> dict[str, Callable]:
     """What can run the op here: Triton's kernel, the twin, the twin compiled."""
     found = {"triton": case.op} if use_triton(torch.empty(0, device=device)) else {}
-    return {**found, "twin": case.twin, "compiled twin": torch.compile(case.twin, dynamic=False)}
+    found["twin"] = case.twin
+    return {**found, "compiled twin": torch.compile(case.twin, dynamic=False)} if case.compiles else found
 
 
 def check_equal(case: Case, body: str, function: Callable, inputs: tuple) -> None:

@@ -59,13 +59,29 @@ def save(folder: Path, name: str, section: dict, rows: list[list[str]]) -> tuple
 
 
 def readme_table(folder: Path) -> str:
-    """README's table: the step of every committed result, each contender at the batch where it is fastest."""
+    """README's tables: of every committed result the step, each contender at the batch where it is fastest, and the loader."""
     rows = [["device", "model", "fastmae, images/s", "x rival", "x reference", "peak memory, x reference"]]
     for path in sorted(folder.glob("*.json")):
         for name, section in json.loads(path.read_text()).items():
             if name.split()[0] == "step":
                 rows += _best_rows(section, path)
-    return markdown(rows) if len(rows) > 1 else "No result has been committed."
+    if len(rows) == 1:
+        return "No result has been committed."
+    loader = _loader_rows(folder)
+    return markdown(rows) + (f"\n\n{markdown(loader)}" if len(loader) > 1 else "")
+
+
+def _loader_rows(folder: Path) -> list[list[str]]:
+    rows = [["device", "from shards to batches", "images/s per core", "x reference", "of the same work bare"]]
+    for path in sorted(folder.glob("*.json")):
+        section = json.loads(path.read_text()).get("loader")
+        for row in section["rows"] if section else ():
+            if "per_core_over_reference" in row:
+                device = f"[{section['environment']['device']}](benchmarks/results/{path.with_suffix('.md').name})"
+                share = f"{row['efficiency']:.2f}" if "efficiency" in row else "-"
+                speeds = f"{row['images_per_second_per_core']:.0f}", f"{row['per_core_over_reference']:.2f}"
+                rows.append([device, row["pipeline"], *speeds, share])
+    return rows
 
 
 def _best_rows(section: dict, path: Path) -> list[list[str]]:

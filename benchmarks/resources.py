@@ -21,6 +21,8 @@ from fastmae.kernels.masked_mse import EPS, _masked_mse_bwd_kernel, _masked_mse_
 from fastmae.kernels.patches import _gather_patches_fwd_kernel
 from fastmae.kernels.philox import MASKS
 from fastmae.kernels.random_masking import _INDEX_BITS, _random_masking_kernel
+from fastmae.kernels.resized_crop import _TILE as _CROP_TILE
+from fastmae.kernels.resized_crop import _resized_crop_kernel
 from fastmae.kernels.take_rows import _sum_holes_kernel, _take_rows_fwd_kernel
 
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
@@ -38,6 +40,8 @@ class Variant:
     kernel: triton.JITFunction
     types: dict[str, str]
     constants: dict[str, int | float | bool]
+    warps: int | None = None
+    """Of a program, where they do not follow from the values that it holds."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ def variants() -> list[Variant]:
     for width, x, out in ((512, "*bf16", "*fp32"), (512, "*bf16", "*bf16"), (512, "*fp32", "*fp32"), (256, "*fp16", "*fp32")):
         found += _decoder_variants(width, x, out)
     found += [_masking_variant(patches) for patches in (16, 196, 256, 1024, 2048)]
+    found += [_crop_variant(channels, has_ids) for channels in (1, 3, 13) for has_ids in (False, True)]
     return found
 
 
@@ -105,6 +110,15 @@ def _masking_variant(patches: int) -> Variant:
     block = triton.next_power_of_2(patches)
     constants = {"STREAM": MASKS, "INDEX_BITS": _INDEX_BITS, "BLOCK_L": block}
     return Variant(f"random_masking L{patches}", _random_masking_kernel, types, constants)
+
+
+def _crop_variant(channels: int, has_ids: bool) -> Variant:
+    """Crops, whole or patches of them."""
+    sizes = ("K", "columns", "h", "w", "cell_h", "cell_w")
+    types = {"out_ptr": "*u8", "pixels_ptr": "*u8", "offsets_ptr": "*i64", "widths_ptr": "*i32", "boxes_ptr": "*i32",
+             "flips_ptr": "*u8", "ids_ptr": "*i32", **dict.fromkeys(sizes, "i32")}  # fmt: skip
+    constants = {"C": channels, "HAS_IDS": has_ids, "BLOCK": _CROP_TILE}
+    return Variant(f"resized_crop C{channels}{' patches' if has_ids else ''}", _resized_crop_kernel, types, constants, warps=1)
 
 
 def _patch_variants(channels: int, patch: int, pixels: str, compute: str, norm_pix: bool) -> list[Variant]:
@@ -145,7 +159,7 @@ def resources(variant: Variant, target: int) -> Resources:
     source = ASTSource(variant.kernel, signature, variant.constants)
     # Kernels that hold a whole patch or all keys of an image get more warps for more values, the others Triton's default.
     block = variant.constants.get("BLOCK_P", 2 * variant.constants.get("BLOCK_L", 0))
-    options = {"num_warps": warps(block)}
+    options = {"num_warps": variant.warps or warps(block)}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -33,14 +33,18 @@ class DecoderMixin:
         self.decoder_norm = nn.LayerNorm(D, eps=LAYER_NORM_EPS)
         self.decoder_pred = Linear(D, config.patch_values)
 
-    def predict(self, latent: Tensor, masking: Masking) -> Tensor:
-        """Pixels of the patches ``masking.ids_predict``: latent (B, 1 + K, D) -> (B, Q, P), channel fastest."""
+    def predict(self, latent: Tensor, masking: Masking, img_size: tuple[int, int] | None = None) -> Tensor:
+        """Pixels of the patches ``masking.ids_predict``: latent (B, 1 + K, D) -> (B, Q, P), channel fastest.
+
+        ``img_size``: of the images, by default the config's; see ``add_size``.
+        """
         first = latent.shape[1]
         config = self.config
         # (B, 1 + K + Q, D)
         x = decoder_input(
-            self.decoder_embed(latent), self.mask_token.view(-1), self.decoder_pos_embed[0], masking.ids_keep,
-            masking.ids_predict, residual_dtype(self.mask_token, config.residual),
+            self.decoder_embed(latent), self.mask_token.view(-1),
+            self.positions("decoder_pos_embed", img_size or config.img_size)[0], masking.ids_keep, masking.ids_predict,
+            residual_dtype(self.mask_token, config.residual),
         )  # fmt: skip
         for block in self.decoder_blocks[:-1]:
             x = run_block(block, x, checkpointing=config.checkpointing)

@@ -48,6 +48,7 @@ class Encoder(nn.Module):
         self.patch_embed = PatchEmbed(config.in_chans, config.patch_size, D)
         self.blocks = nn.ModuleList(Block(D, config.num_heads, config.mlp_ratio, config.attention) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D, eps=LAYER_NORM_EPS)
+        self.sizes = {config.img_size}
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std), persistent=False)
 
@@ -58,13 +59,14 @@ class Encoder(nn.Module):
     def encode_visible(self, images: Tensor, ids_keep: Tensor) -> Tensor:
         """Features of the patches ``ids_keep`` (B, K) int32 alone: (B, 1 + K, D). Other patches are never read.
 
-        ``images`` (B, C, H, W), uint8 or floating point normalised already.
+        ``images`` (B, C, H, W), uint8 or floating point normalised already; of the config's size or one of ``add_size``.
         """
-        self.check_size(images)
+        self.check_size(images, self.sizes)
         device = images.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.cls_token.dtype
         pixels = gather_patches(images, ids_keep, self.config.patch_size, *self.pixel_statistics(images), dtype=dtype)
-        return self.transform(self.patch_embed.embed_pixels(pixels) + self.pos_embed[0, 1:][ids_keep])
+        positions = self.positions("pos_embed", images.shape[2:])
+        return self.transform(self.patch_embed.embed_pixels(pixels) + positions[0, 1:][ids_keep])
 
     def transform(self, tokens: Tensor) -> Tensor:
         """Class token, blocks and final norm on embedded tokens: (B, N, D) -> (B, 1 + N, D)."""
@@ -90,8 +92,35 @@ class Encoder(nn.Module):
         """Mean and std to be applied to ``images`` by a kernel: the config's for uint8, none for normalised floats."""
         return (None, None) if images.is_floating_point() else (self.pixel_mean.float(), self.pixel_std.float())
 
-    def check_size(self, images: Tensor) -> None:
-        """Raise ValueError unless ``images`` is (B, C, H, W) of the config's size."""
-        expected = (self.config.in_chans, *self.config.img_size)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise ValueError(f"images must be (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
+    def add_size(self, img_size: tuple[int, int]) -> None:
+        """Let ``encode_visible`` and training take images of another size too, a multiple of the patch size.
+
+        Their patches' positions are those of the same places in an image of the config's size. No parameter is added.
+        """
+        p = self.config.patch_size
+        if min(img_size) < 1 or img_size[0] % p or img_size[1] % p:
+            raise ValueError(f"image size {tuple(img_size)} must be a multiple of the patch size {p}")
+        if img_size in self.sizes:
+            return
+        self.sizes = self.sizes | {img_size}
+        grid = (img_size[0] // p, img_size[1] // p)
+        for name in ("pos_embed", "decoder_pos_embed"):
+            if (own := getattr(self, name, None)) is not None:
+                table = sincos_positions(own.shape[-1], grid, self.config.grid).to(own)
+                self.register_buffer(_table_name(name, img_size), table, persistent=False)
+
+    def positions(self, name: str, img_size: tuple[int, int]) -> Tensor:
+        """The table ``name`` (1, 1 + L, D), ``pos_embed`` or ``decoder_pos_embed``, for images of ``img_size``."""
+        is_own = tuple(img_size) == self.config.img_size
+        return getattr(self, name if is_own else _table_name(name, img_size))
+
+    def check_size(self, images: Tensor, sizes: set[tuple[int, int]] | None = None) -> None:
+        """Raise ValueError unless ``images`` is (B, C, H, W) of the config's size, or of one of ``sizes``."""
+        sizes = sizes or {self.config.img_size}
+        if images.ndim != 4 or images.shape[1] != self.config.in_chans or tuple(images.shape[2:]) not in sizes:
+            allowed = " or ".join(f"(B, {self.config.in_chans}, {h}, {w})" for h, w in sorted(sizes))
+            raise ValueError(f"images must be {allowed}, got {tuple(images.shape)}")
+
+
+def _table_name(name: str, img_size: tuple[int, int]) -> str:
+    return f"{name}_{img_size[0]}x{img_size[1]}"

@@ -15,3 +15,7 @@ class DivergedError(RuntimeError):
     """The loss or a gradient stayed non-finite; no such update was applied. Exit code 3."""
 
     exit_code = 3
+
+
+class SampleError(ValueError):
+    """One sample cannot be used, and the message says why. A loader names it and takes the next one instead."""

@@ -34,9 +34,10 @@ class MAE(DecoderMixin, Encoder):
         block, norm and head on predicted patches only, target never stored.
 
         ``images`` (B, C, H, W): uint8, or floating point normalised already. The loss and its gradients equal those of
-        ``forward`` under the same masking up to rounding. Raises ValueError on images of another size.
+        ``forward`` under the same masking up to rounding. Raises ValueError on images of another size, unless ``add_size``
+        has allowed it.
         """
-        pred = self.predict(self.encode_visible(images, masking.ids_keep), masking)
+        pred = self.predict(self.encode_visible(images, masking.ids_keep), masking, tuple(images.shape[2:]))
         config = self.config
         return masked_mse(
             pred, images, masking.ids_predict, config.patch_size, config.norm_pix_loss, *self.pixel_statistics(images)

@@ -2,6 +2,8 @@
 
     pos[(y, x)] = [sin(x w), cos(x w), sin(y w), cos(y w)],        w_i = 10000**(-i / (D/4)),  i < D/4
 
+A smaller or larger picture of the same scene has its own grid inside that of another: x = (i + 1/2) G / g - 1/2.
+
 The first half of the channels encodes the column, the second the row. Source: facebookresearch/mae ``util/pos_embed.py``
 states the same table; the swap of the two halves is a known mistake of reimplementations.
 """
@@ -10,18 +12,21 @@ import torch
 from torch import Tensor
 
 
-def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
+def sincos_positions(dim: int, grid: tuple[int, int], within: tuple[int, int] | None = None) -> Tensor:
     """Table (1, 1 + L, dim) float32 for a grid of (rows, columns), row-major; row 0, the class token's, is zero.
 
-    Computed in float64. ``dim`` must be a multiple of 4.
+    ``within``: the grid in whose units places are measured, by default its own. Computed in float64. ``dim`` must be a
+    multiple of 4.
     """
-    rows, columns = grid
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
 
     def encode(position: Tensor) -> Tensor:
         angle = position.reshape(-1, 1) * frequency
         return torch.cat([angle.sin(), angle.cos()], dim=1)  # (L, dim / 2)
 
-    y, x = torch.meshgrid(torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij")
+    rows, columns = (
+        (torch.arange(g, dtype=torch.float64) + 0.5) * G / g - 0.5 for g, G in zip(grid, within or grid, strict=True)
+    )
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
     table = torch.cat([encode(x), encode(y)], dim=1)
     return torch.cat([table.new_zeros(1, dim), table]).float()[None]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Streams keep draws for different purposes apart under one seed; a value is never reused.
-ORDER, CROPS, MASKS, SHARDS = 1, 2, 3, 4
+ORDER, CROPS, MASKS, SHARDS, WINDOWS = 1, 2, 3, 4, 5
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from fastmae import InputError
@@ -44,20 +45,39 @@ def test_an_extreme_image_gets_the_largest_centred_box_of_an_allowed_ratio():
     assert (boxes(50, 3000, 30) == [1480, 0, 40, 30]).all()
 
 
-@pytest.mark.parametrize("size", [(32, 32), (24, 40), (96, 96)])
-def test_resizing_is_pillows_antialiased_bicubic(size):
-    image = np.array(make_picture(2, (90, 120)))
-    box = (7, 11, 61, 83)
-    found = resized_crop(image, box, size).permute(1, 2, 0).numpy().astype(np.int64)
-    crop = Image.fromarray(image).crop((11, 7, 11 + 83, 7 + 61)).resize(size[::-1], Image.Resampling.BICUBIC)
-    difference = abs(found - np.asarray(crop, np.int64))
-    assert difference.mean() <= 0.1 and difference.max() <= 2
+@pytest.mark.parametrize("sides", [(90, 120), (256, 340), (60, 400), (1, 1), (1, 3000), (3000, 1)])
+@pytest.mark.parametrize("size", [(32, 32), (24, 40), (224, 224)])
+def test_resizing_is_pillows_antialiased_bicubic(size, sides):
+    """Random boxes, shrunk and enlarged: mean error at most 0.1 of 255 levels."""
+    image = np.array(make_picture(2, sides))
+    differences = []
+    for top, left, h, w in boxes(12, *sides):
+        found = resized_crop(image, (top, left, h, w), size).permute(1, 2, 0).numpy().astype(np.int64)
+        crop = Image.fromarray(image).crop((left, top, left + w, top + h)).resize(size[::-1], Image.Resampling.BICUBIC)
+        differences.append(abs(found - np.asarray(crop, np.int64)))
+    assert np.mean(differences) <= 0.1 and np.max(differences) <= 2
 
 
 def test_flip_mirrors_left_to_right():
     image = np.array(make_picture(2))
     straight, mirrored = (resized_crop(image, (0, 0, 48, 64), (16, 16), flip) for flip in (False, True))
     assert torch.equal(straight.flip(2), mirrored)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_filter_is_that_of_interpolate_wherever_it_is_written(flip, channels):
+    image = np.array(make_picture(2, (90, 120)))[..., :channels]
+    crop = torch.from_numpy(image[7:68, 11:94]).permute(2, 0, 1)[None]
+    expected = F.interpolate(crop, (24, 40), mode="bicubic", antialias=True)[0]
+    expected = expected.flip(2) if flip else expected
+    for out in (
+        None,
+        torch.zeros(channels, 24, 40, dtype=torch.uint8),
+        torch.zeros(24, 40, channels, dtype=torch.uint8).permute(2, 0, 1),
+    ):
+        assert torch.equal(resized_crop(image, (7, 11, 61, 83), (24, 40), flip, out), expected)
+        assert out is None or torch.equal(out, expected)
 
 
 def test_center_box_has_the_aspect_of_the_target():
@@ -70,3 +90,12 @@ def test_center_box_has_the_aspect_of_the_target():
 def test_limits_that_cannot_work_are_named(fields):
     with pytest.raises(InputError, match=f"crop {next(iter(fields))} must be"):
         Augment(**fields)
+
+
+@pytest.mark.parametrize(("side", "share", "width"), [(375, 1 / 8, 194), (256, 2 / 3, 132)])
+def test_smaller_shards_mean_more_crops_that_are_enlarged(side, share, width):
+    """The guidance of docs/data.md, for a photograph of 500 x 375."""
+    height, breadth = side, round(500 * side / 375)
+    _, _, h, w = boxes(4000, height, breadth).T
+    assert abs((np.sqrt(h * w) < 224).mean() - share) < 0.02
+    assert round((0.2 * height * breadth) ** 0.5) == width

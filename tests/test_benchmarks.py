@@ -170,8 +170,9 @@ def test_every_switch_keeps_the_loss(switch, monkeypatch):
 
 def test_every_op_is_measured_by_every_body_that_runs_here():
     found = kernels.measure_kernels(["tiny"], 1, CPU)
-    ops = {c.name for c in kernels.CASES}
-    assert {(r["op"], r["body"]) for r in found["rows"]} == {(o, b) for o in ops for b in ("twin", "compiled twin")}
+    twins = {(c.name, "twin") for c in kernels.CASES}
+    compiled = {(c.name, "compiled twin") for c in kernels.CASES if c.name != "resized_crop"}  # its graph would be one batch's
+    assert {(r["op"], r["body"]) for r in found["rows"]} == twins | compiled
     assert found["notes"] == ["no row for Triton: its kernels need a CUDA device"]
     for row in found["rows"]:
         assert row["share_of_copy"] == pytest.approx(row["bytes"] / row["microseconds"] * 1e6 / found["copy_bytes_per_second"])

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -92,15 +93,26 @@ BAD = [  # the command, what its one line must say
     ([*PRETRAIN, "--data", "{lying}", "--steps", "9"], "the index does not match the tar at offset"),
     ([*PRETRAIN, "--out", "{file}/run"], "cannot be written, Not a directory; choose another output folder"),
     ([*PRETRAIN, "--resume", "{root}/step-0000001"], "manifest.json: missing or damaged"),
-    (["shards", "{root}/nowhere", "{out}"], "nowhere: not a folder"),
-    (["shards", "{empty}", "{out}"], "empty: no images; looked for .jpg"),
-    (["shards", "{images}", "{shards}"], "holds shards already; choose an empty folder"),
-    (["shards", "{images}", "{file}/x"], "cannot be written"),
-    (["shards", "{images}", "{out}", "--resize", "0"], "resize must be a positive number of pixels or none, got '0'"),
-    (["shards", "{images}", "{out}", "--workers", "-1"], "workers must not be negative"),
+    (["shards", "build", "{root}/nowhere", "{out}"], "nowhere: not a folder"),
+    (["shards", "build", "{empty}", "{out}"], "empty: no images; looked for .jpg"),
+    (["shards", "build", "{images}", "{shards}"], "holds shards already; choose an empty folder"),
+    (["shards", "build", "{images}", "{file}/x"], "cannot be written"),
+    (["shards", "build", "{images}", "{out}", "--resize", "0"], "resize must be a positive number of pixels or none, got '0'"),
+    (["shards", "build", "{images}", "{out}", "--workers", "-1"], "workers must not be negative"),
+    (["shards", "verify", "{empty}"], "has no index to verify against"),
+    (["shards", "verify", "{cut}", "--workers", "0"], "restore those files"),
+    (["shards", "info", "{empty}"], "index.json: cannot be read"),
+    (["shards", "index", "{empty}"], "no *.tar in it"),
+    (["shards", "index", "{shards}"], "has an index already"),
+    (["shards", "index", "{empty}", "--workers", "-1"], "workers must not be negative"),
+    ([*PRETRAIN, "--crop", "gpu"], "crop must be one of auto, cpu, device"),
+    ([*PRETRAIN, "--decode", "nvjpeg"], "decode nvjpeg needs a CUDA device, and this run is on cpu"),
+    ([*PRETRAIN, "--views", "0"], "views and the shuffle window must be >= 1"),
+    ([*PRETRAIN, "--progressive", "0:12"], "image size 12 x 12 must be a multiple of the patch size 8"),
+    ([*PRETRAIN, "--data", "s3://bucket/{{0..3}}.tar"], "pip install 'fsspec[s3]'"),
     (["demo", "--out", "{shards}"], "holds other files, and a demo replaces its own"),
-    (["shards", "{images}", "{out}", "--quality", "0"], "quality must lie in 1..95, got 0"),
-    (["shards", "{images}", "{out}", "--samples-per-shard", "0"], "samples per shard must be at least 1"),
+    (["shards", "build", "{images}", "{out}", "--quality", "0"], "quality must lie in 1..95, got 0"),
+    (["shards", "build", "{images}", "{out}", "--samples-per-shard", "0"], "samples per shard must be at least 1"),
     (["reconstruct", "{encoder}", "{images}"], "holds an encoder only, and pixels need the decoder too"),
     (["reconstruct", "{garbage}", "{images}"], "damaged, or holds more than tensors; nothing in it was run"),
     (["reconstruct", "{empty}", "{images}"], "no complete checkpoint in this folder"),
@@ -133,7 +145,7 @@ def test_arguments_that_do_not_parse_exit_with_2(capsys):
     for arguments in (
         ["pretrain"],
         ["fly"],
-        ["shards", "only-one"],
+        ["shards", "build", "only-one"],
         ["pretrain", "tiny", "--data", "x", "--out", "y", "--steps", "many"],
     ):
         with pytest.raises(SystemExit) as stop:
@@ -151,7 +163,18 @@ def test_every_command_explains_itself(command, capsys):
 def test_from_images_to_a_picture(image_folder, tmp_path, capsys):
     assert (
         main(
-            ["shards", str(image_folder), str(tmp_path / "s"), "--resize", "36", "--workers", "1", "--samples-per-shard", "10"]
+            [
+                "shards",
+                "build",
+                str(image_folder),
+                str(tmp_path / "s"),
+                "--resize",
+                "36",
+                "--workers",
+                "1",
+                "--samples-per-shard",
+                "10",
+            ]
         )
         == 0
     )
@@ -177,7 +200,7 @@ def test_bad_images_are_named_and_the_rest_is_built(image_folder, tmp_path, caps
     source = tmp_path / "source"
     shutil.copytree(image_folder, source)
     (source / "ant" / "page.jpg").write_text("<html></html>")
-    assert main(["shards", str(source), str(tmp_path / "out"), "--workers", "0"]) == 0
+    assert main(["shards", "build", str(source), str(tmp_path / "out"), "--workers", "0"]) == 0
     found = capsys.readouterr()
     assert re.search(r"left out: .*page\.jpg: UnidentifiedImageError", found.err)
     assert "37 images in 1 shards" in found.out and "1 bad images left out" in found.out
@@ -194,11 +217,59 @@ def test_single_settings_override_a_recipe(shard_folder, tmp_path):
     assert (state["recipe"]["effective_batch"], state["recipe"]["mask_ratio"]) == (4, 0.5)
 
 
+def test_shards_are_described_and_verified_and_damage_is_named(world, capsys):
+    folder = world["shards"]
+    assert main(["shards", "info", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert "shards: 4" in text and "samples: 37" in text and "ant" in text
+    assert main(["shards", "verify", str(folder), "--decode", "--workers", "1"]) == 0
+    assert "every byte is as it was indexed" in capsys.readouterr().out
+    data = bytearray((folder / "shard-000002.tar").read_bytes())
+    data[2000] ^= 4
+    (folder / "shard-000002.tar").write_bytes(data)
+    assert main(["shards", "verify", str(folder), "--workers", "0"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert any("shard-000002.tar: " in line and "at offset " in line for line in lines)
+    assert lines[-1].startswith("fastmae: ") and "1 things are wrong" not in lines[-1]
+
+
+def test_tars_of_others_are_indexed_and_trained_on(world, tmp_path, capsys):
+    with tarfile.open(world["empty"] / "theirs.tar", "w") as tar:
+        for i in range(9):
+            make_picture(i).save(path := tmp_path / f"{i}.jpg")
+            tar.add(path, f"{i}.jpg")
+            (tmp_path / "label").write_text(str(i % 2))
+            tar.add(tmp_path / "label", f"{i}.cls")
+    (tmp_path / "names").write_text("cat\ndog\n")
+    out = tmp_path / "index"
+    assert (
+        main(
+            ["shards", "index", str(world["empty"]), "--out", str(out), "--classes", str(tmp_path / "names"), "--workers", "0"]
+        )
+        == 0
+    )
+    assert "9 images in 1 shards" in capsys.readouterr().out
+    assert sorted(p.name for p in world["empty"].iterdir()) == ["theirs.tar"]
+    assert main(["pretrain", "tiny", "--data", str(out), "--out", str(tmp_path / "run"), *TINY]) == 0
+
+
 def test_doctor_says_what_is_used_and_why_not_more(capsys):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for word in ("torch ", "triton ", "devices:", "kernels: FASTMAE_KERNELS=auto", "auto uses", "xformers"):
+    for word in ("torch ", "triton ", "devices:", "kernels: FASTMAE_KERNELS=auto", "auto uses", "xformers",
+                 "/dev/shm: ", "open files: ", "--workers "):  # fmt: skip
         assert word in text
+
+
+def test_doctor_warns_of_what_is_short(capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(64 << 20, 0, 64 << 20))
+    monkeypatch.setattr("resource.getrlimit", lambda which: (256, 1 << 20))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "/dev/shm: 0.1 of 0.1 GiB free; short for streams and NCCL, give it 8 GiB (docker: --shm-size 8g)" in text
+    assert "open files: 256 a process, 1048576 at most; few for many shards" in text and "ulimit -n 4096" in text
+    assert "set OMP_NUM_THREADS=1" in text
 
 
 def test_a_wrong_choice_of_kernels_stops_every_command(capsys, monkeypatch):
@@ -223,7 +294,7 @@ def test_a_full_disk_is_one_line(image_folder, tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device", str(tmp_path / "out" / "shard"))
 
     monkeypatch.setattr("fastmae.data.write._append", full)
-    assert main(["shards", str(image_folder), str(tmp_path / "out"), "--workers", "0"]) == 2
+    assert main(["shards", "build", str(image_folder), str(tmp_path / "out"), "--workers", "0"]) == 2
     assert re.search(r"^fastmae: .*shard: No space left on device$", capsys.readouterr().err, re.M)
 
 

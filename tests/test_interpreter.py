@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parents[1]
-KERNEL_TESTS = ["test_philox", "test_take_rows", "test_patches", "test_masked_mse", "test_decoder_input", "test_random_masking"]
+KERNEL_TESTS = ["test_philox", "test_take_rows", "test_patches", "test_masked_mse", "test_decoder_input", "test_random_masking",
+                "test_resized_crop"]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def folder(photos, tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_hundred_steps_on_photographs_lower_the_loss(folder, tmp_path):
-    assert main(["shards", str(folder), str(tmp_path / "shards"), "--resize", "256"]) == 0
+    assert main(["shards", "build", str(folder), str(tmp_path / "shards"), "--resize", "256"]) == 0
     run = ["pretrain", "tiny", "--data", str(tmp_path / "shards"), "--out", str(tmp_path / "run"), "--img-size", "64",
            "--patch-size", "8", "--batch-size", "16", "--steps", "200", "--blr", "2e-2", "--norm-pix-loss", "False",
            "--decoder-depth", "2", "--device", "cpu", "--log-every", "10", "--workers", "1"]  # fmt: skip

@@ -128,7 +128,7 @@ def test_a_run_leaves_everything_that_it_promises(shard_folder, tmp_path, capsys
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-0000004", "step-0000006"]
     assert list((tmp_path / "tensorboard").glob("events*"))
     state = json.loads((folder / "state.json").read_text())
-    assert (state["step"], state["samples"], state["recipe"]["effective_batch"]) == (6, 48, 8)
+    assert (state["step"], state["data"]["samples"], state["recipe"]["effective_batch"]) == (6, 48, 8)
     events = [json.loads(line).get("event") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert events[0] == "start" and events[-1] == "end" and events.count("checkpoint") == 3
     text = capsys.readouterr().out

@@ -83,7 +83,7 @@ def test_a_terminated_run_saves_ends_well_and_continues_with_the_same_bits(refer
     flags, whole, _ = reference_run
     process = start([*flags, "--save-every", "1000", "--out", tmp_path])
     wait_for(tmp_path / "metrics.jsonl", process)
-    while '"loss"' not in (tmp_path / "metrics.jsonl").read_text():
+    while '"loss"' not in (tmp_path / "metrics.jsonl").read_text() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     code, text = finish(process)
@@ -121,3 +121,17 @@ def test_a_run_of_two_processes_continues_in_one(reference_run, tmp_path):
     code, text = finish(start([*flags, "--out", tmp_path]))
     assert code == 0 and "resumed from" in text, text
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_bad_data_of_one_process_ends_all_of_them_with_its_reason(shard_folder, tmp_path):
+    """No process is left in a collective: the one without fault says that another has failed."""
+    folder = tmp_path / "copy"
+    shutil.copytree(shard_folder, folder)
+    damage_samples(folder, 30)
+    code, text = finish(
+        start(["--data", folder, *FLAGS, "--steps", "200", "--batch-size", "4", "--out", tmp_path / "run"], TORCHRUN)
+    )
+    assert code != 0 and re.search(r"fastmae: 17 of 37 samples cannot be used, more than the budget of 0\.10%", text), text
+    assert "Connection closed by peer" not in text and "backward" not in text
+    assert "fastmae: another process of this run could not read its data" in text or text.count("fastmae: 17 of 37") == 2
+    assert len(set(re.findall(r"tar: (\w+)\.jpg: its \d+ bytes", text))) >= 17  # every sample that broke the budget is named

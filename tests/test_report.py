@@ -44,6 +44,15 @@ def test_readmes_table_shows_the_best_batch_of_each_model(tmp_path):
     assert readme_table(tmp_path / "empty") == "No result has been committed."
 
 
+def test_readmes_second_table_is_of_the_loader(tmp_path):
+    save(tmp_path, "step base", section(rows=[step_row("fastmae", 8, 10.0)]), [["a"], ["b"]])
+    ours = {"images_per_second_per_core": 2901.4, "per_core_over_reference": 7.0, "efficiency": 0.861}
+    rows = [{"pipeline": "bare decode", "images_per_second_per_core": 3000.0}, {"pipeline": "ours", **ours}]
+    save(tmp_path, "loader", section(rows=rows), [["a"], ["b"]])
+    assert readme_table(tmp_path).splitlines()[-1].endswith("| ours | 2901 | 7.00 | 0.86 |")
+    assert "bare decode" not in readme_table(tmp_path)
+
+
 def test_readmes_table_is_that_of_the_committed_results():
     text = (ROOT / "README.md").read_text()
     assert text.split(README_BEGIN)[1].split(README_END)[0].strip() == readme_table(RESULTS)

@@ -17,7 +17,7 @@ def make_step(device="cpu", seed=0, kind=Step, compile="off", **options):
     model = MAE(CONFIG).to(device)
     optimizer = make_optimizer(model, 0.05, (0.9, 0.95))
     options = {"autocast": None, **options}
-    return model, kind(compiled(LossModule(model), compile), optimizer, patches=16, mask_ratio=0.75, seed=seed, **options)
+    return model, kind(compiled(LossModule(model), compile), optimizer, patch_size=8, mask_ratio=0.75, seed=seed, **options)
 
 
 def batch(n=8, device="cpu", epoch=0):

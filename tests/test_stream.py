@@ -1,14 +1,24 @@
 """Streaming through webdataset: shards that others wrote, without an index."""
 
+import contextlib
 import gzip
+import http.server
 import io
+import os
 import pickle
 import shutil
+import signal
+import sys
 import tarfile
+import threading
+from functools import partial
+from multiprocessing import active_children
+from typing import ClassVar
 
 import pytest
 import torch
 import webdataset as wds
+from fsspec.implementations.memory import MemoryFileSystem
 
 from fastmae import DataError, InputError
 from fastmae.data.batch import LoaderConfig
@@ -101,7 +111,8 @@ def test_pickles_are_never_run_and_bad_images_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("data", "world_size", "message"),
     [
-        ("pipe:cat x.tar", 1, "pipe: runs shell commands and is refused"),
+        ("pipe:cat x.tar", 1, "pipe: runs shell commands and is refused; --allow-pipe lets it run"),
+        ("ftp://host/a.tar", 1, "ftp://host/a.tar: URLs of http, https, s3, gs and file are read, not 'ftp'"),
         ("{folder}/none-{{0..3}}.tar", 1, r"none-0.tar: no such shard or folder"),
         ("{folder}/empty", 1, "no shards; give a folder with index.json or tars"),
         ("{folder}/part-0.tar", 2, "1 shards cannot feed 2 ranks"),
@@ -125,3 +136,103 @@ def test_a_tar_cut_inside_a_sample_is_an_error(foreign, tmp_path):
     (tmp_path / "cut.tar").write_bytes(data[: len(data) // 2 + 100])
     with pytest.raises(DataError, match=r"cut.tar.*cannot be read"):
         take(tmp_path, 20, batch_size=8)
+
+
+@contextlib.contextmanager
+def served(folder):
+    """``folder`` over HTTP on this machine; the address."""
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.RequestHandlerClass.log_message = lambda *_: None
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_are_read_over_http(foreign, workers):
+    with served(foreign) as address:
+        found = take(f"{address}/part-{{0..3}}.tar", 4, batch_size=8, workers=workers)
+    local = take(str(foreign / "part-{0..3}.tar"), 4, batch_size=8, workers=workers)
+    assert sorted(joined(found, "sample_ids").tolist()) == sorted(joined(local, "sample_ids").tolist())
+    assert len(set(joined(found, "sample_ids").tolist())) == 32
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_buckets_are_read_through_fsspec(foreign, scheme, monkeypatch):
+    """A bucket's client is fsspec's affair; that its files reach the loader is ours. A file system in memory stands for it."""
+
+    class Bucket(MemoryFileSystem):
+        protocol = scheme
+        store: ClassVar[dict] = {}
+        pseudo_dirs: ClassVar[list] = [""]
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, scheme, Bucket)
+    for part in foreign.glob("*.tar"):
+        Bucket().pipe_file(f"{scheme}://bucket/{part.name}", part.read_bytes())
+    found = take(f"{scheme}://bucket/part-{{0..3}}.tar", 4, batch_size=8)
+    assert len(set(joined(found, "sample_ids").tolist())) == 32
+
+
+def test_a_missing_client_of_a_bucket_is_named_with_its_install_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(InputError, match=r"gs://b/a.tar: cannot be read .*: pip install 'fsspec\[gs\]'"):
+        Loader("gs://b/a.tar", LoaderConfig(), batch_size=1)
+
+
+def test_a_server_that_has_no_such_shard_is_one_clear_error(foreign):
+    with served(foreign) as address, pytest.raises(DataError, match=r"none.tar.*cannot be read"):
+        take(f"{address}/none.tar", 1)
+
+
+def test_pipes_run_only_if_asked_for(foreign):
+    command = f"pipe:cat {foreign}/part-0.tar"
+    assert len(set(joined(take(command, 1, batch_size=8, allow_pipe=True), "sample_ids").tolist())) == 8
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_damage_that_webdataset_passes_over_is_an_error(foreign, tmp_path, suffix):
+    """A header damaged after the first member ends webdataset's reading without a word; so does a cut between members."""
+    data = bytearray((foreign / "part-0.tar").read_bytes())
+    with tarfile.open(foreign / "part-0.tar") as tar:
+        third = tar.getmembers()[4].offset
+    pack = gzip.compress if suffix == ".tar.gz" else bytes
+    data[third + 100 : third + 140] = bytes(40)
+    (tmp_path / f"damaged{suffix}").write_bytes(pack(bytes(data)))
+    with pytest.raises(DataError, match=rf"damaged{suffix}: damaged: its reader stopped before offset \d+ and data follow"):
+        take(str(tmp_path / f"damaged{suffix}"), 9, batch_size=8)
+    (tmp_path / f"cut{suffix}").write_bytes(pack((foreign / "part-0.tar").read_bytes()[:third]))
+    with pytest.raises(DataError, match=rf"cut{suffix}: cut at offset {third}: the end of a tar is missing"):
+        take(str(tmp_path / f"cut{suffix}"), 9, batch_size=8)
+
+
+def test_views_of_a_streamed_sample_stand_side_by_side(foreign):
+    for batch in take(foreign, 4, batch_size=8, views=2):
+        assert torch.equal(batch.sample_ids[::2], batch.sample_ids[1::2])
+        assert not (batch.images[::2] == batch.images[1::2]).flatten(1).all(1).any()
+
+
+def test_image_sizes_follow_their_schedule_in_a_stream(foreign):
+    batches = take(foreign, 6, batch_size=4, workers=2, sizes=((8, (24, 24)), (16, (32, 40))))
+    assert [tuple(b.images.shape[2:]) for b in batches] == [(16, 16)] * 2 + [(24, 24)] * 2 + [(32, 40)] * 2
+
+
+def test_a_killed_worker_of_a_stream_ends_the_run_with_a_reason(foreign):
+    source = iter(Loader(foreign, LoaderConfig(image_size=(16, 16), workers=1), batch_size=4))
+    next(source)
+    (worker,) = active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=rf"loader worker {worker.pid} died, killed by SIGKILL; start again"):
+        for _ in source:
+            pass
+
+
+def test_a_source_that_does_not_answer_is_an_error_in_time():
+    with pytest.raises(DataError, match="no data for 1 s from pipe:sleep 20 and others"):
+        take("pipe:sleep 20", 1, workers=1, allow_pipe=True, timeout=1.0)
+
+
+@pytest.mark.parametrize("fields", [{"crop": "device"}, {"shuffle_window": 2}])
+def test_what_a_stream_cannot_do_is_said(foreign, fields):
+    with pytest.raises(InputError, match="has no index, and a stream is cropped on the CPU"):
+        Loader(foreign, LoaderConfig(**fields), batch_size=1)

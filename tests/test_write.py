@@ -1,21 +1,22 @@
 """Building shards: the same bytes for the same input, nothing lost without a word, and any webdataset reader reads them."""
 
-import io
 import json
+import os
 import shutil
 import tarfile
+from pathlib import Path
 
-import numpy as np
 import pytest
 import webdataset as wds
-from PIL import Image
 
 from fastmae import InputError
-from fastmae.data.decode import DecodeError, decode
+from fastmae.data.images import list_images
 from fastmae.data.index import Index
-from fastmae.data.recode import Recode, recode
+from fastmae.data.recode import Recode
 from fastmae.data.write import write_shards
 from tests.conftest import make_picture
+
+KEEP = Recode(resize=None)
 
 
 def contents(folder):
@@ -52,49 +53,6 @@ def test_every_shard_is_a_tar_that_the_standard_library_reads(shard_folder):
         assert [m.size for m in images] == rows["size"].tolist()
 
 
-def test_images_are_resized_by_the_shorter_side_and_never_enlarged(tmp_path):
-    make_picture(0, (100, 150)).save(tmp_path / "large.jpg")
-    make_picture(1, (30, 50)).save(tmp_path / "small.jpg")
-    with Image.open(io.BytesIO(recode(tmp_path / "large.jpg", Recode(resize=64)))) as image:
-        assert image.size == (96, 64)
-    assert recode(tmp_path / "small.jpg", Recode(resize=64)) == (tmp_path / "small.jpg").read_bytes()
-
-
-def test_resizing_is_antialiased(tmp_path):
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::2] = 255
-    Image.fromarray(stripes).save(tmp_path / "stripes.png")
-    with Image.open(io.BytesIO(recode(tmp_path / "stripes.png", Recode(resize=16)))) as image:
-        assert abs(np.asarray(image, np.int64) - 128).max() < 12  # without the filter: all black or all white
-
-
-@pytest.mark.parametrize(
-    ("name", "image", "expected"),
-    [
-        ("alpha.png", Image.new("RGBA", (20, 20), (10, 200, 30, 128)), (10, 200, 30)),
-        ("palette.png", Image.new("RGB", (20, 20), (10, 200, 30)).quantize(4), (10, 200, 30)),
-        ("cmyk.jpg", Image.new("CMYK", (20, 20), (255, 0, 0, 0)), (0, 255, 255)),
-        ("deep.png", Image.fromarray(np.full((20, 20), 0x8000, np.uint16)), (128, 128, 128)),
-        ("moving.gif", Image.new("P", (20, 20), 0), (0, 0, 0)),
-    ],
-)
-def test_every_kind_of_image_becomes_an_rgb_jpeg(name, image, expected, tmp_path):
-    image.save(tmp_path / name)
-    with Image.open(io.BytesIO(recode(tmp_path / name, Recode(resize=None)))) as stored:
-        assert (stored.format, stored.mode) == ("JPEG", "RGB")
-        assert abs(np.asarray(stored, np.int64) - np.array(expected)).max() <= 4
-
-
-def test_exif_orientation_is_applied_or_ignored(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    make_picture(0, (20, 40)).save(tmp_path / "turned.jpg", exif=exif)
-    with Image.open(io.BytesIO(recode(tmp_path / "turned.jpg", Recode(resize=None)))) as image:
-        assert image.size == (20, 40)
-    kept = recode(tmp_path / "turned.jpg", Recode(resize=None, exif_rotate=False))
-    assert kept == (tmp_path / "turned.jpg").read_bytes()
-
-
 def test_bad_images_are_named_and_counted_and_the_rest_is_kept(image_folder, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(image_folder, source)
@@ -108,19 +66,25 @@ def test_bad_images_are_named_and_counted_and_the_rest_is_kept(image_folder, tmp
     assert len(Index.load(tmp_path / "out")) == 37
 
 
-def test_a_jpeg_that_only_pillow_can_read_is_encoded_anew(tmp_path):
-    make_picture(0).save(tmp_path / "good.jpg")
-    data = (tmp_path / "good.jpg").read_bytes()
-    (tmp_path / "odd.jpg").write_bytes(data[:-2] + bytes(100) + data[-2:])
-    with pytest.raises(DecodeError):
-        decode((tmp_path / "odd.jpg").read_bytes())
-    assert decode(recode(tmp_path / "odd.jpg", Recode(resize=None))).shape == (48, 64, 3)
-
-
 def test_a_link_back_into_the_folder_is_not_followed_for_ever(image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path / "source")
     (tmp_path / "source" / "ant" / "again").symlink_to(tmp_path / "source")
     assert len(write_shards(tmp_path / "source", tmp_path / "out")[0]) == 37
+
+
+def test_images_are_listed_in_the_order_of_their_paths(tmp_path):
+    names = ["b/2.jpg", "b/10.JPG", "b.d/1.png", "a.jpg", "b/c/1.tiff", "B/1.jpg"]
+    for name in [*names, ".hidden.jpg", "b/._2.jpg", "notes.txt"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"12345")
+    (tmp_path / "b" / "gone.jpg").symlink_to("nowhere")
+    (tmp_path / "b" / "loop").symlink_to("loop")
+    sources, classes, xxh3 = list_images(tmp_path)
+    assert [s.name for s in sources] == sorted([*names, "b/gone.jpg"]) and [s.number for s in sources] == list(range(7))
+    assert classes == ["B", "b", "b.d"]
+    assert [(s.label, s.bytes) for s in sources if s.name in ("a.jpg", "b/gone.jpg", "b/2.jpg")] == [(-1, 5), (1, 5), (1, -1)]
+    assert list_images(tmp_path).xxh3 == xxh3
+    assert sources[0].path.read_bytes() == b"12345"
 
 
 def test_images_without_class_folders_have_no_labels(tmp_path):
@@ -133,15 +97,10 @@ def test_images_without_class_folders_have_no_labels(tmp_path):
         assert all(name.endswith(".jpg") for name in tar.getnames())
 
 
-def test_an_interrupted_build_leaves_no_index_and_no_half_shard(image_folder, tmp_path):
-    def interrupt(done, _):
-        if done == 15:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_shards(image_folder, tmp_path, Recode(resize=None), samples_per_shard=10, progress=interrupt)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".unfinished", "shard-000000.tar"]
-    assert len(list(wds.WebDataset(str(tmp_path / "shard-000000.tar"), shardshuffle=False))) == 10
+def test_progress_counts_every_image(image_folder, tmp_path):
+    seen = []
+    write_shards(image_folder, tmp_path, KEEP, samples_per_shard=10, workers=2, progress=lambda *counts: seen.append(counts))
+    assert seen == [(i, 37) for i in range(1, 38)]
 
 
 @pytest.mark.parametrize(
@@ -158,9 +117,29 @@ def test_input_that_cannot_become_shards_is_named(prepare, message, tmp_path):
     source.mkdir()
     out.mkdir()
     prepare(source, out)
+    before = contents(out)
     with pytest.raises(InputError, match=message):
         write_shards(source, out)
-    assert not (out / "index.json").exists()
+    assert contents(out) == before  # nothing is left there
+
+
+def test_images_that_are_all_bad_make_no_tar(image_folder, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(image_folder, source)
+    for path in sorted(source.rglob("*.jpg"))[5:]:
+        path.write_bytes(b"no")
+    index, bad = write_shards(source, tmp_path / "out", KEEP, samples_per_shard=2)
+    assert len(index) == 5 and len(bad) == 32
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.tar")) == [s.name for s in index.shards]
+    assert Index.load(tmp_path / "out").table.tobytes() == index.table.tobytes()
+
+
+def test_names_that_are_no_text_are_listed_and_named(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "source")
+    odd = os.fsencode(tmp_path / "source" / "ant") + b"/caf\xe9.jpg"
+    Path(os.fsdecode(odd)).write_bytes(b"no")
+    index, bad = write_shards(tmp_path / "source", tmp_path / "out", KEEP)
+    assert len(index) == 37 and bad[0].endswith("caf\udce9.jpg: UnidentifiedImageError: not an image of a known format")
 
 
 def test_build_settings_stand_in_the_index(image_folder, tmp_path):

@@ -1,6 +1,7 @@
 """Which attention a run computes with, the same on all of its processes."""
 
 import json
+from dataclasses import replace
 
 import torch
 
@@ -13,14 +14,20 @@ from fastmae.masking import kept_patches
 from fastmae.train.parallel import World
 
 
-def choose_attention(config: ModelConfig, mask_ratio: float, dtype: torch.dtype, world: World) -> str:
+def choose_attention(config: ModelConfig, sizes: list[tuple[int, int]], mask_ratio: float, dtype: torch.dtype,
+                     world: World) -> str:  # fmt: skip
     """Fix what ``config.attention`` stands for on the run's shapes; return it for people, with the reason if xformers cannot.
+
+    ``sizes``: other (height, width) of images that the run will meet.
 
     Timings differ from process to process, so the main one measures and the others take its word. Raises InputError if a
     backend asked for by name cannot run.
     """
-    device, K = world.device.type, kept_patches(config.patches, mask_ratio)
-    shapes = attention_shapes(config, K, config.patches - K)
+    device, shapes = world.device.type, []
+    for model in (config, *(replace(config, img_size=size) for size in sizes)):
+        K = kept_patches(model.patches, mask_ratio)
+        shapes += attention_shapes(model, K, model.patches - K)
+    shapes = list(dict.fromkeys(shapes))
     for shape in shapes if config.attention != "auto" else []:
         if reason := why_not(config.attention, device, dtype, shape.head_dim):
             raise InputError(

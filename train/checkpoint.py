@@ -22,7 +22,7 @@ from fastmae.files import digest, sync_folder, write_atomically
 from fastmae.mae import MAE
 from fastmae.train.optimizer import parameter_names
 
-SCHEMA = 1
+SCHEMA = 2
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{7,})")
 
@@ -32,7 +32,7 @@ def save_checkpoint(run: Path, step: int, model: MAE, optimizer: AdamW, state: d
 
     ``state`` is plain JSON. An error leaves earlier checkpoints as they were.
     """
-    folder = run / f"step-{step:07d}"
+    folder = checkpoint_folder(run, step)
     partial = run / f".{folder.name}.partial"
     for left_over in run.glob(".step-*.partial"):  # of a save that was killed
         shutil.rmtree(left_over)
@@ -53,6 +53,11 @@ def save_checkpoint(run: Path, step: int, model: MAE, optimizer: AdamW, state: d
     for old in [c for c in list_checkpoints(run) if _step(c) <= step][keep:]:
         shutil.rmtree(old)
     return folder
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies."""
+    return run / f"step-{step:07d}"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -93,6 +98,8 @@ def read_state(folder: Path) -> dict:
     state = _read_json(folder / STATE)
     if state.get("schema", 0) > SCHEMA:
         raise DataError(f"{folder / STATE}: schema {state['schema']} is newer than {SCHEMA}; update fastmae")
+    if state.get("schema") == 1:  # the place in the data was one word, of an index that is not read any more
+        raise DataError(f"{folder / STATE}: schema 1, from before 0.1.0; convert its model.safetensors, and start a new run")
     return state
 
 

@@ -6,11 +6,8 @@ import sys
 from pathlib import Path
 
 import tyro
-from tqdm import tqdm
 
 from fastmae.convert import read_weights, save_weights
-from fastmae.data.recode import Recode
-from fastmae.data.write import write_shards
 from fastmae.errors import DivergedError, InputError
 from fastmae.kernels import dispatch
 from fastmae.train.demo import demo as run_demo
@@ -18,55 +15,9 @@ from fastmae.train.doctor import report
 from fastmae.train.pretrain import pretrain as run_pretraining
 from fastmae.train.reconstruct import reconstruct_images
 from fastmae.train.settings import PretrainSettings
+from fastmae.train.shards import build, index, info, verify
 
 Positional = tyro.conf.Positional
-
-
-def shards(
-    src: Positional[Path],
-    out: Positional[Path],
-    resize: str = "256",
-    quality: int = 90,
-    samples_per_shard: int = 1000,
-    exif_rotate: bool = True,
-    seed: int = 0,
-    workers: int | None = None,
-) -> None:
-    """Turn a folder of images into webdataset shards and an index.
-
-    Args:
-        src: Folder of images; its top-level subfolders, if any, are the classes.
-        out: Folder to write, empty or new.
-        resize: Shorter side in pixels (256, 320, 384, ...), or none to keep the size; images are never enlarged.
-        quality: JPEG quality of images that are encoded anew.
-        samples_per_shard: Images in a shard.
-        exif_rotate: Turn images as their EXIF orientation says.
-        seed: Of the global shuffle.
-        workers: Processes that decode and encode, by default one per core; the result does not depend on it.
-    """
-    if resize.lower() != "none" and not (resize.isdigit() and int(resize) > 0):
-        raise InputError(f"resize must be a positive number of pixels or none, got {resize!r}")
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    if workers < 0:
-        raise InputError(f"workers must not be negative, got {workers}")
-    if not 1 <= quality <= 95:
-        raise InputError(f"quality must lie in 1..95, got {quality}")
-    side = None if resize.lower() == "none" else int(resize)
-    settings = Recode(resize=side, quality=quality, exif_rotate=exif_rotate)
-    with tqdm(unit="image", dynamic_ncols=True, delay=0.2) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        index, bad = write_shards(
-            src, out, settings, samples_per_shard=samples_per_shard, seed=seed, workers=workers, progress=progress
-        )
-    for line in bad:
-        print(f"left out: {line}", file=sys.stderr)
-    size = sum(s.bytes for s in index.shards)
-    print(f"{out}: {len(index)} images in {len(index.shards)} shards, {size / 2**20:.1f} MiB, {len(index.classes)} classes, "
-          f"{len(bad)} bad images left out")  # fmt: skip
 
 
 def pretrain(settings: tyro.conf.OmitArgPrefixes[PretrainSettings]) -> None:
@@ -136,6 +87,12 @@ def bench() -> None:
     _run_benchmarks([])
 
 
+def shards() -> None:
+    """Build, verify, describe or index shards: `fastmae shards --help`."""
+    _run_shards(["--help"])
+
+
+SHARDS = {f.__name__: f for f in (build, verify, info, index)}
 COMMANDS = {f.__name__: f for f in (shards, pretrain, reconstruct, convert, bench, doctor, demo)}
 
 
@@ -154,9 +111,12 @@ def main(arguments: list[str] | None = None) -> int:
         check_mode()
         if arguments[:1] == ["bench"]:
             return _run_benchmarks(arguments[1:])
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="fastmae", description="Masked-autoencoder pretraining.", args=arguments
-        )
+        if arguments[:1] == ["shards"]:
+            _run_shards(arguments[1:])
+        else:
+            tyro.extras.subcommand_cli_from_dict(
+                COMMANDS, prog="fastmae", description="Masked-autoencoder pretraining.", args=arguments
+            )
     except (InputError, DivergedError) as error:
         print(f"fastmae: {error}", file=sys.stderr)
         return error.exit_code
@@ -166,6 +126,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _run_shards(arguments: list[str]) -> None:
+    description = "Shards of images, and their index."
+    tyro.extras.subcommand_cli_from_dict(SHARDS, prog="fastmae shards", description=description, args=arguments)
 
 
 def _run_benchmarks(arguments: list[str]) -> int:

@@ -3,7 +3,10 @@
 import importlib.metadata
 import os
 import platform
+import resource
+import shutil
 import sys
+from pathlib import Path
 
 import torch
 import triton
@@ -13,8 +16,11 @@ from fastmae.attention import attention_shapes, resolve
 from fastmae.backends import BACKENDS, why_not
 from fastmae.config import preset
 from fastmae.kernels import dispatch, gather_patches
+from fastmae.train.run import default_workers
 
-_PACKAGES = ("torch", "triton", "numpy", "xformers", "webdataset", "simplejpeg", "pillow", "safetensors", "xxhash",
+_SHARED = 8 << 30  # bytes of /dev/shm that a node's streams and collectives can fill
+_FILES = 4096  # open files that let a reader keep a thousand shards open
+_PACKAGES = ("torch", "triton", "numpy", "xformers", "webdataset", "fsspec", "simplejpeg", "pillow", "safetensors", "xxhash",
              "tyro", "tqdm", "tensorboard", "matplotlib")  # fmt: skip
 
 
@@ -27,6 +33,7 @@ def report() -> list[str]:
         f"fastmae {fastmae.__version__}, Python {sys.version.split()[0]}, {platform.system()} {platform.machine()}",
         *_packages(),
         *_devices(has_gpu),
+        *_loading(),
         *_kernels(device),
         *_attention(device, dtype),
     ]
@@ -54,6 +61,34 @@ def _devices(has_gpu: bool) -> list[str]:
     return lines
 
 
+def _loading() -> list[str]:
+    """What loader processes need of the machine, and what of it is short."""
+    cores = len(os.sched_getaffinity(0))
+    shared = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
+    lines = ["loading data:"]
+    if shared is None:
+        lines.append("  /dev/shm: missing; indexed shards do not need it, streams and NCCL do: mount a tmpfs there")
+    else:
+        short = shared.free < _SHARED
+        advice = (
+            f"; short for streams and NCCL, give it {_SHARED >> 30} GiB (docker: --shm-size {_SHARED >> 30}g)" if short else ""
+        )
+        lines.append(f"  /dev/shm: {shared.free / 2**30:.1f} of {shared.total / 2**30:.1f} GiB free{advice}")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    short = (
+        f"; few for many shards, which are then opened again and again: ulimit -n {min(hard, _FILES)}" if soft < _FILES else ""
+    )
+    lines.append(f"  open files: {soft} a process, {hard} at most{short}")
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", max(1, torch.cuda.device_count())))
+    threads = torch.get_num_threads()
+    workers = default_workers(ranks)
+    lines.append(f"  processes: {cores} cores, {ranks} training here: --workers {workers} for each is the default")
+    if ranks * threads > cores and ranks > 1:
+        each = max(1, cores // ranks)
+        lines.append(f"  threads: {ranks} ranks x {threads} of torch's on {cores} cores: set OMP_NUM_THREADS={each}")
+    return lines
+
+
 def _kernels(device: str) -> list[str]:
     chosen = dispatch.mode()
     head = f"kernels: FASTMAE_KERNELS={chosen}"
@@ -76,6 +111,7 @@ def _attention(device: str, dtype: torch.dtype) -> list[str]:
     for shape in shapes:
         lines.append(f"  {shape}: auto uses {resolve('auto', device, dtype, shape)}")
     for backend in BACKENDS:
-        reasons = {reason for d in {s.head_dim for s in shapes} if (reason := why_not(backend, device, dtype, d))}
+        found = (why_not(backend, device, dtype, d) for d in {s.head_dim for s in shapes})
+        reasons = {reason.partition(" with inputs")[0] for reason in found if reason}  # what follows are pages of shapes
         lines.append(f"  {backend}: {'; '.join(sorted(reasons)) or 'works'}")
     return lines

@@ -35,13 +35,13 @@ class World:
         dist.all_reduce(total)
         return total / self.size
 
-    def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on any process."""
+    def any(self, *flags: bool) -> list[bool]:
+        """For each of ``flags``, whether it is true on any process."""
         if self.size == 1:
-            return flag
-        votes = torch.tensor([float(flag)])
+            return list(flags)
+        votes = torch.tensor([float(flag) for flag in flags])
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(votes.item())
+        return [bool(vote) for vote in votes.tolist()]
 
     def gather(self, lines: list[str]) -> list[str]:
         """The ``lines`` of all processes, on every process."""

@@ -1,6 +1,7 @@
 """Pretrain: shards in, checkpoints out; stopped and resumed at any step, on CPUs with the same bits."""
 
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,13 +9,13 @@ from pathlib import Path
 import torch
 
 import fastmae
-from fastmae.data.batch import Batch, LoaderConfig
-from fastmae.data.loader import Loader
-from fastmae.errors import DivergedError, InputError
+from fastmae.data.batch import Batch
+from fastmae.errors import DataError, DivergedError, InputError
 from fastmae.files import make_folder
 from fastmae.mae import MAE
 from fastmae.train.backend import choose_attention
-from fastmae.train.checkpoint import load_checkpoint, save_checkpoint
+from fastmae.train.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
+from fastmae.train.feed import open_data
 from fastmae.train.graph import GraphedStep
 from fastmae.train.log import RunLog
 from fastmae.train.memory import keep_freed_memory
@@ -50,23 +51,29 @@ class Trainer:
         self.recipe, self.run, self.world = recipe, run, world
         self.accumulate = accumulation(recipe.effective_batch, run.batch_size, world.size)
         self.autocast = _autocast(run, world)
-        self.attention = choose_attention(recipe.model, recipe.mask_ratio, self.autocast or torch.float32, world)
+        sizes = [size for _, size in recipe.progressive]
+        self.attention = choose_attention(recipe.model, sizes, recipe.mask_ratio, self.autocast or torch.float32, world)
         if world.device.type == "cpu":
             keep_freed_memory()
         torch.manual_seed(recipe.seed)
         self.model = MAE(recipe.model).to(world.device)
         self.optimizer = make_optimizer(self.model, recipe.weight_decay, recipe.betas)
         self.checkpoint, self.notes = choose_checkpoint(run, world)
-        self.first_step = self._resume() if self.checkpoint else 0
-        self.data = self._open_data()
-        self.total_steps = recipe.total_steps(self.data.samples)
+        self.state = self._resume() if self.checkpoint else None
+        self.first_step = self.state["step"] if self.state else 0
+        self.data, self.total_steps = open_data(recipe, run, world, self.state and self.state["data"])
+        for size in sizes:
+            self.model.add_size(size)
         self.warmup_steps = self.total_steps * recipe.warmup_epochs / recipe.epochs
         # DDP takes its first weights from rank 0, so it wraps a model that is loaded already.
         module = share_gradients(compiled(LossModule(self.model), run.compile, world.size), world)
+        if run.cuda_graphs and recipe.progressive:
+            raise InputError("cuda graphs keep one image size; leave out --cuda-graphs or --progressive")
         kind = GraphedStep if run.cuda_graphs else Step
-        self.step = kind(module, self.optimizer, patches=recipe.model.patches, mask_ratio=recipe.mask_ratio,
+        self.step = kind(module, self.optimizer, patch_size=recipe.model.patch_size, mask_ratio=recipe.mask_ratio,
                          seed=recipe.seed, autocast=self.autocast)  # fmt: skip
         self.replaced: list[str] = []
+        self.deaths: list[str] = []
         self.left_out = 0
         self.stop_asked_at: float | None = None
 
@@ -82,6 +89,10 @@ class Trainer:
         batches = self._micro_batches(meter)
         try:
             return self._loop(batches, meter, log)
+        except DataError as error:
+            for line in dict.fromkeys([*self.deaths, *self.replaced, *getattr(error, "__notes__", ())]):
+                print(line, file=sys.stderr)  # each process its own: the run's log is the main one's
+            raise
         finally:
             batches.close()  # ends the loader's processes
             for number, handler in previous.items():
@@ -89,26 +100,44 @@ class Trainer:
             log.close()
 
     def _loop(self, batches: Iterator[MicroBatch], meter: Meter, log: RunLog) -> Path:
-        folder, done = self.checkpoint, self.first_step
+        folder, done, lr = self.checkpoint, self.first_step, 0.0
         while done < self.total_steps:
+            taken, failure = self._take(batches)
+            # One vote before each step, so that all processes take it or none does.
+            failed, stopping = self.world.any(failure is not None, self.stop_asked_at is not None)
+            if failed:
+                raise failure or DataError("another process of this run could not read its data; it says why")
+            if stopping:
+                break
             lr = learning_rate(done, self.total_steps, self.warmup_steps, self.recipe.lr, self.recipe.min_lr)
-            meter.add(self.step([next(batches) for _ in range(self.accumulate)], lr))
+            meter.add(self.step(taken, lr))
             log.advance()
             done += 1
-            is_last = done == self.total_steps
-            stopping = self.world.any(self.stop_asked_at is not None)
-            if done % self.run.log_every == 0 or is_last or stopping:
-                log.measurements(done, epoch=self._epoch(done), lr=lr, **meter.read())
-                self._report_faults(done, log)
-            if done % self.run.save_every == 0 or is_last or stopping:
+            if done % self.run.log_every == 0 or done == self.total_steps:
+                self._measure(done, lr, meter, log)
+            if done % self.run.save_every == 0 or done == self.total_steps:
                 folder = self._save(done, log)
-            if stopping and not is_last:
-                log.say(f"stopped by a signal after step {done}; the same command continues from {folder}")
-                break
+        if done < self.total_steps:
+            if meter.results:
+                self._measure(done, lr, meter, log)
+            if folder != checkpoint_folder(self.run.out, done):
+                folder = self._save(done, log)
+            log.say(f"stopped by a signal after step {done}; the same command continues from {folder}")
         log.event("end", step=done)
         if done >= self.total_steps:
             log.say(f"done: {done} steps, {folder}")
         return folder
+
+    def _measure(self, done: int, lr: float, meter: Meter, log: RunLog) -> None:
+        log.measurements(done, epoch=self._epoch(done), lr=lr, **meter.read())
+        self._report_faults(done, log)
+
+    def _take(self, batches: Iterator[MicroBatch]) -> tuple[list[MicroBatch], DataError | None]:
+        """The micro-batches of a step, or why they cannot be had."""
+        try:
+            return [next(batches) for _ in range(self.accumulate)], None
+        except DataError as error:
+            return [], error
 
     def _micro_batches(self, meter: Meter) -> Iterator[MicroBatch]:
         source: Iterator[Batch] = iter(self.data)
@@ -117,15 +146,18 @@ class Trainer:
             batch = next(source)
             meter.waited += time.perf_counter() - began
             self.replaced += batch.replaced
-            tensors = (batch.images, batch.sample_ids, batch.epochs)
-            yield MicroBatch(*(t.to(self.world.device, non_blocking=True) for t in tensors))
+            self.deaths += batch.notes
+            yield MicroBatch(batch.images, batch.sample_ids, batch.epochs)
 
     def _report_faults(self, step: int, log: RunLog) -> None:
-        """Name the samples that any process could not use, and count the updates that were left out."""
+        """Name the samples that any process could not use and the workers it lost, and count the updates left out."""
         for line in self.world.gather(self.replaced):
             log.say(f"replaced a sample that cannot be used: {line}")
             log.event("replaced", step=step, sample=line)
-        self.replaced = []
+        for line in self.world.gather(self.deaths):
+            log.say(line)
+            log.event("worker_died", step=step, worker=line)
+        self.replaced, self.deaths = [], []
         left_out, on_end = int(self.step.left_out), int(self.step.skipped)
         if left_out > self.left_out:
             log.say(f"step {step}: {left_out - self.left_out} updates were left out, their gradients were not finite")
@@ -137,41 +169,17 @@ class Trainer:
                 "lower --blr, or train with --precision fp32"
             )
 
-    def _resume(self) -> int:
-        """Load the checkpoint; return the step it stands at."""
+    def _resume(self) -> dict:
+        """Load the checkpoint; return its state."""
         self.notes += [f"resumed from {self.checkpoint}", *check_resume(self.checkpoint, self.recipe)]
-        self.state = load_checkpoint(self.checkpoint, self.model, self.optimizer)
-        return self.state["step"]
-
-    def _open_data(self) -> Loader:
-        recipe, world = self.recipe, self.world
-        config = LoaderConfig(
-            image_size=recipe.model.img_size,
-            channels=recipe.model.in_chans,
-            augment=recipe.augment,
-            seed=recipe.seed,
-            workers=self.run.workers,
-            pin_memory=world.device.type == "cuda",
-        )
-        start = self.first_step * recipe.effective_batch
-        data = Loader(
-            self.run.data, config, batch_size=self.run.batch_size, rank=world.rank, world_size=world.size, start=start
-        )
-        if self.checkpoint and self.state["data"] != data.fingerprint:
-            raise InputError(
-                f"{self.run.data}: other data than this run began with, fingerprint {data.fingerprint} here and "
-                f"{self.state['data']} in the checkpoint; give that data or another --out"
-            )
-        return data
+        return load_checkpoint(self.checkpoint, self.model, self.optimizer)
 
     def _save(self, step: int, log: RunLog) -> Path:
-        folder = self.run.out / f"step-{step:07d}"
+        folder = checkpoint_folder(self.run.out, step)
         if self.world.is_main:
             state = {
-                "samples": step * self.recipe.effective_batch,
-                "epoch": self._epoch(step),
                 "total_steps": self.total_steps,
-                "data": self.data.fingerprint,
+                "data": self.data.state(step * self.recipe.effective_batch),
                 "model": self.recipe.model.to_json(),
                 "recipe": plain_settings(self.recipe),
                 "versions": {"fastmae": fastmae.__version__, "torch": torch.__version__},
@@ -185,7 +193,7 @@ class Trainer:
         recipe, world, config, samples = self.recipe, self.world, self.recipe.model, self.data.samples
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if samples is None:
-            length = f"a {self.data.fingerprint} without an index: no exact order or resume; `fastmae shards` writes one"
+            length = f"a {self.data.kind} without an index: no exact order or resume; `fastmae shards index` makes one"
         else:
             length = f"{self._epoch(self.total_steps):.2f} epochs of {samples} samples"
         return [
@@ -199,6 +207,7 @@ class Trainer:
             f"lr = blr {recipe.blr:g} x {recipe.effective_batch} / 256 = {recipe.lr:g}, warm-up {self.warmup_steps:.0f} steps, "
             f"half cosine to {recipe.min_lr:g}",
             f"steps = {self.total_steps}, {length}; {self.first_step} done",
+            f"data: {self.data.describe()}",
         ]
 
     def _epoch(self, step: int) -> float:

@@ -22,7 +22,7 @@ class Recipe:
     mask_ratio: float = 0.75
     """Share of patches removed, strictly between 0 and 1."""
     epochs: float = 800
-    """Passes over the data."""
+    """Visits to each sample; with several views, passes over the data times views."""
     steps: int | None = None
     """Optimizer steps; overrides ``epochs`` and keeps the share of warm-up."""
     warmup_epochs: float = 40
@@ -39,6 +39,13 @@ class Recipe:
     """AdamW's."""
     augment: Augment = Augment()
     """Crop and flip."""
+    views: int = 1
+    """Crops of each decoded image, with a mask each; a pass over the data then counts as so many epochs. Less decoding, less
+    variety in a batch (Hoffer et al. 2020, arXiv 1901.09335, study it for classifiers)."""
+    shuffle_window: int | None = None
+    """Shards mixed at a time, for disks that read in sequence; None mixes the samples of all shards."""
+    progressive: tuple[tuple[float, tuple[int, int]], ...] = ()
+    """Progressive resolution: (share of the run from which on, (height, width)), rising; the model's own size before."""
     seed: int = 0
     """Of initial weights, order, crops and masks."""
 
@@ -59,6 +66,18 @@ class Recipe:
                 "blr must be positive, min_lr and weight_decay not negative, "
                 f"got {self.blr}, {self.min_lr} and {self.weight_decay}"
             )
+
+        shares = [share for share, _ in self.progressive]
+        if shares != sorted(set(shares)) or not all(0 <= share < 1 for share in shares):
+            raise InputError(f"shares of a progressive run must rise inside [0, 1), got {shares}")
+        for _, (height, width) in self.progressive:
+            if height % self.model.patch_size or width % self.model.patch_size or min(height, width) < 1:
+                raise InputError(f"image size {height} x {width} must be a multiple of the patch size {self.model.patch_size}")
+            kept_patches(height * width // self.model.patch_size**2, self.mask_ratio)
+
+    def sizes(self, total_steps: int) -> tuple[tuple[int, tuple[int, int]], ...]:
+        """``progressive`` in samples of a run of ``total_steps``: (first position, (height, width))."""
+        return tuple((round(share * total_steps) * self.effective_batch, size) for share, size in self.progressive)
 
     @property
     def lr(self) -> float:

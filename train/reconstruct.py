@@ -12,7 +12,7 @@ from fastmae.data.index import JSON_NAME, Index
 from fastmae.data.read import ShardReader
 from fastmae.data.recode import Recode, recode
 from fastmae.data.write import list_images
-from fastmae.errors import DataError, InputError
+from fastmae.errors import DataError, InputError, SampleError
 from fastmae.files import write_atomically
 from fastmae.kernels.philox import MASKS, uniform
 from fastmae.mae import MAE
@@ -63,7 +63,10 @@ def load_images(path: Path, model: MAE, count: int) -> Tensor:
     """The first ``count`` images at ``path``, cut and resized for ``model``: (B, C, H, W) uint8."""
     if (path / JSON_NAME).is_file():
         reader = ShardReader(Index.load(path))
-        found = [(reader.name(i), reader.read(i)) for i in range(min(count, len(reader.index)))]
+        try:
+            found = [(reader.name(i), reader.read(i)) for i in range(min(count, len(reader.index)))]
+        except SampleError as error:
+            raise DataError(f"{path}: {error}; `fastmae shards verify` names what is damaged") from error
     elif path.is_dir():
         found = [(str(s.path), _read(s.path)) for s in list_images(path)[0][:count]]
     elif path.is_file():

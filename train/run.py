@@ -1,5 +1,6 @@
 """Where a run reads and writes, and how fast it goes: what a recipe does not say."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from fastmae.train.step import COMPILE
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where a run reads and writes, and how fast it goes. Of these only ``precision`` and
-    ``compile`` touch the result, by rounding."""
+    """Where a run reads and writes, and how fast it goes. Of these only ``precision``, ``compile``, ``crop`` and ``decode``
+    touch the result, by rounding."""
 
     data: str
     """A folder of shards, or paths or URLs of tars with {000..999} in them."""
@@ -18,8 +19,20 @@ class Run:
     """Folder of checkpoints and logs; a run that is there already is continued."""
     batch_size: int = 64
     """Images per process and micro-batch."""
-    workers: int = 2
-    """Loader processes per training process; 0 loads in the training process."""
+    workers: int | None = None
+    """Loader processes per training process; 0 loads in the training process. By default this machine's cores, shared among
+    its training processes, less one for each of these."""
+    prefetch: int = 4
+    """Batches prepared ahead of the step."""
+    crop: str = "auto"
+    """Where random crops are resized: cpu, device, or auto: the device if it is a GPU. They differ by rounding."""
+    decode: str = "cpu"
+    """Where JPEGs are decoded: cpu, or nvjpeg: the GPU, through torchvision."""
+    bad_budget: float = 0.001
+    """Share of the data set's samples (streams: of those seen) that may be bad, and replaced, before the run stops; 16 always
+    may."""
+    allow_pipe: bool = False
+    """Let ``pipe:`` URLs run their shell commands."""
     device: str = "auto"
     """auto, cpu or cuda."""
     precision: str = "auto"
@@ -42,10 +55,18 @@ class Run:
         for name in ("batch_size", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.workers is None:
+            object.__setattr__(self, "workers", default_workers())
         if self.precision not in ("auto", "bf16", "fp32"):
             raise InputError(f"precision must be auto, bf16 or fp32, got {self.precision!r}")
         if self.compile not in COMPILE:
             raise InputError(f"compile must be one of {', '.join(COMPILE)}, got {self.compile!r}")
+
+
+def default_workers(local_ranks: int | None = None) -> int:
+    """Loader processes for each of the training processes on this machine, which torchrun tells by default."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if local_ranks is None else local_ranks
+    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks) - 1)
 
 
 def accumulation(effective_batch: int, batch_size: int, processes: int) -> int:

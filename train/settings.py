@@ -46,7 +46,7 @@ class PretrainSettings(Run):
     mask_ratio: float | None = None
     """Share of patches removed, between 0 and 1."""
     epochs: float | None = None
-    """Passes over the data."""
+    """Visits to each sample: passes over the data, times the views."""
     steps: int | None = None
     """Optimizer steps, instead of epochs."""
     warmup_epochs: float | None = None
@@ -63,6 +63,13 @@ class PretrainSettings(Run):
     """Least and greatest share of the image that a crop covers."""
     flip: bool | None = None
     """Mirror half of the images."""
+    views: int | None = None
+    """Crops of each decoded image, each with its mask: less decoding, less variety; a pass counts as so many epochs."""
+    shuffle_window: int | None = None
+    """Shards mixed at a time, for disks that must read in sequence; by default all samples are mixed."""
+    progressive: tuple[str, ...] | None = None
+    """Progressive resolution, SHARE:PIXELS or SHARE:HEIGHTxWIDTH, as in 0:160 0.5:192 0.8:224: from which share of the run on
+    images have which size."""
     seed: int | None = None
     """Of weights, order, crops and masks."""
 
@@ -85,6 +92,8 @@ class PretrainSettings(Run):
             model |= {"pixel_mean": None, "pixel_std": None}
         training = {name: getattr(self, name) for name in _TRAINING if getattr(self, name) is not None}
         augment = {name: value for name, value in (("scale", self.crop_scale), ("flip", self.flip)) if value is not None}
+        if self.progressive is not None:
+            training["progressive"] = tuple(_stage(text) for text in self.progressive)
         if self.epochs is not None and self.warmup_epochs is None:
             training["warmup_epochs"] = min(base.warmup_epochs, self.epochs * base.warmup_epochs / base.epochs)
         return replace(base, model=replace(base.model, **model), augment=replace(base.augment, **augment), **training)
@@ -102,6 +111,17 @@ class PretrainSettings(Run):
         return recipe
 
 
+def _stage(text: str) -> tuple[float, tuple[int, int]]:
+    """(share, (height, width)) of "0.5:192" or "0.5:192x256"."""
+    share, _, size = text.partition(":")
+    height, _, width = size.partition("x")
+    try:
+        return float(share), (int(height), int(width or height))
+    except ValueError:
+        raise InputError(f"progressive takes SHARE:PIXELS or SHARE:HEIGHTxWIDTH, as in 0.5:192, got {text!r}") from None
+
+
 _MODEL = ("patch_size", "in_chans", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss", "attention",
           "residual", "checkpointing")  # fmt: skip
-_TRAINING = ("mask_ratio", "epochs", "steps", "warmup_epochs", "effective_batch", "blr", "min_lr", "weight_decay", "seed")
+_TRAINING = ("mask_ratio", "epochs", "steps", "warmup_epochs", "effective_batch", "blr", "min_lr", "weight_decay", "views",
+             "shuffle_window", "seed")  # fmt: skip

@@ -53,6 +53,7 @@ class LossModule(nn.Module):
         return self.model.training_loss(images, Masking(ids_keep, ids_predict, ids_restore))
 
 
+_COMPILED = 64  # variants of one function that torch.compile keeps before it gives up
 COMPILE = ("auto", "off", "blocks", "model")
 
 
@@ -66,6 +67,8 @@ def compiled(module: LossModule, how: str, processes: int = 1) -> nn.Module:
     if how == "auto":
         on_gpu = module.model.cls_token.is_cuda
         how = "off" if not on_gpu else "model" if processes == 1 else "blocks"
+    # Of every image size of a progressive run each kind of block is compiled once more, and all of them count together.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED)
     if how == "blocks":
         for block in (*module.model.blocks, *module.model.decoder_blocks):
             block.compile(dynamic=False)
@@ -75,11 +78,11 @@ def compiled(module: LossModule, how: str, processes: int = 1) -> nn.Module:
 class Step:
     """The step of one process. ``module`` is a ``LossModule``, perhaps compiled, perhaps inside DDP."""
 
-    def __init__(self, module: nn.Module, optimizer: AdamW, *, patches: int, mask_ratio: float, seed: int,
+    def __init__(self, module: nn.Module, optimizer: AdamW, *, patch_size: int, mask_ratio: float, seed: int,
                  autocast: torch.dtype | None):  # fmt: skip
         self.module = module
         self.optimizer = optimizer
-        self.patches, self.mask_ratio, self.seed = patches, mask_ratio, seed
+        self.patch_size, self.mask_ratio, self.seed = patch_size, mask_ratio, seed
         self.autocast = autocast
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device = self.parameters[0].device
@@ -107,9 +110,9 @@ class Step:
         return StepResult(loss, grad_norm, self.skipped, self.left_out)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
-        masking = random_masking(
-            len(batch.images), self.patches, self.mask_ratio, seed=self.seed, sample_ids=batch.sample_ids, epoch=batch.epochs
-        )
+        B, _, H, W = batch.images.shape
+        patches = (H // self.patch_size) * (W // self.patch_size)
+        masking = random_masking(B, patches, self.mask_ratio, seed=self.seed, sample_ids=batch.sample_ids, epoch=batch.epochs)
         with torch.autocast(batch.images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             return self.module(batch.images, *masking)
 

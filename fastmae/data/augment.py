@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastmae.errors import InputError
@@ -38,6 +37,11 @@ class Augment:
             raise InputError(f"crop ratio must be two rising positive numbers, got {self.ratio}")
 
 
+def draw_crop(draws: np.ndarray, height: int, width: int, augment: Augment) -> tuple[tuple[int, int, int, int], bool]:
+    """The box of ``crop_box`` and whether the crop is mirrored, from ``DRAWS`` numbers in [0, 1)."""
+    return crop_box(draws, height, width, augment), augment.flip and bool(draws[0] < 0.5)
+
+
 def crop_box(draws: np.ndarray, height: int, width: int, augment: Augment) -> tuple[int, int, int, int]:
     """A box (top, left, height, width) in pixels from ``draws[1:]``, numbers in [0, 1); see ``DRAWS``."""
     low, high = augment.scale
@@ -61,10 +65,18 @@ def center_box(height: int, width: int, size: tuple[int, int]) -> tuple[int, int
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resized_crop(image: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int], flip: bool = False) -> Tensor:
-    """The box of ``image`` (H, W, C) uint8, resized to ``size`` (height, width) and perhaps mirrored: (C, h, w) uint8."""
+def resized_crop(
+    image: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int], flip: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """The box of ``image`` (H, W, C) uint8, resized to ``size`` (height, width) and perhaps mirrored: (C, h, w) uint8.
+
+    ``out`` (C, h, w): where to write it, fastest into memory with channels last. The filter is torch's, 66 dB from Pillow's.
+    """
     top, left, h, w = box
     crop = torch.from_numpy(image[top : top + h, left : left + w]).permute(2, 0, 1)[None]
-    # uint8 and channels last: torch's fast path, 66 dB from Pillow's filter.
-    crop = F.interpolate(crop, size, mode="bicubic", antialias=True)[0]
-    return crop.flip(2) if flip else crop
+    if out is None:
+        out = torch.empty(*size, image.shape[2], dtype=torch.uint8).permute(2, 0, 1)
+    resized = torch.empty(1, *size, image.shape[2], dtype=torch.uint8).permute(0, 3, 1, 2) if flip else out[None]
+    # What F.interpolate calls; it has no ``out``, and would turn the result to channels first, a third of its time.
+    torch.ops.aten._upsample_bicubic2d_aa.out(crop, size, False, None, None, out=resized)
+    return out.copy_(resized[0].flip(2)) if flip else out

@@ -3,24 +3,28 @@
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from fastmae.errors import InputError
+from fastmae.errors import InputError, SampleError
 from fastmae.optional import require
 
 MAX_PIXELS = 100_000_000  # a header may claim anything; this much is 300 MB of pixels
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+"""What Pillow may read (MPO is JPEG to it), whatever a file is named: some others are programs that Ghostscript would run."""
+
 _COLORSPACE = {1: "GRAY", 3: "RGB"}
 
 
-class DecodeError(ValueError):
+class DecodeError(SampleError):
     """The bytes are no image that can be used; the message says why."""
 
 
-def decode(data: bytes, channels: int = 3) -> np.ndarray:
+def decode(data: bytes | memoryview, channels: int = 3, into: np.ndarray | None = None) -> np.ndarray:
     """Pixels (H, W, C) uint8 of a JPEG, or of anything else that Pillow reads; ``channels`` 3 is RGB, 1 is grey.
 
-    Raises DecodeError on damaged or truncated data and on images above ``MAX_PIXELS``, InputError on other ``channels``.
+    ``into`` is memory, uint8 (n,), that a JPEG's pixels are written into if they fit; the result then lies in it. Raises
+    DecodeError on damaged or truncated data and on images above ``MAX_PIXELS``, InputError on other ``channels``.
     """
     if channels not in _COLORSPACE:
         raise InputError(f"images from files have 1 or 3 channels, {channels} were asked for")
@@ -29,16 +33,32 @@ def decode(data: bytes, channels: int = 3) -> np.ndarray:
         if data[:2] == b"\xff\xd8":
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
             _check_size(height, width)
-            return simplejpeg.decode_jpeg(data, _COLORSPACE[channels])
+            is_roomy = into is not None and into.size >= height * width * channels
+            return simplejpeg.decode_jpeg(data, _COLORSPACE[channels], buffer=into if is_roomy else None)
         return _decode_with_pillow(data, channels)
     except DecodeError:
         raise
+    except UnidentifiedImageError as error:  # whose own text names an address in memory
+        raise DecodeError("cannot be decoded, not an image of a known format") from error
     except Exception as error:  # decoders raise many types on damaged bytes, all of which mean the same here
         raise DecodeError(f"cannot be decoded, {error}") from error
 
 
-def _decode_with_pillow(data: bytes, channels: int) -> np.ndarray:
-    with Image.open(io.BytesIO(data)) as image:
+def jpeg_sides(data: bytes | memoryview) -> tuple[int, int] | None:
+    """Height and width of a colour JPEG as its header states them; None for other data. Raises DecodeError as ``decode``."""
+    simplejpeg = require("simplejpeg", "decoding JPEGs")
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:  # ``decode`` words it
+        return None
+    _check_size(height, width)
+    return (height, width) if colors == "YCbCr" else None
+
+
+def _decode_with_pillow(data: bytes | memoryview, channels: int) -> np.ndarray:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_size(image.height, image.width)
         picture = to_rgb(image)
         pixels = np.array(picture.convert("L") if channels == 1 else picture)

@@ -1,11 +1,12 @@
 """The index beside a folder of shards: where every sample lies, so that any of them is one read away.
 
 ``index.json`` names the shards (bytes, samples, hash) and is written last, so its presence means a finished build;
-``index.npy`` holds one row a sample: shard, size, offset of the image's bytes in the tar, label. Shards themselves are plain
-webdataset tars, readable without the index.
+``index.npy`` holds one row a sample: shard, size, offset of the image's bytes in the tar, label, checksum. Shards themselves
+are plain webdataset tars, readable without the index.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,22 +14,33 @@ import numpy as np
 import xxhash
 
 from fastmae.errors import DataError
-from fastmae.files import write_atomically
+from fastmae.files import digest, write_atomically
 
-FORMAT = 1
+FORMAT = 2
 JSON_NAME, TABLE_NAME = "index.json", "index.npy"
-ROW = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("label", "<i4")])
-"""One sample: number of its shard, bytes of its image, their offset in the tar, class number or -1."""
+ROW = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("label", "<i4"), ("check", "<u4")])
+"""One sample: number of its shard, bytes of its image, their offset in the tar, class number or -1, ``checksum`` of them."""
+
+
+def checksum(data: bytes) -> int:
+    """The low 32 bits of the xxh3-64 of an image's bytes: what a read compares, so that no flipped bit is ever trained on."""
+    return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar: its file name, length in bytes, count of samples, and the xxh3-64 of its bytes in hex."""
+    """One tar: its path from the index's folder, length in bytes, count of samples, and the xxh3-64 of its bytes in hex."""
 
     name: str
     bytes: int
     samples: int
     xxh3: str
+
+    def __post_init__(self):
+        if [type(v) for v in vars(self).values()] != [str, int, int, str] or not 0 <= self.samples <= self.bytes < 2**62:
+            raise TypeError(f"not a shard: {vars(self)}")
+        if not self.name or b"\0" in os.fsencode(self.name):
+            raise ValueError(f"not a file's name: {self.name!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,70 +61,130 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of every shard's hash and of the sample table: equal means the same samples in the same places."""
-        shards = [(s.name, s.bytes, s.samples, s.xxh3) for s in self.shards]
+        """A hash of every shard's hash and of the sample table: equal means the same samples under the same numbers."""
+        shards = [(s.bytes, s.samples, s.xxh3) for s in self.shards]
         return xxhash.xxh3_64_hexdigest(json.dumps(shards).encode() + self.table.tobytes())
 
     def save(self) -> None:
         """Write both files, the JSON last, each under a temporary name first."""
         with write_atomically(self.folder / TABLE_NAME) as file:
             np.save(file, self.table)
+            table_xxh3 = digest(file)
         document = {
             "format": FORMAT,
             "samples": len(self.table),
-            "table_xxh3": xxhash.xxh3_64_hexdigest(self.table.tobytes()),
+            "table_xxh3": table_xxh3,
             "classes": list(self.classes),
             "build": self.build,
             "shards": [vars(s) for s in self.shards],
         }
+        document["xxh3"] = _own_digest(document)
         with write_atomically(self.folder / JSON_NAME) as file:
             file.write(json.dumps(document, indent=1).encode())
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Index":
-        """Read the index of ``folder``; every shard must be there with its stated length.
+    def load(cls, folder: str | Path, *, check_shards: bool = True) -> "Index":
+        """Read the index of ``folder``; every shard must be there with its stated length, unless ``check_shards`` is off.
 
         Raises DataError that names the file if anything is missing, damaged, or does not match.
         """
         folder = Path(folder)
-        document = _read_json(folder / JSON_NAME)
+        document = _read_document(folder / JSON_NAME)
         try:
-            if document["format"] > FORMAT:
-                raise DataError(f"{folder / JSON_NAME}: format {document['format']} is newer than {FORMAT}; update fastmae")
             shards = tuple(Shard(**s) for s in document["shards"])
-            table = np.load(folder / TABLE_NAME, allow_pickle=False)
-            is_intact = table.dtype == ROW and xxhash.xxh3_64_hexdigest(table.tobytes()) == document["table_xxh3"]
-            index = cls(folder=folder, shards=shards, table=table, classes=tuple(document["classes"]), build=document["build"])
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{folder / JSON_NAME}: damaged, {error!r}; build the shards again") from error
-        except (OSError, ValueError, EOFError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{folder / TABLE_NAME}: cannot be read, {error}; build the shards again") from error
-        if not is_intact:
-            raise DataError(f"{folder / TABLE_NAME}: does not match {JSON_NAME}; build the shards again")
-        index._check_shards()
+            samples, table_xxh3, classes, build = (document[n] for n in ("samples", "table_xxh3", "classes", "build"))
+            if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes) or not isinstance(build, dict):
+                raise TypeError("classes are a list of names, build is an object")
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{folder / JSON_NAME}: damaged, {error!r}; {_MEND}") from error
+        table, found_xxh3 = _read_table(folder / TABLE_NAME)
+        if table.dtype != ROW or table.size != samples or found_xxh3 != table_xxh3:
+            raise DataError(f"{folder / TABLE_NAME}: does not match {JSON_NAME}; {_MEND}")
+        index = cls(folder=folder, shards=shards, table=table, classes=tuple(classes), build=build)
+        index._check_table()
+        if check_shards:
+            index._check_shards()
         return index
 
-    def _check_shards(self) -> None:
-        if not len(self.table):
+    def _check_table(self) -> None:
+        """The rows must lie inside the shards they name, and be as many as stated."""
+        path = self.folder / TABLE_NAME
+        if self.table.ndim != 1 or not len(self.table):
             raise DataError(f"{self.folder}: the index lists no samples; build the shards again from images that open")
+        shard, offset, size = (self.table[name].astype(np.int64) for name in ("shard", "offset", "size"))
+        if shard.max() >= len(self.shards):
+            raise DataError(f"{path}: names shard {shard.max()} of {len(self.shards)}; {_MEND}")
+        stated = [s.samples for s in self.shards]
+        if np.bincount(shard, minlength=len(stated)).tolist() != stated:
+            raise DataError(f"{path}: its samples per shard are not those of {JSON_NAME}; {_MEND}")
+        ends = np.array([s.bytes for s in self.shards])[shard]
+        wrong = np.flatnonzero((offset < 512) | (size == 0) | (offset > ends - size))
+        if len(wrong):
+            at = int(wrong[0])
+            raise DataError(
+                f"{self.folder / self.shards[shard[at]].name}: the index lists {size[at]} bytes at offset {offset[at]} of a "
+                f"shard of {ends[at]}; {_MEND}"
+            )
+
+    def _check_shards(self) -> None:
+        """Every shard must be there once, with its stated length."""
+        of_hash: dict[str, str] = {}
         for number, shard in enumerate(self.shards):
             path = self.folder / shard.name
-            if not path.is_file():
+            try:
+                size = path.stat().st_size if path.is_file() else None
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read, {error.strerror}") from error
+            if size is None:
                 raise DataError(f"{path}: missing; the index lists {len(self.shards)} shards, this is number {number}")
-            size = path.stat().st_size
             if size != shard.bytes:
-                raise DataError(f"{path}: {size} bytes, the index says {shard.bytes}; restore it or build the shards again")
+                raise DataError(
+                    f"{path}: {size} bytes, the index says {shard.bytes}: cut at offset {size}, or another file; restore it "
+                    "or build the shards again"
+                )
+            if shard.xxh3 in of_hash:
+                raise DataError(
+                    f"{path}: the same shard as {of_hash[shard.xxh3]}, its samples would come twice; leave one of them out"
+                )
+            of_hash[shard.xxh3] = shard.name
 
 
-def _read_json(path: Path) -> dict:
+_MEND = "build the shards again, or index them anew with `fastmae shards index`"
+
+
+def _own_digest(document: dict) -> str:
+    """The xxh3-64 of the document without its own digest, so that no changed character goes unnoticed."""
+    rest = {name: value for name, value in document.items() if name != "xxh3"}
+    return xxhash.xxh3_64_hexdigest(json.dumps(rest, sort_keys=True).encode())
+
+
+def _read_table(path: Path) -> tuple[np.ndarray, str]:
+    """The table, and the xxh3-64 of the file's bytes."""
+    try:
+        with path.open("rb") as file:
+            xxh3 = digest(file)
+        # Mapped, so that numpy compares the shape in the header with the length of the file before it takes memory.
+        return np.array(np.load(path, mmap_mode="r", allow_pickle=False)), xxh3
+    except Exception as error:  # numpy reads the header as Python's source, and raises anything on a damaged one
+        raise DataError(f"{path}: cannot be read, {error}; {_MEND}") from error
+
+
+def _read_document(path: Path) -> dict:
     try:
         document = json.loads(path.read_bytes())
+        digest = _own_digest(document) if isinstance(document, dict) else None
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: cannot be read, No such file; `fastmae shards index` makes an index for tars") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read, {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: damaged, not JSON ({error}); build the shards again") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged, not JSON ({error}); {_MEND}") from error
     if not isinstance(document, dict):
-        raise DataError(f"{path}: damaged, not a JSON object; build the shards again")
+        raise DataError(f"{path}: damaged, not a JSON object; {_MEND}")
+    if (stated := document.get("format")) != FORMAT:
+        if isinstance(stated, int) and stated > FORMAT:
+            raise DataError(f"{path}: format {stated} is newer than {FORMAT}; update fastmae")
+        raise DataError(f"{path}: format {stated!r}, this version reads {FORMAT}; {_MEND}")
+    if document.get("xxh3") != digest:
+        raise DataError(f"{path}: damaged, its contents do not match their own hash; {_MEND}")
     return document

@@ -1,28 +1,22 @@
-"""Batches for one rank, made by worker processes from indexed shards or from a stream.
+"""Batches for one rank, on its device, made by worker processes from indexed shards or from a stream.
 
 Bad samples are counted and named; more of them than the budget, and anything wrong with a shard, ends the run.
 """
 
-import signal
 from collections.abc import Iterator
-from multiprocessing import active_children
 from pathlib import Path
 
-from torch.utils.data import DataLoader
+import torch
+import xxhash
 
 from fastmae.data.batch import Batch, LoaderConfig
+from fastmae.data.device import device_batches
 from fastmae.data.index import JSON_NAME, Index
-from fastmae.data.indexed import IndexedBatches
-from fastmae.data.stream import StreamedBatches, find_shards
-from fastmae.errors import DataError
-
-_LOST_BEFORE_BUDGET = 16  # bad samples that a run survives however short it is
-
-
-def _ignore_signals(_: int) -> None:
-    """A signal to the whole process group is for the training process: it saves and ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+from fastmae.data.indexed import LOST_BEFORE_BUDGET, IndexedBatches
+from fastmae.data.nvjpeg import make_decoder
+from fastmae.data.stream import streamed_batches
+from fastmae.data.urls import find_shards
+from fastmae.errors import DataError, InputError
 
 
 class Loader:
@@ -32,56 +26,106 @@ class Loader:
     """
 
     def __init__(self, data: str | Path, config: LoaderConfig, *, batch_size: int, rank: int = 0, world_size: int = 1,
-                 start: int = 0):  # fmt: skip
+                 device: torch.device | str = "cpu", state: dict | None = None):  # fmt: skip
         """Open ``data``: a folder with an index, a folder of tars, or a pattern of paths or URLs with {000..999} in it.
 
-        ``start``: samples of the whole run consumed before. Raises InputError or DataError naming what is wrong.
+        ``state``: what ``state()`` gave at the place to go on from, on any number of ranks. Raises InputError or DataError
+        naming what is wrong.
         """
-        self.config = config
+        self.data, self.config, self.device = data, config, torch.device(device)
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.start = state["samples"] if state else 0
         self.seen = self.lost = 0
-        is_indexed = (Path(data) / JSON_NAME).is_file()
-        workers = config.workers
-        if is_indexed:
-            index = Index.load(data)
-            self.samples, self.fingerprint = len(index), index.fingerprint
-            dataset = IndexedBatches(index, config, batch_size, rank, world_size, start)
+        self.index = Index.load(data) if (Path(data) / JSON_NAME).is_file() else None
+        if self.index is not None:
+            self.samples, self.fingerprint = len(self.index), self.index.fingerprint
+            self.crop = ("device" if self.device.type == "cuda" else "cpu") if config.crop == "auto" else config.crop
         else:
-            shards = find_shards(data, world_size)
-            self.samples, self.fingerprint = None, f"stream of {len(shards)} shards"
-            workers = min(workers, len(shards) // world_size)
-            dataset = StreamedBatches(shards, config, batch_size, rank, world_size, start)
-        self._loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=range(2**62) if is_indexed else None,
-            num_workers=workers,
-            prefetch_factor=config.prefetch if workers else None,
-            pin_memory=config.pin_memory,
-            worker_init_fn=_ignore_signals,
+            self.shards = find_shards(data, world_size, allow_pipe=config.allow_pipe)
+            urls = "\n".join(self.shards).encode()
+            self.kind = f"stream of {len(self.shards)} shards"
+            self.samples, self.fingerprint = None, f"{self.kind} {xxhash.xxh3_64_hexdigest(urls)}"
+            self.crop = "cpu"
+            if config.crop == "device" or config.shuffle_window is not None:
+                raise InputError(
+                    f"{data}: has no index, and a stream is cropped on the CPU and shuffled in its own way: leave out --crop "
+                    "device and --shuffle-window, or make an index with `fastmae shards index`"
+                )
+        if config.decode == "nvjpeg":
+            make_decoder(self.device)  # or say now why not
+            if self.crop != "device":
+                raise InputError("decode nvjpeg leaves pixels on the GPU: crop there too, leave --crop out")
+        if state:
+            self._check(state)
+
+    def state(self, samples: int) -> dict:
+        """The place after ``samples`` samples of the whole run, over all ranks, as plain JSON."""
+        return {
+            "epoch": samples / self.samples if self.samples else None,
+            "samples": samples,
+            "seed": self.config.seed,
+            "views": self.config.views,
+            "shuffle_window": self.config.shuffle_window,
+            "fingerprint": self.fingerprint,
+        }
+
+    def describe(self) -> str:
+        """One line on how batches are made."""
+        config = self.config
+        where = f"{config.workers} worker{'s' * (config.workers > 1)}" if config.workers else "this process"
+        views = f", {config.views} views of each image" if config.views > 1 else ""
+        if self.index is None:
+            return f"{where}, streamed, cropped on the CPU{views}"
+        mixed = "all samples mixed" if config.shuffle_window is None else f"mixed within {config.shuffle_window} shards"
+        return f"{where}, {len(self.index.shards)} shards, {mixed}, cropped on the {self.crop}{views}".replace(
+            "the cpu", "the CPU"
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        others = set(active_children())
-        batches = iter(self._loader)
-        workers = set(active_children()) - others
+        if self.index is None:
+            source = streamed_batches(
+                self.shards, self.config, self.batch_size, self.rank, self.world_size, self.start, self.device
+            )
+        else:
+            slots = IndexedBatches(self.index, self.config, batch_size=self.batch_size, rank=self.rank,
+                                   world_size=self.world_size, start=self.start, on_device=self.crop == "device")  # fmt: skip
+            source = _closing(slots, self.device)
         try:
-            for batch in batches:
-                yield self._checked(batch)
+            yield from source if self.index is not None else map(self._counted, source)
         finally:
-            del batches  # its last reference: asks the workers to end, and waits for some seconds
-            for worker in workers:
-                if worker.is_alive():  # stuck in a read; it ignores milder signals
-                    worker.kill()
+            source.close()
 
-    def _checked(self, batch: Batch | DataError) -> Batch:
-        """``batch``, counted. Raises DataError if it is one, or if too many samples could not be used."""
-        if isinstance(batch, DataError):
-            raise batch
+    def _check(self, state: dict) -> None:
+        """Raise InputError unless ``state`` is a place in this loader's own order."""
+        if state["fingerprint"] != self.fingerprint:
+            raise InputError(
+                f"{self.data}: other data than this run began with, fingerprint {self.fingerprint} here and "
+                f"{state['fingerprint']} in the checkpoint; give that data or another --out"
+            )
+        for name in ("seed", "views", "shuffle_window"):
+            if state[name] != getattr(self.config, name):
+                raise InputError(
+                    f"the order of samples was made with {name} {state[name]}, not {getattr(self.config, name)}; "
+                    "give that value or another --out"
+                )
+
+    def _counted(self, batch: Batch) -> Batch:
+        """A stream's ``batch``, counted: its length is not known. Raises DataError if too many samples could not be used."""
         self.seen += len(batch.sample_ids)
         self.lost += len(batch.replaced)
-        if self.lost > max(_LOST_BEFORE_BUDGET, self.config.bad_budget * self.seen):
-            raise DataError(
+        if batch.replaced and self.lost > max(LOST_BEFORE_BUDGET, self.config.bad_budget * self.seen):
+            error = DataError(
                 f"{self.lost} of {self.seen} samples could not be used, more than the budget of "
                 f"{self.config.bad_budget:.2%}; the last: {batch.replaced[-1]}"
             )
+            for line in batch.replaced:
+                error.add_note(line)
+            raise error
         return batch
+
+
+def _closing(source: IndexedBatches, device: torch.device) -> Iterator[Batch]:
+    try:
+        yield from device_batches(source, device)
+    finally:
+        source.close()

@@ -2,10 +2,11 @@
 
 import os
 import resource
+import weakref
 from collections import OrderedDict
 
-from fastmae.data.index import Index
-from fastmae.errors import DataError
+from fastmae.data.index import Index, checksum
+from fastmae.errors import DataError, SampleError
 
 _BLOCK = 512  # bytes of a tar header
 
@@ -16,33 +17,57 @@ class ShardReader:
     def __init__(self, index: Index):
         self.index = index
         self._files: OrderedDict[int, int] = OrderedDict()
+        weakref.finalize(self, _close, self._files)
+        self._memory = bytearray()
         self._most = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
     def __getstate__(self):
-        return {**self.__dict__, "_files": OrderedDict()}
+        return {**self.__dict__, "_files": OrderedDict(), "_memory": bytearray()}
 
     def read(self, sample: int) -> bytes:
-        """The image bytes of ``sample``. Raises DataError naming path and offset if they are not where the index says."""
-        row = self.index.table[sample]
-        size, offset = int(row["size"]), int(row["offset"])
-        data = os.pread(self._file(int(row["shard"])), _BLOCK + size, offset - _BLOCK)
-        header = data[:_BLOCK]
+        """The image bytes of ``sample``. Raises as ``view``."""
+        return bytes(self.view(sample))
+
+    def view(self, sample: int) -> memoryview:
+        """The image bytes of ``sample``, in memory that the next read overwrites.
+
+        Raises DataError naming path and offset if the tar has no such image there, SampleError if the image's own bytes are
+        not those that were indexed.
+        """
+        shard, size, offset, _, check = self.index.table[sample].item()
+        if len(self._memory) < _BLOCK + size:  # kept, because fresh memory costs a fault for each page
+            self._memory = bytearray(_BLOCK + size)
+        data = memoryview(self._memory)[: _BLOCK + size]
         try:
-            stated = int(header[124:136].rstrip(b" \0"), 8)
+            found = os.preadv(self._file(shard), [data], offset - _BLOCK)
+        except OSError as error:
+            raise DataError(f"{self.place(sample)}: cannot be read, {error.strerror}") from error
+        try:
+            stated = int(bytes(data[124:136]).rstrip(b" \0"), 8)
         except ValueError:
             stated = -1
-        if len(data) != _BLOCK + size or header[257:262] != b"ustar" or stated != size:
+        if stated != size or found != _BLOCK + size:
             raise DataError(
                 f"{self.path(sample)}: the index does not match the tar at offset {offset}: it lists an image of {size} "
-                "bytes there; build the index or the shards again"
+                "bytes there; restore the shard, build it again, or index it anew"
             )
-        return data[_BLOCK:]
+        image = data[_BLOCK:]
+        if checksum(image) != check:
+            raise SampleError(f"its {size} bytes at offset {offset} are not those that were indexed (checksum)")
+        return image
 
     def name(self, sample: int) -> str:
-        """Shard and key of ``sample``, for messages."""
-        row = self.index.table[sample]
-        header = os.pread(self._file(int(row["shard"])), 100, int(row["offset"]) - _BLOCK)
+        """Shard and key of ``sample``, for messages; its place if the shard cannot be read."""
+        shard, _, offset, _, _ = self.index.table[sample].item()
+        try:
+            header = os.pread(self._file(shard), 100, offset - _BLOCK)
+        except (OSError, DataError):
+            return self.place(sample)
         return f"{self.path(sample)}: {header.rstrip(bytes(1)).decode(errors='replace')}"
+
+    def place(self, sample: int) -> str:
+        """Shard and offset of ``sample``, for messages: nothing is read."""
+        return f"{self.path(sample)}: offset {int(self.index.table[sample]['offset'])}"
 
     def path(self, sample: int) -> str:
         """Path of the shard that holds ``sample``."""
@@ -60,3 +85,9 @@ class ShardReader:
                 os.close(self._files.popitem(last=False)[1])
         self._files.move_to_end(shard)
         return self._files[shard]
+
+
+def _close(files: OrderedDict[int, int]) -> None:
+    for handle in files.values():
+        os.close(handle)
+    files.clear()

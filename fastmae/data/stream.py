@@ -1,67 +1,115 @@
 """Shards without an index, read from start to end through webdataset: local tars, gzipped tars, or URLs.
 
 The promise is weaker than that of indexed shards: the order is fresh in every pass and fixed by the seed for a given number
-of ranks and workers, but differs between such numbers; samples lost inside a damaged tar are not noticed by webdataset; a
-resumed run starts a new pass instead of continuing the old one. Nothing is unpickled, and no ``pipe:`` command is run.
+of ranks and workers, but differs between such numbers; a resumed run starts a new pass instead of continuing the old one;
+damage inside a tar is noticed only where it ends the reading of it. Nothing is unpickled.
 """
 
 import itertools
 import random
-import shutil
+import signal
 import tarfile
+import time
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
 import xxhash
-from torch.utils.data import IterableDataset, get_worker_info
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from fastmae.data.batch import Batch, LoaderConfig, crop_batch
+from fastmae.data.augment import DRAWS, draw_crop, resized_crop
+from fastmae.data.batch import Batch, LoaderConfig
 from fastmae.data.decode import DecodeError, decode
-from fastmae.data.write import UNFINISHED
-from fastmae.errors import DataError, InputError
-from fastmae.kernels.philox import ORDER, permutation
+from fastmae.data.samples import IMAGES, label_of
+from fastmae.data.urls import open_shards
+from fastmae.errors import DataError
+from fastmae.kernels.philox import CROPS, ORDER, permutation, uniform
 from fastmae.optional import require
 
-_IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "gif")
-_SCHEMES = ("https", "http", "file")
+_LOOK = 5.0  # seconds between looks at whether a worker that is waited for has died
 _SHUFFLE_BUFFER = 1000  # samples, compressed
 
 
-def find_shards(data: str | Path, world_size: int) -> list[str]:
-    """The shards that ``data`` names: a folder of tars, or paths or URLs with {000..999} expanded.
+def streamed_batches(shards: list[str], config: LoaderConfig, batch_size: int, rank: int, world_size: int, start: int,
+                     device: torch.device) -> Iterator[Batch]:  # fmt: skip
+    """Endless batches on ``device``, made by torch's DataLoader. Raises DataError on a bad shard or a dead worker."""
+    workers = min(config.workers, len(shards) // world_size)
+    loader = DataLoader(
+        StreamedBatches(shards, config, batch_size, rank, world_size, start),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=max(2, -(-config.prefetch // workers)) if workers else None,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_ignore_signals,
+        timeout=min(_LOOK, config.timeout) if workers else 0,
+    )
+    others = set(active_children())
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if signal.getsignal(signal.SIGCHLD) is not before:
+        # torch's handler raises wherever the program happens to be. Without it a dead worker is found where it is waited for.
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    processes = set(active_children()) - others
+    try:
+        for batch in _patiently(batches, config.timeout):
+            if isinstance(batch, DataError):
+                raise batch
+            yield Batch(*(t.to(device, non_blocking=True) for t in batch[:4]), *batch[4:])
+    except (RuntimeError, OSError, EOFError) as error:  # what torch's queues raise depends on where the worker was
+        if "timed out" in str(error):
+            raise DataError(
+                f"no data for {config.timeout:.0f} s from {shards[0]} and others; does its source answer?"
+            ) from error
+        if not (dead := _dead(processes)):
+            raise
+        raise DataError(
+            f"loader worker {dead[0].pid} died, {_cause(dead[0].exitcode)}; start again, with fewer workers if memory or "
+            "/dev/shm ran out (`fastmae doctor`)"
+        ) from error
+    finally:
+        del batches  # its last reference: asks the workers to end, and waits for some seconds
+        for process in processes:
+            if process.is_alive():  # stuck in a read; it ignores milder signals
+                process.kill()
 
-    Raises InputError if there are none, or fewer than ranks, or on a ``pipe:`` URL.
-    """
-    text = str(data)
-    if Path(text).is_dir():
-        if (Path(text) / UNFINISHED).exists():
-            raise InputError(f"{text}: the build of these shards was not finished; remove the folder and build them again")
-        shards = sorted(str(p) for p in Path(text).iterdir() if p.name.endswith((".tar", ".tar.gz", ".tgz")))
-        if not shards:
-            raise InputError(f"{text}: no shards; give a folder with index.json or tars, as `fastmae shards` writes")
-    else:
-        braceexpand = require("braceexpand", "a pattern of shards")
+
+def _dead(processes: set[BaseProcess]) -> list[BaseProcess]:
+    """Those that ended by themselves; a connection breaks a moment before its process is seen to be gone."""
+    until = time.monotonic() + 1
+    while not (dead := [p for p in processes if p.exitcode not in (None, 0)]) and time.monotonic() < until:
+        time.sleep(0.01)
+    return dead
+
+
+def _cause(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+
+
+def _patiently(batches: Iterator, patience: float) -> Iterator:
+    """``batches``, waited for longer than torch's own timeout, at whose end alone it looks whether a worker has died."""
+    until = time.monotonic() + patience
+    while True:
         try:
-            shards = list(braceexpand.braceexpand(text))
-        except ValueError as error:
-            raise InputError(f"{text}: braces do not match ({error}); give a pattern like a-{{000..099}}.tar") from error
-        for shard in shards:
-            scheme, colon, _ = shard.partition(":")
-            if colon and scheme not in _SCHEMES:
-                raise InputError(f"{shard}: only {', '.join(_SCHEMES)} URLs are read; pipe: runs shell commands and is refused")
-        if any("://" in s for s in shards) and shutil.which("curl") is None:
-            raise InputError(f"{text}: URLs are read by the program curl, which is not installed")
-        missing = [s for s in shards if "://" not in s and not Path(s).is_file()]
-        if missing:
-            raise InputError(
-                f"{missing[0]}: no such shard or folder; give a folder of shards, or a pattern like a-{{000..099}}.tar"
-            )
-    if len(shards) < world_size:
-        raise InputError(f"{text}: {len(shards)} shards cannot feed {world_size} ranks; write smaller shards, or index them")
-    return shards
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "timed out" not in str(error) or time.monotonic() >= until:
+                raise
+        else:
+            yield batch
+            until = time.monotonic() + patience
+
+
+def _ignore_signals(_: int) -> None:
+    """A signal to the whole process group is for the training process: it saves and ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class StreamedBatches(IterableDataset):
@@ -72,8 +120,10 @@ class StreamedBatches(IterableDataset):
         self.rank, self.world_size, self.start = rank, world_size, start
 
     def __iter__(self) -> Iterator:
-        samples = self._decoded()
-        while True:
+        samples = itertools.chain.from_iterable(map(self._views, self._decoded()))
+        worker, workers = _place()
+        for number in itertools.count(worker, workers):  # DataLoader takes from its workers in turns
+            size = self.config.size_at(self.start + number * self.world_size * self.batch_size)
             replaced: list[str] = []
             try:
                 chosen = list(itertools.islice(_usable(samples, replaced), self.batch_size))
@@ -82,22 +132,24 @@ class StreamedBatches(IterableDataset):
                 return
             pixels, ids, epochs, labels = zip(*chosen, strict=True)
             ids, epochs, labels = (np.array(v, dtype=np.int64) for v in (ids, epochs, labels))
-            images = crop_batch(list(pixels), ids, epochs, self.config)
+            images = _crop_batch(list(pixels), ids, epochs, size, self.config)
             yield Batch(images, *map(torch.from_numpy, (ids, epochs, labels)), tuple(replaced))
 
     def _decoded(self) -> Iterator[tuple]:
         """Endless (pixels, id, epoch, label), or a line of text for a sample that cannot be used."""
         wds = require("webdataset", "streaming shards")
-        worker = get_worker_info()
-        worker, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        worker, workers = _place()
+        tar_file_expander, group_by_keys = wds.tariterators.tar_file_expander, wds.tariterators.group_by_keys
         # Passes are numbered from ``start``, so that a resumed run repeats neither an order nor a mask.
         for epoch in itertools.count(self.start):
             order = permutation(self.config.seed, ORDER, epoch & 0xFFFFFFFF, len(self.shards)).tolist()
             mine = [self.shards[i] for i in order][self.rank :: self.world_size][worker::workers]
+            opened: list[str] = []
             generator = random.Random(f"{self.config.seed} {epoch} {self.rank} {worker}")
             pipeline = wds.DataPipeline(
-                wds.SimpleShardList(mine),
-                wds.tarfile_to_samples(select_files=lambda name: name.rpartition(".")[2].lower() in (*_IMAGES, "cls")),
+                partial(open_shards, mine, opened),
+                partial(tar_file_expander, select_files=_is_wanted),
+                group_by_keys,
                 wds.shuffle(_SHUFFLE_BUFFER, rng=generator),
             )
             found = False
@@ -105,23 +157,45 @@ class StreamedBatches(IterableDataset):
                 for sample in pipeline:
                     found = True
                     yield self._decode(sample, epoch)
+            except DataError:
+                raise
             except (OSError, ValueError, EOFError, tarfile.TarError, zlib.error) as error:
-                raise DataError(f"a shard of {', '.join(mine[:3])}... cannot be read: {error}") from error
+                at = opened[-1] if opened else mine[0]
+                raise DataError(f"{at}: cannot be read: {error.args[0] if error.args else error}") from error
             if not found:
-                raise DataError(f"{', '.join(mine[:3])}: no images in these shards; looked for {', '.join(_IMAGES)} members")
+                raise DataError(f"{', '.join(mine[:3])}: no images in these shards; looked for {', '.join(IMAGES)} members")
+
+    def _views(self, sample: tuple | str) -> list[tuple | str]:
+        """The views of a sample, side by side, each as if in an epoch of its own."""
+        if isinstance(sample, str):
+            return [sample]
+        pixels, number, epoch, label = sample
+        return [(pixels, number, epoch * self.config.views + view, label) for view in range(self.config.views)]
 
     def _decode(self, sample: dict, epoch: int) -> tuple | str:
         name = f"{sample['__url__']}: {sample['__key__']}"
-        image = next((sample[e] for e in _IMAGES if e in sample), None)
+        image = next((sample[e] for e in IMAGES if e in sample), None)
         if image is None:
             return f"{name}: has no image"
         try:
             pixels = decode(image, self.config.channels)
         except DecodeError as error:
             return f"{name}: {error}"
-        label = sample.get("cls", b"-1").strip()
+        label = label_of(sample.get("cls", b"-1"))
+        if label is None:
+            return f"{name}: its class is no whole number, got {sample['cls'][:32]!r}"
         number = xxhash.xxh3_64_intdigest(sample["__key__"].encode()) >> 1  # fits a signed 64-bit integer
-        return pixels, number, epoch, int(label) if label.lstrip(b"-").isdigit() else -1
+        return pixels, number, epoch, label
+
+
+def _place() -> tuple[int, int]:
+    """This worker's number, and how many there are."""
+    worker = get_worker_info()
+    return (worker.id, worker.num_workers) if worker else (0, 1)
+
+
+def _is_wanted(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in (*IMAGES, "cls")
 
 
 def _usable(samples: Iterator, replaced: list[str]) -> Iterator[tuple]:
@@ -129,6 +203,17 @@ def _usable(samples: Iterator, replaced: list[str]) -> Iterator[tuple]:
         if isinstance(sample, str):
             replaced.append(sample)
             if len(replaced) > 1000:
-                raise DataError(f"1000 samples on end cannot be used; the last: {sample}")
+                raise DataError(f"1000 samples of one batch cannot be used; the last: {sample}")
         else:
             yield sample
+
+
+def _crop_batch(images: list[np.ndarray], ids: np.ndarray, epochs: np.ndarray, size: tuple[int, int],
+                config: LoaderConfig) -> Tensor:  # fmt: skip
+    """Crops (B, C, H, W) uint8 of decoded images (H, W, C), each a function of (seed, epoch, sample id) alone."""
+    draws = uniform(config.seed, CROPS, torch.from_numpy(epochs), torch.from_numpy(ids), DRAWS).numpy()
+    out = torch.empty(len(images), config.channels, *size, dtype=torch.uint8)
+    for i, (image, numbers) in enumerate(zip(images, draws, strict=True)):
+        box, flip = draw_crop(numbers, *image.shape[:2], config.augment)
+        out[i] = resized_crop(image, box, size, flip)
+    return out

@@ -1,39 +1,32 @@
 """Build shards: a folder of images becomes webdataset tars and an index.
 
 Images are listed in the order of their paths, shuffled once by the seed, cut into shards of a fixed number, recoded in
-worker processes and written in that order: the same input gives the same bytes, whatever the number of workers. A shard
-appears under its name only when it is complete, and the index only when all are.
+worker processes and written in that order: the same input gives the same bytes, whatever the number of workers, and however
+often the build was killed and begun again. A shard appears under its name only when it is complete, and the index only when
+all are.
 """
 
-import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
+from contextlib import closing
+from dataclasses import asdict
+from itertools import chain, islice
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
 
-from fastmae.data.index import JSON_NAME, ROW, Index, Shard
-from fastmae.data.recode import Recode, recode
+from fastmae.data.images import Listing, Source, list_images
+from fastmae.data.index import ROW, Index, Shard, checksum
+from fastmae.data.plan import UNFINISHED, Built, Plan, hold_plan
+from fastmae.data.recode import Recode
+from fastmae.data.recoders import RecoderError, recode_all
 from fastmae.errors import InputError
 from fastmae.files import digest, make_folder, write_atomically
 from fastmae.kernels.philox import SHARDS, permutation
 
-UNFINISHED = ".unfinished"  # stands in a folder of shards for as long as it is being built
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One image file: its path, its number in the sorted list, its class number or -1."""
-
-    path: Path
-    number: int
-    label: int
+__all__ = ["UNFINISHED", "list_images", "write_shards"]
 
 
 def write_shards(
@@ -49,109 +42,103 @@ def write_shards(
     """Write the images under ``source`` as shards under ``out``; return the index and a line for each bad image.
 
     A top-level folder of ``source`` is a class; images outside one have no label. ``workers`` processes recode, 0 does it
-    here. ``progress(done, total)`` is called after each image. Raises InputError if there is no image that opens, or if
-    ``out`` holds shards already.
+    here. ``progress(done, total)`` is called after each image, and after each shard that stands from before: a build that was
+    killed goes on when it is called again with the same source, settings and ``out``. Raises InputError if there is no image
+    that opens, if ``out`` holds other shards or another process builds there, or if a worker dies.
     """
     if samples_per_shard < 1:
         raise InputError(f"samples per shard must be at least 1, got {samples_per_shard}")
-    root = Path(source)
-    sources, classes = list_images(root)
+    listing = list_images(Path(source))
     out = make_folder(out)
-    if (out / JSON_NAME).exists() or any(out.glob("*.tar")):
-        raise InputError(f"{out}: holds shards already; choose an empty folder, or remove it first")
-
-    (out / UNFINISHED).touch()
-    order = permutation(seed, SHARDS, 0, len(sources)).tolist()
-    chunks = [order[i : i + samples_per_shard] for i in range(0, len(order), samples_per_shard)]
-    shards, tables, bad = [], [], []
-    done = 0
-    encoded = _recode_all([[sources[i] for i in chunk] for chunk in chunks], settings, workers)
-    for number, images in enumerate(encoded):
-        name = f"shard-{number:06d}.tar"
-        rows = []
-        with write_atomically(out / name) as file:
-            for item, data in images:
-                done += 1
-                if isinstance(data, str):
-                    bad.append(f"{item.path}: {data}")
-                else:
-                    rows.append(_append(file, item, data, root, len(shards)))
-                if progress:
-                    progress(done, len(sources))
-            file.write(bytes(1024))  # two zero blocks end a tar
-            size = file.tell()
-            xxh3 = digest(file)
-        if not rows:  # every image of it was bad: an empty tar would only trouble readers
-            (out / name).unlink()
-            continue
-        shards.append(Shard(name=name, bytes=size, samples=len(rows), xxh3=xxh3))
-        tables.append(np.array(rows, dtype=ROW))
-    if not shards:
-        raise InputError(f"{root}: none of its {len(sources)} images can be read; the first: {bad[0]}")
-    build = {**asdict(settings), "samples_per_shard": samples_per_shard, "seed": seed, "bad": len(bad)}
-    index = Index(folder=out, shards=tuple(shards), table=np.concatenate(tables), classes=tuple(classes), build=build)
-    index.save()
-    (out / UNFINISHED).unlink()
+    build = {**asdict(settings), "samples_per_shard": samples_per_shard, "seed": seed}
+    with hold_plan(out, build, listing) as plan:
+        order = permutation(seed, SHARDS, 0, len(listing.sources)).tolist()
+        chunks = [order[i : i + samples_per_shard] for i in range(0, len(order), samples_per_shard)]
+        parts = _build(plan, listing, chunks, settings, workers, progress or (lambda done, total: None))
+        bad = [line for part in parts for line in part.bad]
+        parts = [part for part in parts if part.shard.samples]
+        if not parts:
+            plan.remove()
+            raise InputError(f"{source}: none of its {len(listing.sources)} images can be read; the first: {bad[0]}")
+        for number, part in enumerate(parts):
+            part.table["shard"] = number
+        table = np.concatenate([part.table for part in parts])
+        shards = tuple(part.shard for part in parts)
+        build["bad"] = len(bad)
+        index = Index(folder=out, shards=shards, table=table, classes=tuple(listing.classes), build=build)
+        index.save()
+        plan.remove()
     return index, bad
 
 
-def list_images(root: Path) -> tuple[list[Source], list[str]]:
-    """The images under ``root`` in the order of their paths, and the class names. Raises InputError if there is none."""
-    if not root.is_dir():
-        raise InputError(f"{root}: not a folder; give a folder of images, with a subfolder for each class if there are any")
-    found = []
-    seen: set[str] = set()
+def _build(plan: Plan, listing: Listing, chunks: list[list[int]], settings: Recode, workers: int,
+           progress: Callable[[int, int], None]) -> list[Built]:  # fmt: skip
+    """Every shard, those that stand from before as they are."""
+    total = len(listing.sources)
+    done = 0
+    parts: dict[int, Built] = {}
+    for number, chunk in enumerate(chunks):
+        if part := plan.finished(number):
+            parts[number] = part
+            done += len(chunk)
+            progress(done, total)
+    missing = [number for number in range(len(chunks)) if number not in parts]
+    sources = (listing.sources[i] for number in missing for i in chunks[number])
 
-    def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read, {error.strerror}")
+    def counted() -> Iterator[tuple[Source, bytes | str]]:
+        nonlocal done
+        for image in images:
+            done += 1
+            progress(done, total)
+            yield image
 
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
-        if (real := os.path.realpath(folder)) in seen:  # a link back into a folder above
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders.sort()
-        found += [Path(folder, f) for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
-    if not found:
-        raise InputError(f"{root}: no images; looked for {', '.join(EXTENSIONS)} in it and its subfolders")
-    found.sort(key=lambda path: path.relative_to(root).as_posix())
-    folders = [path.relative_to(root).parts[0] if path.parent != root else None for path in found]
-    classes = sorted({f for f in folders if f is not None})
-    number_of = {name: i for i, name in enumerate(classes)}
-    return [Source(path, i, number_of.get(f, -1)) for i, (path, f) in enumerate(zip(found, folders, strict=True))], classes
-
-
-def _recode_all(chunks: list[list[Source]], settings: Recode, workers: int) -> Iterator[Iterator[tuple[Source, bytes | str]]]:
-    """For each chunk, its sources with their JPEG bytes, or with the reason why there are none."""
-    work = partial(_recode_one, settings=settings)
-    if workers == 0:
-        yield from (map(work, chunk) for chunk in chunks)
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        # One chunk ahead: workers go on while this process writes, and what waits in memory stays bounded.
-        ahead = pool.map(work, chunks[0], chunksize=8)
-        for chunk in chunks[1:]:
-            current, ahead = ahead, pool.map(work, chunk, chunksize=8)
-            yield current
-        yield ahead
-
-
-def _recode_one(source: Source, settings: Recode) -> tuple[Source, bytes | str]:
     try:
-        return source, recode(source.path, settings)
-    except Exception as error:  # a decoder may raise anything on damaged bytes; the image is named and counted
-        return source, f"{type(error).__name__}: {error}"
+        with closing(recode_all(sources, settings, workers, plan.lock)) as images:
+            results = counted()
+            for number in missing:
+                parts[number] = _write_shard(plan.out, number, islice(results, len(chunks[number])))
+                plan.finish(number, parts[number])
+    except RecoderError as error:
+        raise InputError(
+            f"{plan.out}: {error}; {len(parts)} of {len(chunks)} shards are finished, and the same command goes on from there"
+        ) from error
+    return [parts[number] for number in range(len(chunks))]
 
 
-def _append(file: BinaryIO, source: Source, data: bytes, root: Path, shard: int) -> tuple[int, int, int, int]:
-    """Write one sample's members; return its row of the index."""
-    relative = source.path.relative_to(root).with_suffix("").as_posix()
+def _write_shard(out: Path, number: int, images: Iterator[tuple[Source, bytes | str]]) -> Built:
+    """One tar, that appears when it is whole; none if no image of it can be read."""
+    path = out / f"shard-{number:06d}.tar"
+    bad: list[str] = []
+    readable = _readable(images, bad)
+    if (first := next(readable, None)) is None:  # an empty tar would only trouble readers
+        path.unlink(missing_ok=True)
+        return Built(shard=Shard(name=path.name, bytes=0, samples=0, xxh3=""), table=np.empty(0, ROW), bad=bad)
+    with write_atomically(path) as file:
+        rows = [_append(file, source, data) for source, data in chain([first], readable)]
+        file.write(bytes(1024))  # two zero blocks end a tar
+        size = file.tell()
+        xxh3 = digest(file)
+    shard = Shard(name=path.name, bytes=size, samples=len(rows), xxh3=xxh3)
+    return Built(shard=shard, table=np.array(rows, dtype=ROW), bad=bad)
+
+
+def _readable(images: Iterator[tuple[Source, bytes | str]], bad: list[str]) -> Iterator[tuple[Source, bytes]]:
+    for source, data in images:
+        if isinstance(data, str):
+            bad.append(f"{source.path}: {data}")
+        else:
+            yield source, data
+
+
+def _append(file: BinaryIO, source: Source, data: bytes) -> tuple[int, int, int, int, int]:
+    """Write one sample's members; return its row of the index, whose shard is numbered when all are known."""
     # A key without dots, which webdataset cuts at, and short enough for a plain tar header; the number makes it unique.
+    relative = PurePosixPath(source.name).with_suffix("").as_posix()
     key = f"{source.number:08d}_{re.sub('[^A-Za-z0-9_-]', '_', relative)[-80:]}"
     if source.label >= 0:
         _append_member(file, f"{key}.cls", str(source.label).encode())
     offset = _append_member(file, f"{key}.jpg", data)
-    return shard, len(data), offset, source.label
+    return 0, len(data), offset, source.label, checksum(data)
 
 
 def _append_member(file: BinaryIO, name: str, data: bytes) -> int:

@@ -1,0 +1,135 @@
+"""What a worker does: bytes to pixels to crops, written into a slot.
+
+Two modes, with the same crops from the same keys. ``cpu``: every crop is resized here. ``device``: pixels are decoded into the
+slot and the device crops and resizes them (``kernels/resized_crop.py``); of an image too large for its place only the crop is
+stored, and if that is too large, it is resized here all the same. Which of these depends on the sample alone, so results do not
+depend on how samples are spread over workers. With ``decode nvjpeg`` a JPEG's bytes are stored, and its box beside them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastmae.data.augment import DRAWS, draw_crop, resized_crop
+from fastmae.data.batch import LoaderConfig
+from fastmae.data.decode import decode, jpeg_sides
+from fastmae.data.read import ShardReader
+from fastmae.data.slots import Field, Slots
+from fastmae.errors import SampleError
+from fastmae.kernels.philox import CROPS, uniform
+from fastmae.optional import require
+
+_REASON = 200  # characters; replies of a whole task must fit into one message
+Arrays = dict[str, np.ndarray]
+"""The arrays of a slot, by the names of ``slot_fields``."""
+
+
+class Task(NamedTuple):
+    """Places ``first`` to ``last`` of ``slot``, images of height x width."""
+
+    slot: int
+    first: int
+    last: int
+    height: int
+    width: int
+
+
+CROP_ROW = np.dtype([("length", "<i4"), ("offset", "<i8"), ("width", "<i4"), ("box", "<i4", 4), ("flip", "|b1")])
+"""What the device needs to make one crop: bytes of a JPEG that is stored instead of pixels, or 0; offset of the first pixel in
+the slot's regions, and width of the pixels or of the JPEG's image; top, left, height and width of the crop in it; whether it is
+mirrored."""
+
+
+def slot_fields(config: LoaderConfig, batch_size: int, region: int | None) -> dict[str, Field]:
+    """The arrays of a slot: what a worker is asked for (``ids``, ``epochs``), and what it answers.
+
+    ``region``: bytes for the pixels of one crop, or None to store resized images.
+    """
+    fields = {"ids": Field("<i8", (batch_size,)), "epochs": Field("<i8", (batch_size,))}
+    if region is None:
+        height, width = (max(s[i] for s in config.all_sizes) for i in (0, 1))
+        return fields | {"images": Field("|u1", (batch_size * height * width * config.channels,))}
+    return fields | {"regions": Field("|u1", (batch_size, region)), "crops": Field(CROP_ROW, (batch_size,))}
+
+
+class Cropper:
+    """Fills places of slots. ``region`` as in ``slot_fields``."""
+
+    def __init__(self, reader: ShardReader, slots: Slots, config: LoaderConfig, region: int | None):
+        self.reader, self.slots, self.config, self.region = reader, slots, config, region
+        require("simplejpeg", "decoding JPEGs")  # once, and not in each worker
+        self._last: tuple[int, np.ndarray] | None = None
+        self._buffer = np.empty(0, np.uint8)
+
+    def __call__(self, task: list[int], at: Callable[[int], None]) -> list[tuple[int, int, str]]:
+        """Do one ``Task``; return (place, sample, reason) for each sample that cannot be used.
+
+        Raises DataError if anything is wrong with a shard.
+        """
+        slot, first, last, *size = task
+        arrays = {name: self.slots.array(slot, name) for name in self.slots.fields}
+        ids, epochs = (arrays[name][first:last] for name in ("ids", "epochs"))
+        keys = torch.from_numpy(epochs.copy()), torch.from_numpy(ids.copy())
+        draws = uniform(self.config.seed, CROPS, *keys, DRAWS).numpy()
+        fill = self._fill_image if self.region is None else self._fill_region
+        self._last = None  # it may lie in a slot that is somebody else's by now
+        bad = []
+        for place, sample, numbers in zip(range(first, last), ids.tolist(), draws, strict=True):
+            at(sample)
+            try:
+                fill(arrays, place, sample, numbers, tuple(size))
+            except SampleError as error:
+                bad.append((place, sample, str(error)[:_REASON]))
+        return bad
+
+    def _fill_image(self, arrays: Arrays, place: int, sample: int, draws: np.ndarray, size: tuple[int, int]) -> None:
+        pixels = self._pixels(sample, None)
+        box, flip = draw_crop(draws, *pixels.shape[:2], self.config.augment)
+        n = size[0] * size[1] * self.config.channels
+        row = arrays["images"][place * n : (place + 1) * n]  # dense at every size, so that the device copies them in one piece
+        resized_crop(pixels, box, size, flip, out=torch.from_numpy(row).view(*size, -1).permute(2, 0, 1))
+
+    def _fill_region(self, arrays: Arrays, place: int, sample: int, draws: np.ndarray, size: tuple[int, int]) -> None:
+        if self.config.decode == "nvjpeg" and self._fill_jpeg(arrays, place, sample, draws):
+            return
+        regions = arrays["regions"]
+        pixels = self._pixels(sample, regions[place])
+        box, flip = draw_crop(draws, *pixels.shape[:2], self.config.augment)
+        offset = _address(pixels) - _address(regions)
+        if 0 <= offset < regions.size:  # decoded in place, or there for an earlier view
+            arrays["crops"][place] = 0, offset, pixels.shape[1], box, flip
+            return
+        top, left, height, width = box
+        part = pixels[top : top + height, left : left + width]
+        if part.size > self.region:
+            part = resized_crop(pixels, box, size).permute(1, 2, 0).numpy()  # the device's filter leaves its size as it is
+        regions[place, : part.size].reshape(part.shape)[:] = part
+        arrays["crops"][place] = 0, place * self.region, part.shape[1], (0, 0, *part.shape[:2]), flip
+
+    def _fill_jpeg(self, arrays: Arrays, place: int, sample: int, draws: np.ndarray) -> bool:
+        """Leave a colour JPEG that fits to the device's decoder; return whether it is one."""
+        data = self.reader.view(sample)
+        sides = jpeg_sides(data) if self.config.channels == 3 and len(data) <= self.region else None
+        if sides:
+            arrays["regions"][place, : len(data)] = np.frombuffer(data, np.uint8)
+            crop = draw_crop(draws, *sides, self.config.augment)
+            arrays["crops"][place] = len(data), place * self.region, sides[1], *crop
+        return sides is not None
+
+    def _pixels(self, sample: int, into: np.ndarray | None) -> np.ndarray:
+        """Decoded pixels (H, W, C), in ``into`` if they fit; views of one sample stand side by side and are decoded once."""
+        if self._last is None or self._last[0] != sample:
+            self._last = None  # its memory is about to be overwritten
+            data = self.reader.view(sample)
+            pixels = decode(data, self.config.channels, self._buffer if into is None else into)
+            if into is None and pixels.size > self._buffer.size:
+                # Room for the next of this size: fresh memory costs a fault for each page.
+                self._buffer = np.empty(min(pixels.size, 1 << 24), np.uint8)
+            self._last = sample, pixels
+        return self._last[1]
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]

@@ -1,0 +1,60 @@
+"""Processes forked without more ado: started, waited for, ended. What they do is their owner's affair."""
+
+import contextlib
+import gc
+import os
+import select
+import signal
+import time
+import warnings
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""Those that a forked process begins with blocked."""
+_PATIENCE = 5.0  # seconds to wait for a killed process; one that hangs in a dead file system outlives that
+
+
+def fork() -> int:
+    """``os.fork``; the child has the signals blocked, and never finalises what the parent made."""
+    was_blocked, was_collecting = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS), gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            # Python warns of forks beside threads. A worker only reads, decodes and crops, and ends without cleaning up.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            gc.freeze()
+        else:
+            signal.pthread_sigmask(signal.SIG_SETMASK, was_blocked)
+    finally:
+        if was_collecting:
+            gc.enable()
+    return pid
+
+
+def reap(pid: int, options: int) -> int | None:
+    """The exit code of ``pid``, minus the signal that killed it, or None while it lives."""
+    try:
+        found, status = os.waitpid(pid, options)
+    except ChildProcessError:  # somebody else has waited for it
+        return 0
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def readable(handles: list[int], timeout: float) -> set[int]:
+    """Those of the file handles that can be read, or have ended, once there are any; none after ``timeout`` seconds."""
+    poll = select.poll()  # select() takes no handle above 1023
+    for handle in handles:
+        poll.register(handle, select.POLLIN)
+    return {handle for handle, _ in poll.poll(timeout * 1000)}
+
+
+def kill(pids: list[int]) -> None:
+    """End forked processes, and wait some seconds for it."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    until = time.monotonic() + _PATIENCE
+    for pid in pids:
+        while reap(pid, os.WNOHANG) is None and time.monotonic() < until:
+            time.sleep(0.001)

@@ -1,0 +1,154 @@
+"""Worker processes: every task done once, whoever dies, and nobody left behind."""
+
+import faulthandler
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastmae import DataError
+from fastmae.data.pool import WorkerPool
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def double(task, at):
+    at(task[0])
+    return 2 * task[0]
+
+
+def slowly(task, at):
+    at(task[0])
+    time.sleep(0.004)
+    return 2 * task[0]
+
+
+def run(pool, tasks, between=lambda: None):
+    """Replies by task, and the deaths."""
+    for task in tasks:
+        pool.submit([task])
+    replies, deaths = [], []
+    while len(replies) < len(tasks):
+        done, died = pool.collect(5.0)
+        replies += [(task[0], reply) for task, reply in done]
+        if died:
+            deaths += died
+            pool.revive()
+        between()
+    return replies, deaths
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_every_task_is_done_once(workers):
+    pool = WorkerPool(double, workers)
+    replies, deaths = run(pool, range(1000))  # more than the socket holds
+    pool.close()
+    assert sorted(replies) == [(i, 2 * i) for i in range(1000)] and not deaths
+
+
+def test_workers_killed_ten_times_at_random_moments_lose_nothing():
+    chance = random.Random(0)
+    pool = WorkerPool(slowly, 3)
+    killed = []
+
+    def kill():
+        if len(killed) < 10:
+            time.sleep(chance.uniform(0, 0.03))
+            killed.append(chance.choice(pool.pids))
+            os.kill(killed[-1], signal.SIGKILL)
+            wait_until(lambda: not is_alive(killed[-1]))
+
+    replies, deaths = run(pool, range(2000), kill)
+    pids = pool.pids
+    pool.close()
+    assert sorted(replies) == [(i, 2 * i) for i in range(2000)]
+    assert [d.pid for d in deaths] == killed and len(killed) == 10
+    assert deaths[0].how == "killed by SIGKILL, probably because memory ran out"
+    assert not any(is_alive(p) for p in (*pids, *killed))
+
+
+def test_the_sample_that_a_worker_died_at_is_known():
+    def die(task, at):
+        at(task[0])
+        faulthandler.disable()  # or pytest's would print where
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    pool = WorkerPool(die, 1)
+    pool.submit([77])
+    deaths = []
+    while not deaths:
+        _, deaths = pool.collect(5.0)
+    pool.close()
+    assert deaths[0].sample == 77 and deaths[0].is_crash and deaths[0].how == "killed by SIGSEGV"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (DataError("shard gone"), DataError, "^shard gone$"),
+        (KeyError("x"), RuntimeError, "a loader worker failed:\n.*KeyError"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_worker_is_raised_here(workers, error, kind, text):
+    def fail(task, at):
+        raise error
+
+    pool = WorkerPool(fail, workers)
+    pool.submit([1])
+    with pytest.raises(kind, match=f"(?s){text}"):
+        pool.collect(5.0)
+    pool.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_to_the_process_group_leave_workers_at_work(number):
+    pool = WorkerPool(slowly, 2)
+    run(pool, range(4))
+    for pid in pool.pids:
+        os.kill(pid, number)
+    replies, deaths = run(pool, range(50))
+    pool.close()
+    assert len(replies) == 50 and not deaths
+
+
+def test_workers_end_when_their_parent_is_killed():
+    code = """
+import os, sys, time
+from fastmae.data.pool import WorkerPool
+pool = WorkerPool(lambda task, at: time.sleep(0.05), 3)
+for i in range(1000):
+    pool.submit([i])
+print(*pool.pids, flush=True)
+time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    with process:
+        pids = [int(p) for p in process.stdout.readline().split()]
+        assert len(pids) == 3 and all(is_alive(p) for p in pids)
+        process.kill()
+    assert wait_until(lambda: not any(is_alive(p) for p in pids))
+
+
+def test_workers_end_with_a_pool_that_nobody_closed():
+    pool = WorkerPool(double, 2)
+    pids = pool.pids
+    del pool
+    assert wait_until(lambda: not any(is_alive(p) for p in pids))

@@ -1,0 +1,34 @@
+"""The data of a run: its loader, opened where the run stands, and its length in steps."""
+
+from dataclasses import replace
+
+from fastmae.data.batch import LoaderConfig
+from fastmae.data.loader import Loader
+from fastmae.train.parallel import World
+from fastmae.train.recipes import Recipe
+from fastmae.train.run import Run
+
+_OF_RUN = ("crop", "decode", "bad_budget", "workers", "prefetch", "allow_pipe")
+
+
+def open_data(recipe: Recipe, run: Run, world: World, state: dict | None) -> tuple[Loader, int]:
+    """This process's loader, going on from ``state`` (``Loader.state``), and the optimizer steps of the whole run.
+
+    Raises InputError or DataError if the data cannot be read or is not that of ``state``.
+    """
+    config = LoaderConfig(
+        image_size=recipe.model.img_size,
+        channels=recipe.model.in_chans,
+        augment=recipe.augment,
+        views=recipe.views,
+        shuffle_window=recipe.shuffle_window,
+        seed=recipe.seed,
+        **{name: getattr(run, name) for name in _OF_RUN},
+    )
+    data = Loader(
+        run.data, config, batch_size=run.batch_size, rank=world.rank, world_size=world.size, device=world.device, state=state
+    )
+    total_steps = recipe.total_steps(data.samples)
+    # A progressive run's image sizes are given as shares of its length, which only the opened data can tell.
+    data.config = replace(config, sizes=recipe.sizes(total_steps))
+    return data, total_steps

@@ -9,18 +9,21 @@ import itertools
 import random
 import signal
 import tarfile
+import threading
 import time
 import zlib
 from collections.abc import Iterator
 from functools import partial
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from fastmae.data.augment import DRAWS, draw_crop, resized_crop
 from fastmae.data.batch import Batch, LoaderConfig
@@ -31,6 +34,7 @@ from fastmae.errors import DataError
 from fastmae.kernels.philox import CROPS, ORDER, permutation, uniform
 from fastmae.optional import require
 
+_GRACE = 2.0  # seconds for workers that are asked to end
 _LOOK = 5.0  # seconds between looks at whether a worker that is waited for has died
 _SHUFFLE_BUFFER = 1000  # samples, compressed
 
@@ -49,12 +53,14 @@ def streamed_batches(shards: list[str], config: LoaderConfig, batch_size: int, r
         timeout=min(_LOOK, config.timeout) if workers else 0,
     )
     others = set(active_children())
-    before = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
-    if signal.getsignal(signal.SIGCHLD) is not before:
-        # torch's handler raises wherever the program happens to be. Without it a dead worker is found where it is waited for.
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
     processes = set(active_children()) - others
+    if workers:
+        # Else torch's handler of SIGCHLD would raise wherever the program is; a dead worker is found where it is waited for.
+        _remove_worker_pids(id(batches))
+        batches._worker_pids_set = False
+    # At the program's end multiprocessing waits for its processes, and these ignore the signal it ends them with.
+    at_exit = Finalize(None, _kill, (processes,), exitpriority=0)
     try:
         for batch in _patiently(batches, config.timeout):
             if isinstance(batch, DataError):
@@ -72,10 +78,29 @@ def streamed_batches(shards: list[str], config: LoaderConfig, batch_size: int, r
             "/dev/shm ran out (`fastmae doctor`)"
         ) from error
     finally:
-        del batches  # its last reference: asks the workers to end, and waits for some seconds
+        _end(batches, processes)
+        at_exit.cancel()
+
+
+def _end(batches: Iterator, processes: set[BaseProcess]) -> None:
+    """End the workers within seconds, whatever they do, and whoever holds ``batches`` still: a traceback may."""
+    # torch would wait ten seconds for each that is stuck in a read, one after the other; so they are killed meanwhile.
+    killer = threading.Timer(_GRACE, _kill, (processes,))
+    try:
+        if any(process.is_alive() for process in processes):
+            killer.start()
+        if processes:
+            batches._shutdown_workers()
+    finally:
+        killer.cancel()
+        _kill(processes)
         for process in processes:
-            if process.is_alive():  # stuck in a read; it ignores milder signals
-                process.kill()
+            process.join(_LOOK)
+
+
+def _kill(processes: set[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _dead(processes: set[BaseProcess]) -> list[BaseProcess]:

@@ -5,37 +5,30 @@ of ranks and workers, but differs between such numbers; a resumed run starts a n
 damage inside a tar is noticed only where it ends the reading of it. Nothing is unpickled.
 """
 
+import contextlib
 import itertools
 import random
-import signal
 import tarfile
-import threading
-import time
 import zlib
 from collections.abc import Iterator
 from functools import partial
-from multiprocessing import active_children
-from multiprocessing.process import BaseProcess
-from multiprocessing.util import Finalize
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from fastmae.data.augment import DRAWS, draw_crop, resized_crop
 from fastmae.data.batch import Batch, LoaderConfig
 from fastmae.data.decode import DecodeError, decode
 from fastmae.data.samples import IMAGES, label_of
+from fastmae.data.torch_workers import LOOK, ignore_signals, patiently
 from fastmae.data.urls import open_shards
 from fastmae.errors import DataError
 from fastmae.kernels.philox import CROPS, ORDER, permutation, uniform
 from fastmae.optional import require
 
-_GRACE = 2.0  # seconds for workers that are asked to end
-_LOOK = 5.0  # seconds between looks at whether a worker that is waited for has died
 _SHUFFLE_BUFFER = 1000  # samples, compressed
 
 
@@ -49,92 +42,14 @@ def streamed_batches(shards: list[str], config: LoaderConfig, batch_size: int, r
         num_workers=workers,
         prefetch_factor=max(2, -(-config.prefetch // workers)) if workers else None,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_signals,
-        timeout=min(_LOOK, config.timeout) if workers else 0,
+        worker_init_fn=ignore_signals,
+        timeout=min(LOOK, config.timeout) if workers else 0,
     )
-    others = set(active_children())
-    batches = iter(loader)
-    processes = set(active_children()) - others
-    if workers:
-        # Else torch's handler of SIGCHLD would raise wherever the program is; a dead worker is found where it is waited for.
-        _remove_worker_pids(id(batches))
-        batches._worker_pids_set = False
-    # At the program's end multiprocessing waits for its processes, and these ignore the signal it ends them with.
-    at_exit = Finalize(None, _kill, (processes,), exitpriority=0)
-    try:
-        for batch in _patiently(batches, config.timeout):
+    with contextlib.closing(patiently(loader, config.timeout, f"{shards[0]} and others")) as batches:
+        for batch in batches:
             if isinstance(batch, DataError):
                 raise batch
             yield Batch(*(t.to(device, non_blocking=True) for t in batch[:4]), *batch[4:])
-    except (RuntimeError, OSError, EOFError) as error:  # what torch's queues raise depends on where the worker was
-        if "timed out" in str(error):
-            raise DataError(
-                f"no data for {config.timeout:.0f} s from {shards[0]} and others; does its source answer?"
-            ) from error
-        if not (dead := _dead(processes)):
-            raise
-        raise DataError(
-            f"loader worker {dead[0].pid} died, {_cause(dead[0].exitcode)}; start again, with fewer workers if memory or "
-            "/dev/shm ran out (`fastmae doctor`)"
-        ) from error
-    finally:
-        _end(batches, processes)
-        at_exit.cancel()
-
-
-def _end(batches: Iterator, processes: set[BaseProcess]) -> None:
-    """End the workers within seconds, whatever they do, and whoever holds ``batches`` still: a traceback may."""
-    # torch would wait ten seconds for each that is stuck in a read, one after the other; so they are killed meanwhile.
-    killer = threading.Timer(_GRACE, _kill, (processes,))
-    try:
-        if any(process.is_alive() for process in processes):
-            killer.start()
-        if processes:
-            batches._shutdown_workers()
-    finally:
-        killer.cancel()
-        _kill(processes)
-        for process in processes:
-            process.join(_LOOK)
-
-
-def _kill(processes: set[BaseProcess]) -> None:
-    for process in processes:
-        process.kill()
-
-
-def _dead(processes: set[BaseProcess]) -> list[BaseProcess]:
-    """Those that ended by themselves; a connection breaks a moment before its process is seen to be gone."""
-    until = time.monotonic() + 1
-    while not (dead := [p for p in processes if p.exitcode not in (None, 0)]) and time.monotonic() < until:
-        time.sleep(0.01)
-    return dead
-
-
-def _cause(code: int) -> str:
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-
-
-def _patiently(batches: Iterator, patience: float) -> Iterator:
-    """``batches``, waited for longer than torch's own timeout, at whose end alone it looks whether a worker has died."""
-    until = time.monotonic() + patience
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "timed out" not in str(error) or time.monotonic() >= until:
-                raise
-        else:
-            yield batch
-            until = time.monotonic() + patience
-
-
-def _ignore_signals(_: int) -> None:
-    """A signal to the whole process group is for the training process: it saves and ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class StreamedBatches(IterableDataset):

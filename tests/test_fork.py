@@ -5,6 +5,8 @@ import os
 import signal
 import time
 
+import pytest
+
 from fastmae.data.fork import SIGNALS, fork, kill, readable, reap
 from tests.test_pool import is_alive
 
@@ -28,6 +30,17 @@ def test_collection_that_was_off_stays_off():
         assert reap(pid, 0) == 0 and not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_a_fork_that_fails_leaves_the_parent_as_it_was(monkeypatch):
+    def fail():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fail)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with pytest.raises(BlockingIOError):
+        fork()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before and gc.isenabled()
 
 
 def test_ends_are_told_apart():

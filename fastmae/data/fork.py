@@ -14,9 +14,10 @@ _PATIENCE = 5.0  # seconds to wait for a killed process; one that hangs in a dea
 
 
 def fork() -> int:
-    """``os.fork``; the child has the signals blocked, and never finalises what the parent made."""
+    """``os.fork``; the child has the signals blocked, and never finalises what the parent made. Raises OSError like it."""
     was_blocked, was_collecting = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS), gc.isenabled()
     gc.disable()
+    pid = -1
     try:
         with warnings.catch_warnings():
             # Python warns of forks beside threads. A worker only reads, decodes and crops, and ends without cleaning up.
@@ -24,11 +25,11 @@ def fork() -> int:
             pid = os.fork()
         if pid == 0:
             gc.freeze()
-        else:
-            signal.pthread_sigmask(signal.SIG_SETMASK, was_blocked)
     finally:
         if was_collecting:
             gc.enable()
+        if pid != 0:  # in the parent, even if there was no fork; last, as a signal that has waited may raise here
+            signal.pthread_sigmask(signal.SIG_SETMASK, was_blocked)
     return pid
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from fastmae.convert import load_model
 from fastmae.data.augment import center_box, resized_crop
 from fastmae.data.decode import DecodeError, decode
+from fastmae.data.images import list_images
 from fastmae.data.index import JSON_NAME, Index
 from fastmae.data.read import ShardReader
 from fastmae.data.recode import Recode, recode
-from fastmae.data.write import list_images
 from fastmae.errors import DataError, InputError, SampleError
 from fastmae.files import write_atomically
 from fastmae.kernels.philox import MASKS, uniform

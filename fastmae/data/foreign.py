@@ -14,8 +14,8 @@ import numpy as np
 import xxhash
 
 from fastmae.data.index import JSON_NAME, ROW, Index, Shard, checksum
+from fastmae.data.plan import UNFINISHED
 from fastmae.data.samples import list_samples
-from fastmae.data.write import UNFINISHED
 from fastmae.errors import DataError, InputError
 from fastmae.files import make_folder
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from fastmae.data.write import UNFINISHED
+from fastmae.data.plan import UNFINISHED
 from fastmae.errors import DataError, InputError
 from fastmae.optional import require
 

@@ -15,9 +15,9 @@ import numpy as np
 from fastmae.data.decode import DecodeError, decode
 from fastmae.data.foreign import map_shards
 from fastmae.data.index import JSON_NAME, Index, checksum
+from fastmae.data.plan import UNFINISHED
 from fastmae.data.samples import Sample, list_samples, states_size
 from fastmae.data.tar import BLOCK
-from fastmae.data.write import UNFINISHED
 from fastmae.errors import DataError
 from fastmae.files import digest
 

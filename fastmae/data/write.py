@@ -19,14 +19,12 @@ import numpy as np
 
 from fastmae.data.images import Listing, Source, list_images
 from fastmae.data.index import ROW, Index, Shard, checksum
-from fastmae.data.plan import UNFINISHED, Built, Plan, hold_plan
+from fastmae.data.plan import Built, Plan, hold_plan
 from fastmae.data.recode import Recode
 from fastmae.data.recoders import RecoderError, recode_all
 from fastmae.errors import InputError
 from fastmae.files import digest, make_folder, write_atomically
 from fastmae.kernels.philox import SHARDS, permutation
-
-__all__ = ["UNFINISHED", "list_images", "write_shards"]
 
 
 def write_shards(

@@ -1,12 +1,7 @@
 """Index tars that others wrote, so that they are read at random like our own."""
 
-import multiprocessing
 import os
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -15,6 +10,7 @@ import xxhash
 
 from fastmae.data.index import JSON_NAME, ROW, Index, Shard, checksum
 from fastmae.data.plan import UNFINISHED
+from fastmae.data.processes import map_shards
 from fastmae.data.samples import list_samples
 from fastmae.errors import DataError, InputError
 from fastmae.files import make_folder
@@ -77,30 +73,6 @@ def list_tars(folder: Path) -> list[Path]:
         )
         raise InputError(f"{folder}: no *.tar in it; {hint}")
     return tars
-
-
-def map_shards(work: Callable, items: Iterable, workers: int) -> Iterator:
-    """``work`` of each item in order, in ``workers`` processes or here. Raises DataError if a process dies."""
-    if workers < 1:
-        yield from map(work, items)
-        return
-    try:
-        context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(workers, context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
-            yield from pool.map(work, items)
-    except BrokenProcessPool as error:
-        raise DataError("a worker process was killed; start again, with fewer --workers if memory ran out") from error
-
-
-def _end_with(parent: int) -> None:
-    """Have this worker end when its parent is gone, whose siblings hold the pipe open that it waits at."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Scan(NamedTuple):

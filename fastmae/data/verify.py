@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from fastmae.data.decode import DecodeError, decode
-from fastmae.data.foreign import map_shards
 from fastmae.data.index import JSON_NAME, Index, checksum
 from fastmae.data.plan import UNFINISHED
+from fastmae.data.processes import map_shards
 from fastmae.data.samples import Sample, list_samples, states_size
 from fastmae.data.tar import BLOCK
 from fastmae.errors import DataError

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastmae.data.augment import DRAWS, Augment, draw_crop, resized_crop
+from fastmae.data.augment import DRAWS, Augment, crop_box, resized_crop
 from fastmae.data.batch import LoaderConfig
 from fastmae.data.foreign import index_shards
 from fastmae.data.index import JSON_NAME, Index
@@ -55,7 +55,7 @@ class Bare:
 
         def one(i: int) -> None:
             pixels = self._pixels(i)
-            resized_crop(pixels, *_crop(self.draws[i], pixels.shape), flip=False)
+            resized_crop(pixels, crop_box(self.draws[i], *pixels.shape[:2], _AUGMENT), SIZE)
 
         return self._time(one, batches)
 
@@ -127,7 +127,7 @@ def pillow_tensor(data: bytes, draws: np.ndarray) -> Tensor:
     """(3, H, W) float32, normalised: decode, crop, bicubic resize, flip and tensor by Pillow and torch."""
     with Image.open(io.BytesIO(data)) as image:
         picture = image.convert("RGB")
-    (top, left, height, width), _ = _crop(draws, (picture.height, picture.width))
+    top, left, height, width = crop_box(draws, picture.height, picture.width, _AUGMENT)
     box = (left, top, left + width, top + height)
     picture = picture.crop(box).resize(SIZE[::-1], Image.Resampling.BICUBIC)
     if draws[0] < 0.5:
@@ -155,10 +155,6 @@ class _PillowImages(Dataset):
 def _pillow_sample(sample: dict) -> tuple[Tensor, int]:
     data = next(sample[e] for e in ("jpg", "jpeg", "png", "webp") if e in sample)
     return pillow_tensor(data, np.random.default_rng(len(data)).random(DRAWS, np.float32)), 0
-
-
-def _crop(draws: np.ndarray, shape: tuple[int, ...]) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
-    return draw_crop(draws, shape[0], shape[1], _AUGMENT)[0], SIZE
 
 
 def _time_loader(loader: DataLoader, batches: int) -> float:

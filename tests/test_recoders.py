@@ -126,6 +126,13 @@ def whole(pictures, tmp_path_factory):
     return out
 
 
+def begun(*arguments):
+    """A build that has finished a shard."""
+    build = Build(*arguments)
+    wait_until(lambda: any(build.out.glob("*.tar")), 30)
+    return build
+
+
 def assert_only_whole_shards(out, whole, expected):
     for path in out.glob("*.tar"):
         assert path.read_bytes() == (whole / path.name).read_bytes()
@@ -181,8 +188,7 @@ def test_a_build_that_is_killed_ten_times_gives_the_same_bytes(forge, pictures, 
     ],
 )
 def test_a_worker_that_is_killed_is_one_line_and_the_build_goes_on(workers, by, says, forge, pictures, whole, tmp_path):
-    build = Build(forge, pictures, tmp_path / "out", workers)
-    wait_until(lambda: any(build.out.glob("*.tar")), 30)
+    build = begun(forge, pictures, tmp_path / "out", workers)
     worker = max(build.processes())
     assert worker != build.pid
     os.kill(worker, by)
@@ -195,8 +201,7 @@ def test_a_worker_that_is_killed_is_one_line_and_the_build_goes_on(workers, by, 
 
 @slow
 def test_a_stuck_worker_of_a_killed_build_keeps_nobody_out(forge, pictures, whole, tmp_path):
-    build = Build(forge, pictures, tmp_path / "out")
-    wait_until(lambda: any(build.out.glob("*.tar")), 30)
+    build = begun(forge, pictures, tmp_path / "out")
     workers = [pid for pid in build.processes() if pid != build.pid]
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)
@@ -214,8 +219,7 @@ def test_a_stuck_worker_of_a_killed_build_keeps_nobody_out(forge, pictures, whol
 
 @slow
 def test_ctrl_c_ends_a_build_at_once_without_a_traceback(forge, pictures, whole, tmp_path):
-    build = Build(forge, pictures, tmp_path / "out")
-    wait_until(lambda: any(build.out.glob("*.tar")), 30)
+    build = begun(forge, pictures, tmp_path / "out")
     os.killpg(build.pid, signal.SIGINT)  # as a terminal does: every process of the group
     assert build.wait(seconds=5) == "interrupted\n"
     assert not list(build.out.glob(".*.partial"))
@@ -225,8 +229,7 @@ def test_ctrl_c_ends_a_build_at_once_without_a_traceback(forge, pictures, whole,
 
 @slow
 def test_a_second_build_is_refused_and_the_first_is_unharmed(forge, pictures, whole, tmp_path):
-    build = Build(forge, pictures, tmp_path / "out")
-    wait_until(lambda: any(build.out.glob("*.tar")), 30)
+    build = begun(forge, pictures, tmp_path / "out")
     os.kill(build.pid, signal.SIGSTOP)  # it holds its lock meanwhile
     with pytest.raises(InputError, match=f"out: process {build.pid} is building into it; wait for that"):
         write_shards(pictures, tmp_path / "out", **SETTINGS)

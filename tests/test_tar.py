@@ -190,17 +190,22 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@contextmanager
+def refused(path: Path, data: bytes, message: str):
+    """``data`` stands at ``path``; what is done with it raises a DataError that begins with the path and holds ``message``."""
+    path.write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        yield
+    assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_tar_that_is_not_whole_and_harmless_is_refused_with_its_place(name, tmp_path):
-    data, message = HOSTILE[name]
-    path = tmp_path / "a.tar"
-    path.write_bytes(data)
     tracemalloc.start()
-    with pytest.raises(DataError) as caught:
-        list_members(path)
+    with refused(tmp_path / "a.tar", *HOSTILE[name]):
+        list_members(tmp_path / "a.tar")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
     assert peak < 32 << 20  # bytes; the file's own length at most, whatever it claims
 
 

@@ -371,7 +371,7 @@ def test_no_lie_of_an_index_with_right_hashes_causes_another_error(small, tmp_pa
 
     @FUZZ
     @given(
-        st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=1), st.lists(in_shard, max_size=1), st.lists(cell, max_size=2)
+        st.dictionaries(st.sampled_from(FIELDS), value, max_size=1), st.lists(in_shard, max_size=1), st.lists(cell, max_size=2)
     )
     def check(fields, of_shards, cells):
         table = index.table.copy()

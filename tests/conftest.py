@@ -1,6 +1,7 @@
 """Fixtures: devices, images made on the spot, shards of them, and the real photographs where they are."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,13 @@ def shard_folder(image_folder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shards")
     write_shards(image_folder, out, Recode(resize=None), samples_per_shard=10)
     return out
+
+
+@pytest.fixture
+def copy(shard_folder, tmp_path) -> Path:
+    """Those shards, to be damaged."""
+    shutil.copytree(shard_folder, tmp_path / "copy")
+    return tmp_path / "copy"
 
 
 @pytest.fixture(scope="session")

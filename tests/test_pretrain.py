@@ -19,7 +19,7 @@ from fastmae.train.pretrain import pretrain
 from fastmae.train.recipes import RECIPES, Recipe
 from fastmae.train.run import Run, accumulation
 from fastmae.train.step import LossModule
-from tests.test_loader import damage_samples
+from tests.test_indexed import damage_samples
 
 MODEL = ModelConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, norm_pix_loss=True,
                     decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip

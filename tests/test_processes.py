@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.test_loader import damage_samples
+from tests.test_indexed import damage_samples
 from tests.test_pretrain import assert_same_bits, losses
 
 pytestmark = pytest.mark.slow

@@ -23,10 +23,11 @@ from fastmae.config import ModelConfig
 from fastmae.errors import InputError
 from fastmae.mae import MAE
 from fastmae.masking import Masking, random_masking
+from fastmae.train.compiled import LossModule, compiled
 from fastmae.train.graph import GraphedStep
 from fastmae.train.memory import keep_freed_memory
 from fastmae.train.optimizer import make_optimizer, parameter_groups
-from fastmae.train.step import LossModule, MicroBatch, Step, compiled
+from fastmae.train.step import MicroBatch, Step
 
 NAMES = ("reference", "rival", "fastmae")
 MASK_RATIO, LR, WEIGHT_DECAY = 0.75, 1e-4, 0.05

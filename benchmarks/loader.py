@@ -18,8 +18,9 @@ from fastmae.config import preset
 from fastmae.data.batch import LoaderConfig
 from fastmae.data.loader import Loader
 from fastmae.mae import MAE
+from fastmae.train.compiled import LossModule, compiled
 from fastmae.train.optimizer import make_optimizer
-from fastmae.train.step import LossModule, MicroBatch, Step, compiled
+from fastmae.train.step import MicroBatch, Step
 
 _BATCHES = 6  # in a turn
 _WARM_UP_STEPS = 8

@@ -13,10 +13,11 @@ import torch
 
 from fastmae.benchmarks.contenders import MASK_RATIO, NAMES, Workload, make
 from fastmae.benchmarks.equality import check_losses
-from fastmae.benchmarks.machine import datasheet_flops, matmul_flops
+from fastmae.benchmarks.machine import matmul_flops
 from fastmae.benchmarks.timing import Times
 from fastmae.benchmarks.worker import OutOfMemory, Worker, take_turns
 from fastmae.config import preset
+from fastmae.devices import datasheet_flops
 from fastmae.errors import InputError
 from fastmae.flops import training_flops
 

@@ -14,8 +14,9 @@ from fastmae.benchmarks.equality import check_losses
 from fastmae.benchmarks.worker import OutOfMemory, Worker, take_turns
 from fastmae.config import preset
 from fastmae.errors import InputError
+from fastmae.train.compiled import LossModule
 from fastmae.train.optimizer import parameter_groups
-from fastmae.train.step import LossModule, Step
+from fastmae.train.step import Step
 
 
 @dataclass(frozen=True)

@@ -17,5 +17,23 @@ class DivergedError(RuntimeError):
     exit_code = 3
 
 
+class LostProcessError(RuntimeError):
+    """Another process of the run is gone, or the run makes no progress. Exit code 4."""
+
+    exit_code = 4
+
+
+class CheckpointError(RuntimeError):
+    """Checkpoints cannot be written, several times on end; the older ones are intact. Exit code 5."""
+
+    exit_code = 5
+
+
+class RequeueError(RuntimeError):
+    """A run that was asked to stop has saved, and wants to go on in another job. Exit code 85."""
+
+    exit_code = 85
+
+
 class SampleError(ValueError):
     """One sample cannot be used, and the message says why. A loader names it and takes the next one instead."""

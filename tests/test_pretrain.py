@@ -5,40 +5,18 @@ import os
 import shutil
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-import fastmae.train.pretrain as pretrain_module
-from fastmae import DivergedError, InputError, ModelConfig
+from fastmae import DivergedError, InputError
 from fastmae.data.write import write_shards
+from fastmae.train.compiled import LossModule
 from fastmae.train.log import RunLog
 from fastmae.train.pretrain import pretrain
-from fastmae.train.recipes import RECIPES, Recipe
-from fastmae.train.run import Run, accumulation
-from fastmae.train.step import LossModule
+from fastmae.train.recipes import RECIPES
+from fastmae.train.run import accumulation
+from tests.runs import MODEL, RECIPE, assert_same_bits, losses, run_of
 from tests.test_indexed import damage_samples
-
-MODEL = ModelConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, norm_pix_loss=True,
-                    decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
-RECIPE = Recipe(model=MODEL, steps=6, epochs=10, warmup_epochs=1, effective_batch=8, blr=0.05)
-
-
-def run_of(shards, out, **fields):
-    return Run(data=str(shards), out=Path(out), **{"batch_size": 8, "workers": 0, "device": "cpu", "log_every": 1, **fields})
-
-
-def losses(out):
-    records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return {r["step"]: r["loss"] for r in records if "loss" in r}
-
-
-def assert_same_bits(one, two):
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        a, b = load_file(one / name), load_file(two / name)
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def signal_after(patch, steps, times=1):
@@ -218,11 +196,10 @@ def test_other_data_is_refused_with_both_fingerprints(shard_folder, image_folder
 
 
 def test_gradients_that_stay_bad_end_the_run_with_good_weights(shard_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain_module, "MAX_SKIPPED", 3)
     spoil = LossModule.forward
     monkeypatch.setattr(LossModule, "forward", lambda *a: spoil(*a) * float("nan"))
-    with pytest.raises(DivergedError, match="not finite for 3 steps on end at step 3; no such update was applied"):
-        pretrain(RECIPE, run_of(shard_folder, tmp_path))
+    with pytest.raises(DivergedError, match="not finite, or losses spiked, for 3 steps on end at step 3; no such update"):
+        pretrain(RECIPE, run_of(shard_folder, tmp_path, max_skips=3))
 
 
 def test_streams_need_steps_say_what_they_are_and_train(shard_folder, tmp_path, capsys):

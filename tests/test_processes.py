@@ -1,58 +1,16 @@
 """Real processes of real runs, killed for real: the same bits afterwards, and the same loss for any number of them."""
 
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
+from tests.runs import FLAGS, TORCHRUN, assert_same_bits, finish, losses, start, wait_for
 from tests.test_indexed import damage_samples
-from tests.test_pretrain import assert_same_bits, losses
 
 pytestmark = pytest.mark.slow
-
-# A small model, so that a run takes seconds.
-FLAGS = [
-    "--img-size",
-    "32",
-    "--patch-size",
-    "8",
-    "--effective-batch",
-    "8",
-    "--workers",
-    "1",
-    "--device",
-    "cpu",
-    "--log-every",
-    "1",
-]
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-def start(arguments, launcher=(), **environment):
-    command = [sys.executable, *launcher, "-m", "fastmae.train", "pretrain", "tiny", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})  # fmt: skip
-
-
-def finish(process):
-    try:
-        text, _ = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    return process.returncode, text
-
-
-def wait_for(path, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not list(path.parent.glob(path.name)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +53,7 @@ def test_a_terminated_run_saves_ends_well_and_continues_with_the_same_bits(refer
 
 def test_two_processes_have_the_loss_of_one(reference_run, tmp_path):
     flags, whole, text_of_one = reference_run
-    code, text = finish(start([*flags, "--batch-size", "4", "--out", tmp_path], TORCHRUN))
+    code, text = finish(start([*flags, "--batch-size", "4", "--out", tmp_path], (*TORCHRUN, "2")))
     assert code == 0, text
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-6)
     assert "effective batch = 4 per process x 2 processes x 1 accumulated = 8" in text
@@ -106,7 +64,7 @@ def test_a_bad_sample_of_any_process_is_named(shard_folder, reference_run, tmp_p
     shutil.copytree(shard_folder, tmp_path / "copy")
     damage_samples(tmp_path / "copy", 6)
     flags = ["--data", tmp_path / "copy", *FLAGS, "--steps", "5", "--batch-size", "4", "--out", tmp_path / "run"]
-    code, text = finish(start(flags, TORCHRUN))
+    code, text = finish(start(flags, (*TORCHRUN, "2")))
     assert code == 0, text
     named = set(re.findall(r"replaced a sample that cannot be used: (\S+ \S+)", text))
     assert len(named) == 6, text
@@ -114,7 +72,7 @@ def test_a_bad_sample_of_any_process_is_named(shard_folder, reference_run, tmp_p
 
 def test_a_run_of_two_processes_continues_in_one(reference_run, tmp_path):
     flags, whole, _ = reference_run
-    process = start([*flags, "--batch-size", "2", "--out", tmp_path], TORCHRUN)
+    process = start([*flags, "--batch-size", "2", "--out", tmp_path], (*TORCHRUN, "2"))
     wait_for(tmp_path / "step-000000[3-7]", process)
     process.send_signal(signal.SIGTERM)
     finish(process)
@@ -129,7 +87,7 @@ def test_bad_data_of_one_process_ends_all_of_them_with_its_reason(shard_folder, 
     shutil.copytree(shard_folder, folder)
     damage_samples(folder, 30)
     code, text = finish(
-        start(["--data", folder, *FLAGS, "--steps", "200", "--batch-size", "4", "--out", tmp_path / "run"], TORCHRUN)
+        start(["--data", folder, *FLAGS, "--steps", "200", "--batch-size", "4", "--out", tmp_path / "run"], (*TORCHRUN, "2"))
     )
     assert code != 0 and re.search(r"fastmae: 17 of 37 samples cannot be used, more than the budget of 0\.10%", text), text
     assert "Connection closed by peer" not in text and "backward" not in text

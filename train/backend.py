@@ -11,7 +11,7 @@ from fastmae.choice import Shape, adopt
 from fastmae.config import ModelConfig
 from fastmae.errors import InputError
 from fastmae.masking import kept_patches
-from fastmae.train.parallel import World
+from fastmae.train.world import World
 
 
 def choose_attention(config: ModelConfig, sizes: list[tuple[int, int]], mask_ratio: float, dtype: torch.dtype,

@@ -1,58 +1,24 @@
 """Checkpoints: folders that are either complete or ignored.
 
-``step-NNNNNNN/`` holds ``model.safetensors`` (weights and config, for exchange), ``optimizer.safetensors`` (AdamW's moments by
-parameter name), ``state.json`` (where the run stands, for people too) and ``manifest.json`` (size and xxh3-64 of the others).
-All of it is written under another name, flushed to the disk, and renamed; the newest complete one is found by looking.
-Nothing in a checkpoint is ever unpickled. Masks, crops and order need no generator state: they follow from the position.
+``step-NNNNNNN/`` holds ``tensors/`` (all that a run goes on from, written by all processes through DCP), ``model.safetensors``
+(weights and config, for exchange), ``state.json`` (where the run stands, for people too) and ``manifest.json`` (size and
+xxh3-64 of all others), which is written last. ``train/saver.py`` writes them aside, flushes them to the disk, and renames the
+folder; the newest complete one is found by looking. Reading one runs nothing of it.
 """
 
 import json
 import re
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePath
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch.optim import AdamW
-
-from fastmae.convert import load_strictly, read_weights, save_model, save_tensors
 from fastmae.errors import DataError
-from fastmae.files import digest, sync_folder, write_atomically
-from fastmae.mae import MAE
-from fastmae.train.optimizer import parameter_names
+from fastmae.files import digest, write_atomically
+from fastmae.train.tensor_files import METADATA
 
-SCHEMA = 2
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+SCHEMA = 3
+MODEL, TENSORS, STATE, MANIFEST = "model.safetensors", "tensors", "state.json", "manifest.json"
+OLD_OPTIMIZER = "optimizer.safetensors"  # of schemas 1 and 2, beside the weights instead of ``tensors/``
 _NAME = re.compile(r"step-(\d{7,})")
-
-
-def save_checkpoint(run: Path, step: int, model: MAE, optimizer: AdamW, state: dict, keep: int) -> Path:
-    """Write the checkpoint of ``step`` into ``run`` and remove all but the newest ``keep``; return its folder.
-
-    ``state`` is plain JSON. An error leaves earlier checkpoints as they were.
-    """
-    folder = checkpoint_folder(run, step)
-    partial = run / f".{folder.name}.partial"
-    for left_over in run.glob(".step-*.partial"):  # of a save that was killed
-        shutil.rmtree(left_over)
-    partial.mkdir()
-    try:
-        save_model(model, partial / MODEL)
-        save_tensors(_moments(model, optimizer), partial / OPTIMIZER)
-        _write_json(partial / STATE, {"schema": SCHEMA, "step": step, **state})
-        files = {name: _fingerprint(partial / name) for name in (MODEL, OPTIMIZER, STATE)}
-        _write_json(partial / MANIFEST, {"files": files})
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step
-        partial.rename(folder)
-        sync_folder(run)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    # Counted from this one downwards: damaged newer ones, which a resume passed over, must not push good ones out.
-    for old in [c for c in list_checkpoints(run) if _step(c) <= step][keep:]:
-        shutil.rmtree(old)
-    return folder
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -60,18 +26,27 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / f"step-{step:07d}"
 
 
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name; None if it is no checkpoint's name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of ``run``, newest first, complete or not."""
     found = [p for p in run.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=_step, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint of ``run``, and a line for each newer one that is damaged."""
+def find_checkpoint(run: Path, newest: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint of ``run``, of step ``newest`` at most, and a line for each newer one that is damaged."""
     damaged = []
     for folder in list_checkpoints(run):
+        if newest is not None and step_of(folder) > newest:
+            continue
         try:
             verify(folder)
+            read_state(folder)
         except DataError as error:
             damaged.append(str(error))
         else:
@@ -79,56 +54,67 @@ def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
+def write_manifest(folder: Path) -> int:
+    """State every file in ``folder``, in a file that is written last; return their bytes."""
+    files = {str(p.relative_to(folder)): _fingerprint(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    write_json(folder / MANIFEST, {"files": files})
+    return sum(file["bytes"] for file in files.values())
+
+
 def verify(folder: Path) -> None:
     """Raise DataError naming the file unless every file of ``folder`` has the bytes that its manifest states."""
-    files = _read_json(folder / MANIFEST).get("files", {})
-    for name in (MODEL, OPTIMIZER, STATE):
+    files = _read_json(folder / MANIFEST).get("files")
+    files = files if isinstance(files, dict) else {}
+    tensors = OLD_OPTIMIZER if OLD_OPTIMIZER in files else f"{TENSORS}/{METADATA}"
+    for name in (*files, *({MODEL, STATE, tensors} - files.keys())):
         path = folder / name
-        if name not in files or not path.is_file():
+        if name not in files or not path.is_file() or ".." in PurePath(name).parts or PurePath(name).is_absolute():
             raise DataError(f"{path}: missing; the checkpoint is not complete")
         found = _fingerprint(path)
         if found != files[name]:
+            stated = files[name] if isinstance(files[name], dict) else {}
             raise DataError(
-                f"{path}: damaged, {found['bytes']} bytes with hash {found['xxh3']}; its manifest says {files[name]}"
+                f"{path}: damaged, {found['bytes']} bytes with hash {found['xxh3']}; its manifest says "
+                f"{stated.get('bytes')} with {stated.get('xxh3')}"
             )
 
 
 def read_state(folder: Path) -> dict:
-    """``state.json`` of a checkpoint. Raises DataError if it is missing or of a newer schema."""
+    """``state.json`` of a checkpoint, in today's form. Raises DataError if it is missing, damaged or of a newer schema."""
     state = _read_json(folder / STATE)
-    if state.get("schema", 0) > SCHEMA:
-        raise DataError(f"{folder / STATE}: schema {state['schema']} is newer than {SCHEMA}; update fastmae")
-    if state.get("schema") == 1:  # the place in the data was one word, of an index that is not read any more
-        raise DataError(f"{folder / STATE}: schema 1, from before 0.1.0; convert its model.safetensors, and start a new run")
+    schema = state.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise DataError(f"{folder / STATE}: schema {schema} is newer than {SCHEMA}; update fastmae")
+    if missing := {"schema", "step", "data", "model", "recipe"} - state.keys():
+        raise DataError(f"{folder / STATE}: says nothing of {', '.join(sorted(missing))}; it is no checkpoint's")
+    if schema == 1:  # the place in the data was a word that cannot be compared any more
+        recipe = state["recipe"]
+        samples = state["step"] * recipe["effective_batch"]
+        state["data"] = {"samples": samples, "fingerprint": None, "seed": recipe["seed"], "views": 1, "shuffle_window": None}
     return state
 
 
-def load_checkpoint(folder: Path, model: MAE, optimizer: AdamW) -> dict:
-    """Load a checkpoint into ``model`` and ``optimizer``; return its state. Raises DataError on another architecture."""
-    state = read_state(folder)
-    load_strictly(model, read_weights(folder / MODEL))
-    try:
-        moments = load_file(folder / OPTIMIZER)
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{folder / OPTIMIZER}: cannot be read, {error}") from error
-    names = parameter_names(model)
-    slots = {key.partition("/")[0] for key in moments}
-    per_parameter = {i: {slot: moments[f"{slot}/{name}"] for slot in slots} for i, name in enumerate(names)} if slots else {}
-    optimizer.load_state_dict({"state": per_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
-    return state
+def remove_old(run: Path, step: int, keep: int, keep_every: int | None) -> None:
+    """Keep the newest ``keep`` checkpoints up to ``step`` and those of every ``keep_every`` steps; remove the others.
+
+    Counted from ``step`` downwards: damaged newer ones, which a resume passed over, must not push good ones out.
+    """
+    for old in [c for c in list_checkpoints(run) if step_of(c) <= step][keep:]:
+        if keep_every is None or step_of(old) % keep_every:
+            gone = run / f".{old.name}.removed"  # renamed first: killed in between, it is no damaged checkpoint
+            shutil.rmtree(gone, ignore_errors=True)
+            old.rename(gone)
+            shutil.rmtree(gone)
 
 
-def _step(folder: Path) -> int:
-    return int(_NAME.fullmatch(folder.name)[1])
+def remove_leftovers(run: Path) -> None:
+    """Remove what a process that was killed has left unfinished."""
+    for left_over in [*run.glob(".step-*.partial"), *run.glob(".step-*.removed")]:
+        shutil.rmtree(left_over)
 
 
-def _moments(model: MAE, optimizer: AdamW) -> dict[str, torch.Tensor]:
-    state = optimizer.state_dict()["state"]
-    names = parameter_names(model)
-    return {f"{slot}/{names[i]}": value.cpu() for i, slots in state.items() for slot, value in slots.items()}
-
-
-def _write_json(path: Path, document: dict) -> None:
+def write_json(path: Path, document: dict) -> None:
+    """Write ``document`` for people to read too."""
     with write_atomically(path) as file:
         file.write(json.dumps(document, indent=1).encode())
 
@@ -136,7 +122,7 @@ def _write_json(path: Path, document: dict) -> None:
 def _read_json(path: Path) -> dict:
     try:
         document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: missing or damaged, {error}") from error
     return document if isinstance(document, dict) else {}
 

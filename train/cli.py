@@ -8,10 +8,11 @@ from pathlib import Path
 import tyro
 
 from fastmae.convert import read_weights, save_weights
-from fastmae.errors import DivergedError, InputError
+from fastmae.errors import CheckpointError, DivergedError, InputError, LostProcessError, RequeueError
 from fastmae.kernels import dispatch
 from fastmae.train.demo import demo as run_demo
 from fastmae.train.doctor import report
+from fastmae.train.environment import read_place
 from fastmae.train.pretrain import pretrain as run_pretraining
 from fastmae.train.reconstruct import reconstruct_images
 from fastmae.train.settings import PretrainSettings
@@ -23,7 +24,7 @@ Positional = tyro.conf.Positional
 def pretrain(settings: tyro.conf.OmitArgPrefixes[PretrainSettings]) -> None:
     """Pretrain a masked autoencoder on shards."""
     run = settings.run()
-    run_pretraining(settings.resolve(world_size=int(os.environ.get("WORLD_SIZE", 1))), run)
+    run_pretraining(settings.resolve(world_size=read_place().size), run)
 
 
 def reconstruct(
@@ -105,7 +106,8 @@ def check_mode() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; return its exit code: 0 done, 2 wrong input, 3 diverged, 130 interrupted."""
+    """Run one command; return its exit code: 0 done, 2 wrong input, 3 diverged, 4 a process lost or stuck, 5 no checkpoint
+    could be written, 85 stopped and to be started again, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         check_mode()
@@ -117,9 +119,12 @@ def main(arguments: list[str] | None = None) -> int:
             tyro.extras.subcommand_cli_from_dict(
                 COMMANDS, prog="fastmae", description="Masked-autoencoder pretraining.", args=arguments
             )
-    except (InputError, DivergedError) as error:
+    except (InputError, DivergedError, CheckpointError, RequeueError) as error:
         print(f"fastmae: {error}", file=sys.stderr)
         return error.exit_code
+    except LostProcessError as error:
+        print(f"fastmae: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)  # threads and libraries may still wait for the lost process
     except OSError as error:  # a full disk, a file without permission: the user's to mend, and named
         print(f"fastmae: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return InputError.exit_code

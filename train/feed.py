@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from fastmae.data.batch import LoaderConfig
 from fastmae.data.loader import Loader
-from fastmae.train.parallel import World
 from fastmae.train.recipes import Recipe
 from fastmae.train.run import Run
+from fastmae.train.world import World
 
 _OF_RUN = ("crop", "decode", "bad_budget", "workers", "prefetch", "allow_pipe")
 
@@ -23,6 +23,7 @@ def open_data(recipe: Recipe, run: Run, world: World, state: dict | None) -> tup
         views=recipe.views,
         shuffle_window=recipe.shuffle_window,
         seed=recipe.seed,
+        timeout=run.timeout / 2,  # a loader that is stuck says more of it than the run's watch
         **{name: getattr(run, name) for name in _OF_RUN},
     )
     data = Loader(

@@ -8,6 +8,7 @@ images with new masks. Worth it where launches take longer than kernels: small b
 from collections.abc import Sequence
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmae.errors import InputError
@@ -19,14 +20,14 @@ _WARM_UP = 3  # steps run plainly, on a side stream, before the capture
 class GraphedStep(Step):
     """A ``Step`` that is captured after a few calls. Every batch must have the sizes of the first.
 
-    Raises InputError on a CPU, or for a module inside DDP, whose collectives are not captured.
+    Raises InputError on a CPU, or for a module of several processes, whose collectives are not captured.
     """
 
     def __init__(self, module, optimizer, **settings):
         super().__init__(module, optimizer, **settings)
         if self.device.type != "cuda":
             raise InputError(f"cuda graphs need a CUDA device, and this run is on {self.device.type}; leave --cuda-graphs out")
-        if isinstance(module, DistributedDataParallel):
+        if isinstance(module, DistributedDataParallel | FSDPModule):
             raise InputError("cuda graphs work in a run of one process only; leave --cuda-graphs out")
         self.stream = torch.cuda.Stream(self.device)  # one for all: the allocator keeps what a stream frees for that stream
         self.calls = 0

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or lines on the console, ``metrics.jsonl``, and TensorBoard events."""
+"""What a run tells: a progress bar or lines on the console, ``metrics.jsonl``, TensorBoard events, and Weights & Biases."""
 
 import json
 import math
@@ -6,20 +6,29 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from fastmae.optional import require
+
+DRAWINGS = "reconstructions"
 
 
 class RunLog:
     """The log of one run, kept by its main process; on other processes every call does nothing."""
 
-    def __init__(self, out: Path, *, is_main: bool, first_step: int, total_steps: int):
-        self.is_main = is_main
+    def __init__(self, out: Path, *, is_main: bool, first_step: int, total_steps: int, wandb: str | None = None):
+        """``wandb``: a project. Raises InputError if its package is missing."""
+        self.is_main, self.out = is_main, out
         if not is_main:
             return
         events = require("torch.utils.tensorboard", "the log", "tensorboard")  # slow to import
         self.total_steps = total_steps
+        self._wandb = None
+        if wandb is not None:
+            package = require("wandb", "--wandb")
+            self._wandb = package.init(project=wandb, dir=str(out), name=out.name, id=_run_id(out), resume="allow")
         self._jsonl = (out / "metrics.jsonl").open("a", encoding="utf-8")
         self._events = events.SummaryWriter(str(out / "tensorboard"), purge_step=first_step or None)
         # A terminal gets a bar; a file or a cluster's log gets a line per interval.
@@ -43,16 +52,32 @@ class RunLog:
         if self.is_main:
             self._bar.update(1)
 
-    def measurements(self, step: int, **values: float) -> None:
+    def picture(self, step: int, strip: Image.Image) -> None:
+        """What the model reconstructs after ``step`` steps: a PNG in ``DRAWINGS``, and in TensorBoard."""
+        if not self.is_main:
+            return
+        path = self.out / DRAWINGS / f"step-{step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        strip.save(path)
+        self.event("reconstruction", step=step, file=f"{DRAWINGS}/{path.name}")
+        self._events.add_image("reconstruction", np.asarray(strip), step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.log({"reconstruction": require("wandb", "--wandb").Image(strip)}, step=step)
+
+    def measurements(self, step: int, **values: float | None) -> None:
         """The values of a log interval that ended with ``step`` steps done."""
         if not self.is_main:
             return
         self._write({"step": step, "time": time.time(), **values})
-        for name, value in values.items():
-            self._events.add_scalar(f"train/{name}", value, step)
+        known = {f"train/{name}": value for name, value in values.items() if value is not None}
+        for name, value in known.items():
+            self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(known, step=step)
+        mfu = "" if values["mfu"] is None else f"MFU {values['mfu']:.1%}  "
         text = (
-            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:.1f} img/s  "
-            f"data wait {values['data_wait']:.1%}"
+            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:.1f} img/s  {mfu}"
+            f"data wait {values['data_wait']:.1%}  {values['memory_bytes'] / 2**30:.1f} GiB"
         )
         if self._bar.disable:
             left = (self.total_steps - step) * values["seconds_per_step"]
@@ -66,9 +91,16 @@ class RunLog:
             self._bar.close()
             self._events.close()
             self._jsonl.close()
+            if self._wandb is not None:
+                self._wandb.finish()
 
     def _write(self, record: dict) -> None:
         # NaN is no JSON: a loss that is none is written as null.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._jsonl.write(json.dumps(finite, allow_nan=False) + "\n")
         self._jsonl.flush()
+
+
+def _run_id(out: Path) -> str:
+    """The same for every start of the run in ``out``, so that its curves go on."""
+    return require("xxhash", "--wandb").xxh3_64_hexdigest(str(out.resolve()).encode())

@@ -1,105 +1,104 @@
-"""Processes of one run: who am I, how many are we, and how gradients are shared. The model knows nothing of it."""
+"""From a model to a model trained by many processes: compiled, then DDP or FSDP2. The model itself knows nothing of it.
 
-import os
+- ``ddp``: every process holds everything; gradients are averaged in buckets while the backward pass still runs.
+- ``fsdp``: weights, gradients and moments are cut over all processes, one unit a block (FSDP2, ``fully_shard``).
+- ``hsdp``: cut over the processes of a machine, where links are fast, and replicated over machines.
+
+Weights stay float32 and are gathered as such: what is computed in lower precision is autocast's affair, so that all three
+train on the same arithmetic.
+"""
+
+import contextlib
 import warnings
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmae.errors import InputError
+from fastmae.train.compiled import LossModule, compiled
+from fastmae.train.world import World
+
+PARALLEL = ("ddp", "fsdp", "hsdp")
+REDUCE = ("fp32", "bf16")
 
 
-@dataclass(frozen=True)
-class World:
-    """This process's place among the processes of a run."""
+def parallelize(
+    module: LossModule, world: World, *, how: str = "ddp", compile: str = "auto", reduce: str = "fp32"
+) -> nn.Module:
+    """``module``, compiled and shared by the processes of ``world``; in a run of one, compiled alone.
 
-    rank: int
-    size: int
-    device: torch.device
-    control: dist.ProcessGroup | None = None
-    """A group on the CPU for words between the processes, which so never wait for a GPU; None in a run of one."""
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and talks to the console."""
-        return self.rank == 0
-
-    def mean(self, x: torch.Tensor) -> torch.Tensor:
-        """The mean of ``x`` over all processes."""
-        if self.size == 1:
-            return x
-        total = x.clone()
-        dist.all_reduce(total)
-        return total / self.size
-
-    def any(self, *flags: bool) -> list[bool]:
-        """For each of ``flags``, whether it is true on any process."""
-        if self.size == 1:
-            return list(flags)
-        votes = torch.tensor([float(flag) for flag in flags])
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
-        return [bool(vote) for vote in votes.tolist()]
-
-    def gather(self, lines: list[str]) -> list[str]:
-        """The ``lines`` of all processes, on every process."""
-        if self.size == 1:
-            return lines
-        everyone: list[list[str] | None] = [None] * self.size
-        dist.all_gather_object(everyone, lines, group=self.control)
-        return [line for theirs in everyone for line in theirs]
-
-    def from_main(self, text: str | None) -> str | None:
-        """The main process's ``text``, on every process."""
-        if self.size == 1:
-            return text
-        box = [text]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        self.any(False)  # gloo's own barrier would put a tensor on the GPU
-
-
-def join_world(device: str) -> World:
-    """Read torchrun's environment and join its group: NCCL on GPUs, gloo on the CPU. ``device``: auto, cpu or cuda.
-
-    Raises InputError if a GPU is asked for and none is there.
+    ``how``: one of ``PARALLEL``. ``compile``: as for ``compiled``. ``reduce``: the dtype in which gradients travel; bf16
+    halves the bytes, and rounds. Make the optimizer afterwards: ``fsdp`` and ``hsdp`` put other parameters in place. Raises
+    InputError on words that are none of these, on ``compile="model"`` of a cut model, or if machines differ in processes.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device must be auto, cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda was asked for, but torch sees no CUDA device; `fastmae doctor` tells more")
-    on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    rank, size, local = (int(os.environ.get(name, default)) for name, default in
-                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
-    place = torch.device("cuda", local) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        if local >= torch.cuda.device_count():
-            raise InputError(
-                f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}; start fewer processes"
-            )
-        torch.cuda.set_device(place)
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=place if on_gpu else None)
-    return World(rank, size, place, dist.new_group(backend="gloo") if size > 1 else None)
-
-
-def leave_world() -> None:
-    """Leave the group, if one was joined."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def share_gradients(module: nn.Module, world: World) -> nn.Module:
-    """``module`` with its gradients averaged over all processes: DDP, or itself in a run of one."""
+    if how not in PARALLEL or reduce not in REDUCE:
+        raise InputError(
+            f"parallel must be one of {', '.join(PARALLEL)} and reduce one of {', '.join(REDUCE)}, got {how}, {reduce}"
+        )
     if world.size == 1:
-        return module
+        return compiled(module, compile)
+    if how == "ddp":
+        return _replicated(compiled(module, compile, world.size), world, reduce)
+    if compile == "model":
+        raise InputError("a model that is cut by fsdp or hsdp is compiled block by block: --compile blocks")
+    return _cut(compiled(module, compile, world.size), _mesh(world, how), reduce)
+
+
+def _replicated(module: nn.Module, world: World, reduce: str) -> DistributedDataParallel:
     ids = [world.device.index] if world.device.type == "cuda" else None
     with warnings.catch_warnings():
         # Buffers are constants, so none is sent. torch 2.13 has a new name for that, which 2.11 does not know.
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        shared = DistributedDataParallel(
+            module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False, static_graph=True
+        )
+    if reduce == "bf16":
+        shared.register_comm_hook(dist.group.WORLD, _in_bf16)
+    return shared
+
+
+def _in_bf16(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    return bf16_compress_hook(group, bucket)  # under its own name DDP refuses it on gloo, which sums bf16 as well
+
+
+def _cut(module: LossModule, mesh: DeviceMesh, reduce: str) -> FSDPModule:
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if reduce == "bf16" else torch.float32)
+    for block in (*module.model.blocks, *module.model.decoder_blocks):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def _mesh(world: World, how: str) -> DeviceMesh:
+    if how == "fsdp":
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    machines, rest = divmod(world.size, world.local_size)
+    if rest:
+        raise InputError(f"hsdp needs the same number of processes on every machine, got {world.size}, {world.local_size} here")
+    return init_device_mesh(world.device.type, (machines, world.local_size), mesh_dim_names=("replicate", "shard"))
+
+
+@contextlib.contextmanager
+def gradients_stay(module: nn.Module):
+    """Inside, backward passes add up gradients without sending them."""
+    if isinstance(module, DistributedDataParallel):
+        with module.no_sync():
+            yield
+    elif isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of ``x``, if this process holds a part of it; every process must ask."""
+    return x.full_tensor() if isinstance(x, DTensor) else x

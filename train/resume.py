@@ -5,11 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fastmae.config import ModelConfig
-from fastmae.errors import InputError
-from fastmae.train.checkpoint import find_checkpoint, read_state, verify
-from fastmae.train.parallel import World
+from fastmae.errors import DataError, InputError
+from fastmae.train.checkpoint import find_checkpoint, list_checkpoints, read_state, step_of, verify
 from fastmae.train.recipes import Recipe
 from fastmae.train.run import Run
+from fastmae.train.world import World
 
 _FIXED = ("seed", "effective_batch")  # settings that decide which samples come next
 
@@ -18,18 +18,17 @@ def choose_checkpoint(run: Run, world: World) -> tuple[Path | None, list[str]]:
     """The checkpoint to continue from, or None, and a line for each damaged one passed over.
 
     The main process looks and verifies; the others take its word, so that all start at the same step. Raises InputError
-    if a named checkpoint is older than the newest of the run's folder, DataError if it is damaged.
+    if a named checkpoint is older than the newest of the run's folder, DataError if ``exact`` it is damaged, or if every
+    checkpoint of a run is: a run that has lost all of them does not begin anew by itself.
     """
-    found, damaged, wrong = None, [], None
-    if world.is_main:
-        try:
-            found, damaged = _choose(run)
-        except InputError as error:
-            wrong = error
-    failed = world.from_main(str(wrong) if wrong else None)
-    if failed is not None:  # raised by every process, so that none waits for one that is gone
-        raise wrong or InputError(failed)
-    word = world.from_main(str(found) if found else None)
+    damaged: list[str] = []
+
+    def choose() -> str | None:
+        found, lines = _choose(run)
+        damaged.extend(lines)
+        return str(found) if found else None
+
+    word = world.by_main(choose)
     return Path(word) if word else None, [f"ignored a damaged checkpoint: {line}" for line in damaged]
 
 
@@ -62,11 +61,32 @@ def plain_settings(recipe: Recipe) -> dict:
 def _choose(run: Run) -> tuple[Path | None, list[str]]:
     newest, damaged = find_checkpoint(run.out)
     if run.resume == "auto":
+        if newest is None and damaged:
+            raise DataError(f"{run.out}: no checkpoint of this run is whole; give another --out to begin anew; {damaged[0]}")
         return newest, damaged
-    found = Path(run.resume)
-    verify(found)
+    found, lines = Path(run.resume.removeprefix("exact:")), []
+    if run.resume.startswith("exact:"):
+        verify(found)
+        read_state(found)
+    else:
+        found, lines = _nearest(found)
     if newest is not None and read_state(newest)["step"] > read_state(found)["step"]:
         raise InputError(
             f"{found}: {newest} is newer, and the next start would continue from that one; move it away, or give another --out"
         )
-    return found, []
+    return found, lines
+
+
+def _nearest(path: Path) -> tuple[Path, list[str]]:
+    """The checkpoint ``path``, or the newest whole one of the run ``path``; if damaged, the next older one beside it."""
+    if list_checkpoints(path):
+        found, damaged = find_checkpoint(path)
+    elif (step := step_of(path)) is not None:
+        found, damaged = find_checkpoint(path.parent, newest=step)
+    else:  # of another name: it has no older ones
+        verify(path)
+        read_state(path)
+        return path, []
+    if found is None:
+        raise DataError(f"{path}: no complete checkpoint{'; ' + damaged[0] if damaged else ' is there'}")
+    return found, damaged

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmae.errors import InputError
-from fastmae.train.step import COMPILE
+from fastmae.train.compiled import COMPILE
+from fastmae.train.environment import read_place
+from fastmae.train.parallel import PARALLEL, REDUCE
+
+PRECISION = ("auto", "bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,36 +40,70 @@ class Run:
     device: str = "auto"
     """auto, cpu or cuda."""
     precision: str = "auto"
-    """bf16 (autocast, fp32 weights and residual stream), fp32, or auto: bf16 on GPUs, fp32 on the CPU."""
+    """bf16 or fp16 (autocast, fp32 weights and residual stream; fp16 with a dynamic loss scale), fp32, or auto: bf16 on GPUs,
+    fp32 on the CPU."""
+    parallel: str = "ddp"
+    """How processes share the model: ddp (each holds all of it), fsdp (cut over all of them), or hsdp (cut within a machine,
+    replicated over machines)."""
+    reduce: str = "fp32"
+    """The dtype in which gradients travel between processes: fp32, or bf16, half the bytes."""
     compile: str = "auto"
     """torch.compile of the whole model, of single blocks (compiled in seconds), off, or auto: off on the CPU, model on one GPU,
     blocks on several."""
     cuda_graphs: bool = False
     """Record the whole step once and replay it: no launches, for small batches on one GPU."""
     resume: str = "auto"
-    """auto: the newest complete checkpoint in ``out``, if any; or the path of one."""
+    """auto: the newest complete checkpoint in ``out``, if any; PATH: a checkpoint, or the newest of a run, or an older one
+    beside it if it is damaged; exact:PATH: that checkpoint or none."""
     log_every: int = 20
     """Steps between two measurements."""
     save_every: int = 500
     """Steps between two checkpoints; the last step always makes one."""
     keep: int = 3
     """Newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Checkpoints of every so many steps are kept for good."""
+    async_save: bool = True
+    """Write checkpoints while training goes on."""
+    draw_every: int | None = None
+    """Steps between two drawings of what the model reconstructs."""
+    requeue_exit: bool = False
+    """After a signal exit with code 85, by which a cluster's script knows that the run wants to go on."""
+    first_timeout: float = 1800.0
+    """Seconds that the start, the first step and a save may take."""
+    timeout: float = 300.0
+    """Seconds that any later step may take before stacks are written and the run ends."""
+    max_skips: int = 20
+    """Updates left out on end, for gradients that are not finite or loss spikes, before the run is called diverged."""
+    spike_z: float = 8.0
+    """Robust z-score from which on a loss is called a spike, and logged."""
+    skip_spikes: bool = False
+    """Leave out the updates of loss spikes; decided on the device, in each step."""
+    check_replicas: int | None = None
+    """Steps between two comparisons of the weights of all processes, bit for bit."""
+    wandb: str | None = None
+    """A Weights & Biases project to log to as well."""
 
     def __post_init__(self):
-        for name in ("batch_size", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        counts = ("batch_size", "log_every", "save_every", "keep", "keep_every", "draw_every", "max_skips", "check_replicas")
+        for name in counts:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+        for name in ("first_timeout", "timeout", "spike_z"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{name.replace('_', '-')} must be a positive number, got {getattr(self, name)}")
+        for name, words in (("parallel", PARALLEL), ("reduce", REDUCE), ("precision", PRECISION)):
+            if getattr(self, name) not in words:
+                raise InputError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
         if self.workers is None:
             object.__setattr__(self, "workers", default_workers())
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise InputError(f"precision must be auto, bf16 or fp32, got {self.precision!r}")
         if self.compile not in COMPILE:
             raise InputError(f"compile must be one of {', '.join(COMPILE)}, got {self.compile!r}")
 
 
 def default_workers(local_ranks: int | None = None) -> int:
-    """Loader processes for each of the training processes on this machine, which torchrun tells by default."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if local_ranks is None else local_ranks
+    """Loader processes for each of the training processes on this machine, which the launcher tells by default."""
+    ranks = read_place().local_size if local_ranks is None else local_ranks
     return max(1, len(os.sched_getaffinity(0)) // max(1, ranks) - 1)
 
 

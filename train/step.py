@@ -1,20 +1,22 @@
 """One optimizer step: forward, backward, update. Nothing in it waits for the device.
 
-An update whose gradients are not all finite is left out on the device itself (weights and moments keep their bits) and
-counted; the trainer looks at the count at its log interval. The trainer and the benchmarks run this same step.
+An update is left out on the device itself (weights and moments keep their bits) and counted if a loss or gradient of any
+process is not finite; every process then leaves it out, because a loss that is not finite makes its gradients so, and those
+are shared. The trainer looks at the count at its log interval. The trainer and the benchmarks run this same step.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-from fastmae.mae import MAE
-from fastmae.masking import Masking, random_masking
+from fastmae.masking import random_masking
+from fastmae.train.loss_scale import LossScale
+from fastmae.train.parallel import gradients_stay, whole
+from fastmae.train.spikes import SpikeDetector
 
 
 class MicroBatch(NamedTuple):
@@ -39,57 +41,35 @@ class StepResult(NamedTuple):
     """Updates left out on end up to this one, int64; 0 when this one was applied."""
     left_out: Tensor
     """Updates left out since the step was made, int64."""
-
-
-class LossModule(nn.Module):
-    """A model whose call is its training loss: the unit that is compiled and whose gradients are shared."""
-
-    def __init__(self, model: MAE):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, ids_keep: Tensor, ids_predict: Tensor, ids_restore: Tensor) -> Tensor:
-        """The loss of ``MAE.training_loss``; index tensors one by one, as compilers and DDP like them."""
-        return self.model.training_loss(images, Masking(ids_keep, ids_predict, ids_restore))
-
-
-_COMPILED = 64  # variants of one function that torch.compile keeps before it gives up
-COMPILE = ("auto", "off", "blocks", "model")
-
-
-def compiled(module: LossModule, how: str, processes: int = 1) -> nn.Module:
-    """``module``, compiled as ``how`` says, one of ``COMPILE``, for a run of so many processes.
-
-    ``model``: one graph of the whole loss, so that work fuses across blocks. ``blocks``: one small graph that all blocks of
-    a kind share, compiled in seconds. ``auto``: ``off`` on CPUs, where torch's own kernels are faster; on GPUs ``model``, or
-    ``blocks`` in a run of several processes, whose gradients are shared while earlier blocks still run backwards.
-    """
-    if how == "auto":
-        on_gpu = module.model.cls_token.is_cuda
-        how = "off" if not on_gpu else "model" if processes == 1 else "blocks"
-    # Of every image size of a progressive run each kind of block is compiled once more, and all of them count together.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED)
-    if how == "blocks":
-        for block in (*module.model.blocks, *module.model.decoder_blocks):
-            block.compile(dynamic=False)
-    return torch.compile(module, dynamic=False) if how == "model" else module
+    spike: Tensor
+    """How far the loss lies above those before it, a robust z-score, float32; 0 without a ``SpikeDetector``."""
 
 
 class Step:
-    """The step of one process. ``module`` is a ``LossModule``, perhaps compiled, perhaps inside DDP."""
+    """The step of one process. ``module`` is a ``LossModule``, perhaps compiled, perhaps shared (``parallelize``).
+
+    ``scale``: for fp16. ``spikes``: leaves out the updates of steps whose ``mean`` loss over all processes lies above its
+    threshold.
+    """
 
     def __init__(self, module: nn.Module, optimizer: AdamW, *, patch_size: int, mask_ratio: float, seed: int,
-                 autocast: torch.dtype | None):  # fmt: skip
+                 autocast: torch.dtype | None, scale: LossScale | None = None, spikes: SpikeDetector | None = None,
+                 mean: Callable[[Tensor], Tensor] = lambda loss: loss):  # fmt: skip
         self.module = module
         self.optimizer = optimizer
         self.patch_size, self.mask_ratio, self.seed = patch_size, mask_ratio, seed
         self.autocast = autocast
+        self.scale, self.spikes, self.mean = scale, spikes, mean
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device = self.parameters[0].device
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.left_out = torch.zeros_like(self.skipped)
         # A tensor on the device, so that a graph of the step can be run again at another learning rate.
         self.lr = torch.zeros((), device=self.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the step itself; loaded in place."""
+        return {"skipped": self.skipped, "left_out": self.left_out}
 
     def __call__(self, batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """Accumulate the gradients of ``batches``, equal in size, and update at ``lr``."""
@@ -101,13 +81,20 @@ class Step:
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             is_last = number == len(batches) - 1
-            with contextlib.nullcontext() if is_last else self._no_sync():
-                share = self._loss(batch) / len(batches)
-                share.backward()
-            loss += share.detach()
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        self._update(grad_norm)
-        return StepResult(loss, grad_norm, self.skipped, self.left_out)
+            with contextlib.nullcontext() if is_last else gradients_stay(self.module):
+                loss += self._backward(self._loss(batch) / len(batches))
+        grad_norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        if self.scale is not None:
+            grad_norm = grad_norm / self.scale.value
+        spike = torch.zeros_like(loss) if self.spikes is None else self.spikes.score(self.mean(loss))
+        self._update(torch.isfinite(grad_norm), spike)
+        return StepResult(loss, grad_norm, self.skipped, self.left_out, spike)
+
+    def warm_up(self, batch: MicroBatch) -> None:
+        """Run ``batch`` forward and backward and forget its gradients: what is compiled or settled at a first step is done
+        then, DDP's buckets too, which else would add in another order in the first step after a resume."""
+        self._loss(batch).backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         B, _, H, W = batch.images.shape
@@ -116,16 +103,23 @@ class Step:
         with torch.autocast(batch.images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             return self.module(batch.images, *masking)
 
-    def _update(self, grad_norm: Tensor) -> None:
-        is_bad = ~torch.isfinite(grad_norm)
+    def _backward(self, loss: Tensor) -> Tensor:
+        """Run the backward pass of ``loss``; return it without its graph."""
+        factor = torch.ones_like(loss) if self.scale is None else self.scale.value
+        (loss * torch.where(torch.isfinite(loss), factor, torch.nan)).backward()
+        return loss.detach()
+
+    def _update(self, is_finite: Tensor, spike: Tensor) -> None:
+        is_left_out = ~is_finite if self.spikes is None else ~is_finite | (spike > self.spikes.threshold)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         # The fused kernels of AdamW leave everything as it is where found_inf is 1: the way GradScaler skips a step.
-        self.optimizer.found_inf = is_bad.float()
+        self.optimizer.found_inf = is_left_out.float()
+        if self.scale is not None:
+            self.optimizer.grad_scale = self.scale.value
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.skipped.add_(1).mul_(is_bad)
-        self.left_out.add_(is_bad)
-
-    def _no_sync(self) -> contextlib.AbstractContextManager:
-        return self.module.no_sync() if isinstance(self.module, DistributedDataParallel) else contextlib.nullcontext()
+        if self.scale is not None:
+            self.scale.update(~is_finite)
+        self.skipped.add_(1).mul_(is_left_out)
+        self.left_out.add_(is_left_out)

@@ -97,7 +97,7 @@ class Loader:
 
     def _check(self, state: dict) -> None:
         """Raise InputError unless ``state`` is a place in this loader's own order."""
-        if state["fingerprint"] != self.fingerprint:
+        if state["fingerprint"] not in (None, self.fingerprint):  # None: of a time when places did not name their data
             raise InputError(
                 f"{self.data}: other data than this run began with, fingerprint {self.fingerprint} here and "
                 f"{state['fingerprint']} in the checkpoint; give that data or another --out"

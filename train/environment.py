@@ -1,0 +1,213 @@
+"""Which process of how many this is, from the variables that a launcher sets: torchrun, Slurm's srun, or an MPI's mpirun.
+
+Sources, each the list of variables that a launcher gives its processes: torchrun, "Environment Variables"; Slurm, srun(1),
+"OUTPUT ENVIRONMENT VARIABLES"; Open MPI, "Environment variables set for MPI applications"; MPICH's Hydra, whose
+``hydra_pmi_proxy`` sets PMI_* and MPI_LOCAL* (Intel MPI's mpiexec as well); HPE PALS, mpiexec(1).
+
+Where several launchers have left their variables, the innermost one counts: torchrun is started inside steps and jobs, and
+mpirun starts its daemons through srun, so that their step's variables are not those of the processes.
+"""
+
+import itertools
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from fastmae.errors import InputError
+
+_PORTS = range(10000, 30000)  # above the services, below the ports that Linux gives to connections (from 32768 on)
+_STEP = 7919  # ports between two steps of a job; a prime, so that only jobs far apart could share one
+_PORT = 29500  # torchrun's, where no job tells runs apart
+_HOSTS = 65536  # most names of a list, as Slurm's own
+_DIGITS = "[0-9]{1,18}"
+_ENTRY = rf"(?:[^\s,\[\]]|\[{_DIGITS}(?:-{_DIGITS})?(?:,{_DIGITS}(?:-{_DIGITS})?)*\])+"
+_TASKS = rf"({_DIGITS})(?:\(x({_DIGITS})\))?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A process's place among the processes of a run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Among the processes of this machine."""
+    local_size: int = 1
+    """Processes on this machine."""
+    address: str | None = None
+    """Where the process of rank 0 listens; None in a run of one that has not been told."""
+    port: int | None = None
+    launcher: str = "none"
+    """none, torchrun (or whatever sets its variables), slurm or mpi."""
+
+
+class _Names(NamedTuple):
+    """The variables of a launcher."""
+
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str
+
+
+_TORCHRUN = _Names("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_OPEN_MPI = _Names(*(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
+_HYDRA = _Names("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+_PALS = _Names("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE")
+
+
+def read_place(environ: Mapping[str, str] = os.environ) -> Place:
+    """This process's place. Without a launcher, or in a shell or batch script of Slurm's that is no step: a run of one.
+
+    RANK and WORLD_SIZE without LOCAL_RANK and LOCAL_WORLD_SIZE, as operators set them, mean one process a machine. Under srun
+    and mpirun MASTER_ADDR and MASTER_PORT, if set, say where rank 0 listens. Raises InputError, which names the variable, if
+    some are missing, no numbers, or contradict each other, and if mpirun's processes on several machines lack MASTER_ADDR.
+    """
+    if _any(environ, _TORCHRUN.rank, _TORCHRUN.size):
+        return _torchrun(environ)
+    if _any(environ, _OPEN_MPI.rank, _OPEN_MPI.size):
+        return _mpi(environ, _OPEN_MPI)
+    pmi = environ.get("PMI_RANK"), environ.get("PMI_SIZE")
+    if _any(environ, "SLURM_STEP_NUM_TASKS"):
+        # srun speaks PMI as well. Where both say the same, its own variables tell more.
+        if not all(pmi) or pmi == (environ.get("SLURM_PROCID"), environ["SLURM_STEP_NUM_TASKS"]):
+            return _slurm(environ)
+    elif not any(pmi):
+        return Place()
+    return _mpi(environ, _PALS if _any(environ, "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE") else _HYDRA)
+
+
+def node_names(text: str) -> list[str]:
+    """The names of a list in Slurm's form: ``node[08-10,12],gpu5`` is node08, node09, node10, node12, gpu5.
+
+    A name may hold several brackets; the last runs fastest. Raises InputError on what is no such list.
+    """
+    if not re.fullmatch(rf"{_ENTRY}(?:,{_ENTRY})*", text):
+        raise InputError(f"a list of nodes looks like node[001-003,007],gpu5, got {text!r}")
+    names = []
+    for entry in re.findall(_ENTRY, text):
+        parts = [_numbers(part, text) if part.startswith("[") else [part] for part in re.findall(r"\[[^\]]*\]|[^\[\]]+", entry)]
+        if len(names) + math.prod(map(len, parts)) > _HOSTS:
+            raise InputError(f"a list of nodes has at most {_HOSTS} names, got {text!r}")
+        names += map("".join, itertools.product(*parts))
+    return names
+
+
+def _numbers(bracket: str, text: str) -> list[str]:
+    """01, 02, 03, 7 of "[01-03,7]"."""
+    numbers = []
+    for item in bracket[1:-1].split(","):
+        first, _, last = item.partition("-")
+        count = int(last or first) - int(first) + 1
+        if not 1 <= count <= _HOSTS:
+            raise InputError(f"a range of nodes rises, by at most {_HOSTS} names, got {item} in {text!r}")
+        numbers += (f"{number:0{len(first)}}" for number in range(int(first), int(first) + count))
+    return numbers
+
+
+def _torchrun(environ: Mapping[str, str]) -> Place:
+    if not _any(environ, _TORCHRUN.local_rank, _TORCHRUN.local_size):
+        environ = {**environ, _TORCHRUN.local_rank: "0", _TORCHRUN.local_size: "1"}
+    place = _read(environ, _TORCHRUN, "torchrun")
+    if place.size == 1 and not _any(environ, "MASTER_ADDR", "MASTER_PORT"):
+        return place
+    return _at(place, _text(environ, "MASTER_ADDR", _TORCHRUN.size), _number(environ, "MASTER_PORT", "MASTER_ADDR"))
+
+
+def _mpi(environ: Mapping[str, str], names: _Names) -> Place:
+    place = _read(environ, names, "mpi")
+    if place.size > place.local_size and not _any(environ, "MASTER_ADDR"):
+        raise InputError(
+            f"{names.size}={place.size} processes on several machines need MASTER_ADDR, the name of rank 0's machine: export "
+            "MASTER_ADDR=NAME for all of them (Open MPI: mpirun -x MASTER_ADDR; others: mpiexec -genv MASTER_ADDR NAME)"
+        )
+    return _at(place, environ.get("MASTER_ADDR") or "127.0.0.1", _port(environ, step=0))
+
+
+def _slurm(environ: Mapping[str, str]) -> Place:
+    rank, size = _number(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), _number(environ, "SLURM_STEP_NUM_TASKS")
+    tasks = _tasks_per_node(_text(environ, "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"))
+    node = _number(environ, "SLURM_NODEID", "SLURM_STEP_NUM_TASKS") if len(set(tasks)) > 1 else 0
+    if node >= len(tasks) or sum(tasks) != size:
+        raise InputError(
+            f"SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']} does not fit SLURM_STEP_NUM_TASKS={size}"
+            f"{f' and SLURM_NODEID={node}' if node else ''}"
+        )
+    names = _Names("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+    local_rank = _number(environ, "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+    place = _checked(Place(rank=rank, size=size, local_rank=local_rank, local_size=tasks[node], launcher="slurm"), names)
+    address = environ.get("MASTER_ADDR")
+    if not address and len(tasks) > 1:
+        nodes = _text(environ, "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS")
+        try:
+            address = node_names(nodes)[0]
+        except InputError as error:
+            raise InputError(f"SLURM_STEP_NODELIST: {error}") from None
+    step = _number(environ, "SLURM_STEP_ID") if _any(environ, "SLURM_STEP_ID") else 0
+    return _at(place, address or "127.0.0.1", _port(environ, step))
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """4, 4, 2 of "4(x2),2"."""
+    if not re.fullmatch(rf"{_TASKS}(?:,{_TASKS})*", text):
+        raise InputError(f"SLURM_STEP_TASKS_PER_NODE looks like 4(x2),2, got {text!r}")
+    groups = [(int(tasks), int(nodes or 1)) for tasks, nodes in re.findall(_TASKS, text)]
+    if sum(nodes for _, nodes in groups) > _HOSTS:
+        raise InputError(f"SLURM_STEP_TASKS_PER_NODE has at most {_HOSTS} nodes, got {text!r}")
+    return [tasks for tasks, nodes in groups for _ in range(nodes)]
+
+
+def _port(environ: Mapping[str, str], step: int) -> int:
+    """MASTER_PORT, or one of the job's own, equal on all machines and different for jobs that share one."""
+    if _any(environ, "MASTER_PORT"):
+        return _number(environ, "MASTER_PORT")
+    if _any(environ, "SLURM_JOB_ID"):
+        return _PORTS[(_number(environ, "SLURM_JOB_ID") + step * _STEP) % len(_PORTS)]
+    return _PORT
+
+
+def _read(environ: Mapping[str, str], names: _Names, launcher: str) -> Place:
+    """A place from four numbers. Of one that is missing, the message names another that is set."""
+    present = next(name for name in names if _any(environ, name))
+    numbers = {field: _number(environ, name, present) for field, name in names._asdict().items()}
+    return _checked(Place(**numbers, launcher=launcher), names)
+
+
+def _checked(place: Place, names: _Names) -> Place:
+    """Raises InputError on numbers that cannot be true together."""
+    for small, large in (("rank", "size"), ("local_rank", "local_size")):
+        if getattr(place, small) >= getattr(place, large):
+            raise InputError(
+                f"{getattr(names, small)}={getattr(place, small)} must be less than "
+                f"{getattr(names, large)}={getattr(place, large)}"
+            )
+    if place.local_size > place.size:
+        raise InputError(f"{names.local_size}={place.local_size} must not exceed {names.size}={place.size}")
+    return place
+
+
+def _at(place: Place, address: str, port: int) -> Place:
+    if not 1 <= port <= 65535:
+        raise InputError(f"MASTER_PORT must be between 1 and 65535, got {port}")
+    return replace(place, address=address, port=port)
+
+
+def _any(environ: Mapping[str, str], *names: str) -> bool:
+    """Whether one of them is set, and not to nothing."""
+    return any(environ.get(name) for name in names)
+
+
+def _text(environ: Mapping[str, str], name: str, because: str) -> str:
+    if not environ.get(name):
+        raise InputError(f"{name} is not set, although {because}={environ.get(because, '')} is; unset both, or set both")
+    return environ[name]
+
+
+def _number(environ: Mapping[str, str], name: str, because: str = "") -> int:
+    text = _text(environ, name, because)
+    if not re.fullmatch(_DIGITS, text):
+        raise InputError(f"{name} must be a whole number, not negative, got {text!r}")
+    return int(text)

@@ -1,0 +1,59 @@
+"""The lock of a run's folder: two runs that write the same checkpoints would destroy each other's."""
+
+import errno
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+from fastmae.errors import InputError
+
+LOCK = ".lock"
+_PATIENCE = 10.0  # seconds; a run that was killed just now may still be on its way out
+
+
+class RunLock:
+    """Held from ``acquire`` to ``release``, or to the end of the process, however it ends.
+
+    A POSIX record lock: the system drops it with its process, children do not inherit it, and NFS knows it.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / LOCK
+        self._file: BinaryIO | None = None
+
+    def acquire(self, patience: float = _PATIENCE) -> str | None:
+        """Take the lock, waiting up to ``patience`` seconds; return a warning if the file system has no locks.
+
+        Raises InputError that names the other process if there is one.
+        """
+        self._file = self.path.open("a+b")
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return f"{self.path}: this file system has no locks ({error.strerror}); start no second run in this folder"
+                if time.monotonic() > until:
+                    raise InputError(
+                        f"{self.path.parent}: another run writes here, {self._owner()}; wait for its end, or give another --out"
+                    ) from error
+                time.sleep(0.2)
+            else:
+                self._file.truncate(0)
+                self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                self._file.flush()
+                return None
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _owner(self) -> str:
+        self._file.seek(0)
+        return self._file.read(200).decode(errors="replace") or "unnamed"

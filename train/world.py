@@ -1,0 +1,154 @@
+"""The processes of one run: who am I, how many are we, and the words that pass between us. The model knows nothing of it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from fastmae.errors import InputError, LostProcessError
+from fastmae.train.environment import Place, read_place
+
+_SLACK = 60.0  # seconds that a collective waits longer than the run's own watch, which says more
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the processes of a run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+    """A group on the CPU for words between the processes, which so never wait for a GPU; None in a run of one."""
+    background: dist.ProcessGroup | None = None
+    """Another such group, for the thread that writes checkpoints."""
+    local_size: int = 1
+    """Processes on this machine."""
+    address: str | None = None
+    """Where rank 0 can be reached; None in a run of one."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the console."""
+        return self.rank == 0
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean of ``x`` over all processes."""
+        if self.size == 1:
+            return x
+        total = x.clone()
+        with _naming_the_lost():
+            dist.all_reduce(total)
+        return total / self.size
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each of ``flags``, whether it is true on any process."""
+        return [rank >= 0 for rank in self.who(*flags)]
+
+    def who(self, *flags: bool) -> list[int]:
+        """For each of ``flags``, the highest rank on which it is true, or -1."""
+        votes = torch.tensor([self.rank if flag else -1 for flag in flags])
+        if self.size > 1:
+            with _naming_the_lost():
+                dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
+        return votes.tolist()
+
+    def gather(self, lines: list) -> list:
+        """The ``lines`` of all processes, in the order of their ranks, on every process."""
+        if self.size == 1:
+            return lines
+        everyone: list[list | None] = [None] * self.size
+        with _naming_the_lost():
+            dist.all_gather_object(everyone, lines, group=self.control)
+        return [line for theirs in everyone for line in theirs]
+
+    def from_main(self, text: str | None) -> str | None:
+        """The main process's ``text``, on every process."""
+        if self.size == 1:
+            return text
+        box = [text]
+        with _naming_the_lost():
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def by_main(self, work: Callable[[], str | None]) -> str | None:
+        """What ``work`` gives on the main process. Its InputError is raised on every one, so that none waits for one gone."""
+        given, wrong = None, None
+        if self.is_main:
+            try:
+                given = work()
+            except InputError as error:
+                wrong = error
+        failed = self.from_main(str(wrong) if wrong else None)
+        if failed is not None:
+            raise wrong or InputError(failed)
+        return self.from_main(given)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.any(False)  # gloo's own barrier would put a tensor on the GPU
+
+    def set_timeout(self, seconds: float) -> None:
+        """How long a step's collectives may take from now on, before they fail."""
+        for group in (dist.group.WORLD, self.control) if self.size > 1 else ():
+            _set_pg_timeout(timedelta(seconds=seconds + _SLACK), group)
+
+
+def join_world(device: str, timeout: float = 1800.0) -> World:
+    """Read the launcher's environment and join its group: NCCL on GPUs, gloo on the CPU.
+
+    ``device``: auto, cpu or cuda. ``timeout``: seconds that collectives may take until ``World.set_timeout``. Raises
+    InputError if a GPU is asked for and none is there, or if the environment contradicts itself.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda was asked for, but torch sees no CUDA device; `fastmae doctor` tells more")
+    on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    place = read_place()
+    at = torch.device("cuda", _gpu(place)) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(at)
+    if place.size == 1:
+        return World(0, 1, at)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            init_method="env://" if place.launcher == "torchrun" else f"tcp://{place.address}:{place.port}",
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timedelta(seconds=timeout + _SLACK),
+            device_id=at if on_gpu else None,
+        )
+    control, background = (dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout + _SLACK)) for _ in range(2))
+    return World(place.rank, place.size, at, control, background, place.local_size, place.address)
+
+
+def leave_world() -> None:
+    """Leave the group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _gpu(place: Place) -> int:
+    """The number of this process's GPU. A launcher that shows each process one GPU only calls it the first."""
+    visible = torch.cuda.device_count()
+    if visible == 1 and place.local_size > 1 and place.launcher != "torchrun":
+        return 0
+    if place.local_rank >= visible:
+        raise InputError(f"process {place.local_rank} of this machine has no GPU: it has {visible}; start fewer processes")
+    return place.local_rank
+
+
+@contextmanager
+def _naming_the_lost() -> Iterator[None]:
+    """Turns what torch raises when another process is gone into LostProcessError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise LostProcessError(f"another process of this run does not answer: {reason}") from error

@@ -1,21 +1,23 @@
 """The index and indexed reads: every byte found, every disagreement named."""
 
+import io
 import json
 import pickle
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastmae import DataError
-from fastmae.data.index import Index
+from fastmae.data.index import ROW, Index
 from fastmae.data.read import ShardReader
-
-
-@pytest.fixture
-def copy(shard_folder, tmp_path):
-    shutil.copytree(shard_folder, tmp_path / "copy")
-    return tmp_path / "copy"
+from fastmae.errors import SampleError
+from tests.fuzz import FUZZ, MUTATION, bounded_memory, mutate
 
 
 def test_every_image_is_read_back_byte_for_byte(image_folder, shard_folder):
@@ -85,3 +87,115 @@ def test_damage_is_named_with_its_path(damage, message, copy):
     with pytest.raises(DataError, match=message):
         damage(copy)
         Index.load(copy)
+
+
+def write_json(folder, **fields):
+    """Fields of index.json changed, its own hash made right."""
+    document = {**json.loads((folder / "index.json").read_text()), **fields}
+    document.pop("xxh3")
+    document["xxh3"] = xxhash.xxh3_64_hexdigest(json.dumps(document, sort_keys=True).encode())
+    (folder / "index.json").write_text(json.dumps(document, indent=1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "descr"),
+    [((2**33,), ROW.descr), ((2**62, 2**62), ROW.descr), ((37,), "S1000000000"), ((37,), "O"), ((-1,), "<u4")],
+)
+def test_a_table_that_claims_any_size_costs_no_memory(shape, descr, copy):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    (copy / "index.npy").write_bytes(file.getvalue() + bytes(1000))
+    with bounded_memory(10 << 20), pytest.raises(DataError, match=r"index.npy: cannot be read"):
+        Index.load(copy)
+
+
+def load_all(folder: Path) -> bool:
+    """Whether the index of ``folder`` loads; its samples are read then."""
+    try:
+        index = Index.load(folder)
+    except DataError as error:
+        assert re.match(rf"({re.escape(str(folder))}|/etc/passwd).*: ", str(error), re.DOTALL)
+        return False
+    reader = ShardReader(index)
+    for i in range(len(index)):
+        try:
+            reader.read(i)
+        except (DataError, SampleError) as error:
+            assert any(words in str(error) for words in ("does not match", "not those that were indexed", "cannot be read"))
+    return True
+
+
+@pytest.mark.slow
+def test_no_mutation_of_an_index_causes_another_error(small_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(small_folder, folder)
+    files = {name: (small_folder / name).read_bytes() for name in ("index.json", "index.npy")}
+    loaded = []
+
+    @FUZZ
+    @given(st.sampled_from(sorted(files)), st.booleans(), st.lists(MUTATION, max_size=3))
+    def check(name, in_header, mutations):
+        data = files[name]
+        # numpy parses the header as Python's source, so half of the tables are damaged there.
+        head = data[:128] if in_header and name == "index.npy" else data
+        (folder / name).write_bytes(mutate(head, mutations) + data[len(head) :])
+        with bounded_memory(10 << 20):
+            loaded.append(load_all(folder))
+        (folder / name).write_bytes(data)
+
+    check()
+    assert 0.02 < sum(loaded) / len(loaded) < 0.95
+
+
+NUMBER = st.one_of(st.integers(-2, 3), st.integers(-(2**70), 2**70), st.sampled_from([2**31, 2**32, 2**62, 2**63, 10**400]))
+TEXT = st.one_of(st.text(max_size=5), st.sampled_from(["../x", "/etc/passwd", "\0", "\ud800", "shard-000000.tar", "y" * 300]))
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBER, st.floats(), TEXT),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)),
+    max_leaves=5,
+)
+FIELDS = ("format", "samples", "table_xxh3", "classes", "build", "shards", "xxh3")
+
+
+@pytest.mark.slow
+def test_no_lie_of_an_index_with_right_hashes_causes_another_error(small_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(small_folder, folder)
+    index = Index.load(small_folder)
+    shards = json.loads((small_folder / "index.json").read_text())["shards"]
+    document = json.loads((small_folder / "index.json").read_text())
+    loaded = []
+
+    def random_row(field):
+        return st.tuples(st.just(field), st.integers(0, len(index) - 1), NUMBER)
+
+    cell = st.sampled_from(ROW.names).flatmap(random_row)
+    value = st.one_of(JSON, TEXT, NUMBER)
+    in_shard = st.tuples(st.integers(0, len(shards) - 1), st.sampled_from([*shards[0], "more"]), value)
+
+    @FUZZ
+    @given(
+        st.dictionaries(st.sampled_from(FIELDS), value, max_size=1), st.lists(in_shard, max_size=1), st.lists(cell, max_size=2)
+    )
+    def check(fields, of_shards, cells):
+        table = index.table.copy()
+        for field, row, value in cells:
+            bits = 8 * ROW[field].itemsize
+            table[field][row] = np.array(value % 2**bits, f"u{bits // 8}").astype(ROW[field])
+        np.save(folder / "index.npy", table)
+        listed = [dict(shard) for shard in shards]
+        for number, name, value in of_shards:
+            listed[number][name] = value
+        new = {
+            **document,
+            "shards": listed,
+            "table_xxh3": xxhash.xxh3_64_hexdigest((folder / "index.npy").read_bytes()),
+            **fields,
+        }
+        (folder / "index.json").write_text(json.dumps(new))
+        write_json(folder)
+        with bounded_memory(10 << 20):
+            loaded.append(load_all(folder))
+
+    check()
+    assert 0.02 < sum(loaded) / len(loaded) < 0.95

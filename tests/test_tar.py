@@ -1,7 +1,6 @@
 """The strict listing of tars: whole ones as any reader lists them, everything else refused with path, offset and reason."""
 
 import bz2
-import ctypes
 import gzip
 import io
 import lzma
@@ -15,16 +14,14 @@ from pathlib import Path
 
 import pytest
 import webdataset as wds
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmae import DataError
 from fastmae.data.tar import Member, list_members
+from tests.fuzz import FUZZ, MUTATION, NEW, bounded_memory, mutate, put
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-FUZZ = settings(
-    max_examples=2500, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)  # fmt: skip
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields) -> None:
@@ -51,11 +48,6 @@ def seal(block: bytes) -> bytes:
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
-
-
-def put(data: bytes, at: int, new: bytes) -> bytes:
-    """``data`` with ``new`` over what stands at ``at``."""
-    return data[:at] + new + data[at + len(new) :]
 
 
 def with_header(data: bytes, at: int, field: int, new: bytes) -> bytes:
@@ -244,53 +236,6 @@ SEEDS = [
     made_by_webdataset(),
 ]
 SEED = st.integers(0, len(SEEDS) - 1)
-SPECIAL = [bytes(512), b"\xff" * 12, b"7" * 11, b"L", b"x", b"g", b"S", b"12 size=999\n", b"11 path=../"]
-NEW = st.one_of(st.binary(min_size=1, max_size=20), st.sampled_from(SPECIAL))
-PLACE = st.floats(0, 1, exclude_max=True)
-MUTATION = st.tuples(st.sampled_from(["flip", "cut", "insert", "splice", "random"]), PLACE, PLACE, NEW)
-
-
-def mutate(data: bytes, mutations) -> bytes:
-    """``data`` with bytes flipped, cut out, put in, moved or overwritten."""
-    for kind, first, second, new in mutations:
-        at, other = (int(place * (len(data) + 1)) for place in (first, second))
-        low, high = sorted((at, other))
-        if kind == "flip" and at < len(data):
-            data = put(data, at, bytes([data[at] ^ (new[0] or 1)]))
-        elif kind == "cut":
-            data = data[:low] + data[low + len(new) :] if len(new) > 3 else data[:at]
-        elif kind == "insert":
-            data = data[:at] + new + data[at:]
-        elif kind == "splice":
-            data = data[:low] + data[high:] if new[0] % 2 else data[:high] + data[low:]
-        elif kind == "random":
-            data = put(data, at, new)
-    return data
-
-
-@contextmanager
-def bounded_memory(limit: int):
-    """The process's resident memory may at no moment be ``limit`` bytes above what it is now.
-
-    For one example, not for a run of them: what Hypothesis and the allocator keep of thousands would count too.
-    """
-
-    def peak() -> int:
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
-
-    ctypes.CDLL(None).malloc_trim(0)  # or what it holds in stock could be taken unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, at what is resident now
-    before = peak()
-    yield
-    assert peak() - before < limit
-
-
-def test_memory_that_is_taken_and_given_back_is_seen():
-    with bounded_memory(10 << 20):
-        bytearray(b"x") * (5 << 20)
-    for _ in range(3):  # the allocator has stocked what the one before gave back
-        with pytest.raises(AssertionError), bounded_memory(10 << 20):
-            bytearray(b"x") * (20 << 20)
 
 
 def check_listing(path: Path, data: bytes) -> bool:

@@ -1,10 +1,13 @@
 """What a run tells: a progress bar or lines on the console, ``metrics.jsonl``, TensorBoard events, and Weights & Biases."""
 
+import io
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from PIL import Image
@@ -19,17 +22,17 @@ class RunLog:
     """The log of one run, kept by its main process; on other processes every call does nothing."""
 
     def __init__(self, out: Path, *, is_main: bool, first_step: int, total_steps: int, wandb: str | None = None):
-        """``wandb``: a project. Raises InputError if its package is missing."""
+        """``wandb``: a project. Raises InputError, on every process, if its package is missing."""
         self.is_main, self.out = is_main, out
+        package = require("wandb", "--wandb") if wandb is not None else None
         if not is_main:
             return
         events = require("torch.utils.tensorboard", "the log", "tensorboard")  # slow to import
         self.total_steps = total_steps
         self._wandb = None
         if wandb is not None:
-            package = require("wandb", "--wandb")
             self._wandb = package.init(project=wandb, dir=str(out), name=out.name, id=_run_id(out), resume="allow")
-        self._jsonl = (out / "metrics.jsonl").open("a", encoding="utf-8")
+        self._jsonl = _open_for_lines(out / "metrics.jsonl")
         self._events = events.SummaryWriter(str(out / "tensorboard"), purge_step=first_step or None)
         # A terminal gets a bar; a file or a cluster's log gets a line per interval.
         self._bar = tqdm(
@@ -99,6 +102,14 @@ class RunLog:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._jsonl.write(json.dumps(finite, allow_nan=False) + "\n")
         self._jsonl.flush()
+
+
+def _open_for_lines(path: Path) -> TextIO:
+    """``path``, to be added to; a last line that a kill has cut stays alone."""
+    file = path.open("a+b")
+    if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+        file.write(b"\n")
+    return io.TextIOWrapper(file, encoding="utf-8")
 
 
 def _run_id(out: Path) -> str:

@@ -103,8 +103,11 @@ class Run:
 
 def default_workers(local_ranks: int | None = None) -> int:
     """Loader processes for each of the training processes on this machine, which the launcher tells by default."""
-    ranks = read_place().local_size if local_ranks is None else local_ranks
-    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks) - 1)
+    cores, place = len(os.sched_getaffinity(0)), read_place()
+    ranks = place.local_size if local_ranks is None else local_ranks
+    if local_ranks is None and place.launcher == "slurm" and cores < int(os.environ.get("SLURM_CPUS_ON_NODE", 0)):
+        ranks = 1  # srun has bound the task to its own share already
+    return max(1, cores // max(1, ranks) - 1)
 
 
 def accumulation(effective_batch: int, batch_size: int, processes: int) -> int:

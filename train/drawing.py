@@ -1,16 +1,18 @@
 """Pictures of what a model reconstructs while it trains: always of the same images, under the same masks."""
 
+import contextlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastmae.data.index import JSON_NAME
+from fastmae.errors import DataError
 from fastmae.kernels.philox import MASKS, uniform
 from fastmae.mae import MAE
 from fastmae.pictures import reconstruct, strip
 from fastmae.train.log import RunLog
-from fastmae.train.parallel import whole
+from fastmae.train.parallel import is_cut, whole
 from fastmae.train.reconstruct import load_images
 from fastmae.train.world import World
 
@@ -18,13 +20,14 @@ _IMAGES = 8
 
 
 class Drawing:
-    """Draws the first images of the data set, or of a stream's first batch."""
+    """Draws the first images of the data set, or of the first batch where those cannot be had."""
 
     def __init__(self, data: str, model: MAE, world: World, mask_ratio: float):
         self.model, self.world, self.mask_ratio = model, world, mask_ratio
         self._images: Tensor | None = None
         if world.is_main and (Path(data) / JSON_NAME).is_file():
-            self._images = load_images(Path(data), model, _IMAGES)
+            with contextlib.suppress(DataError):  # a bad sample is the loader's to tell; a batch has others
+                self._images = load_images(Path(data), model, _IMAGES)
 
     def offer(self, images: Tensor) -> None:
         """Images (B, C, H, W) uint8 to draw where there are none yet."""
@@ -34,14 +37,18 @@ class Drawing:
     @torch.no_grad()
     def draw(self, step: int, log: RunLog) -> None:
         """Put a picture into ``log``. Every process takes part: of a cut model none has all."""
-        model = self.model
-        state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        model = self._whole_model() if is_cut(self.model) else self.model
         if not self.world.is_main or self._images is None:
             return
-        if any(whole_one is not tensor for whole_one, tensor in zip(state.values(), model.state_dict().values(), strict=True)):
-            with torch.random.fork_rng(devices=[self.world.device] if self.world.device.type == "cuda" else []):
-                model = MAE(model.config).to(self.world.device)
-            model.load_state_dict(state)
         images = self._images.to(self.world.device)
         noise = uniform(0, MASKS, 0, torch.arange(len(images)), model.config.patches).to(images.device)
-        log.picture(step, strip(reconstruct(model, images, self.mask_ratio, noise)))
+        with torch.compiler.set_stance("force_eager"):  # compiling blocks for one picture takes longer than drawing it
+            pictures = reconstruct(model, images, self.mask_ratio, noise)
+        log.picture(step, strip(pictures))
+
+    def _whole_model(self) -> MAE:
+        state = {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
+        with torch.random.fork_rng(devices=[self.world.device] if self.world.device.type == "cuda" else []):
+            model = MAE(self.model.config).to(self.world.device)
+        model.load_state_dict(state)
+        return model

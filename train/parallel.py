@@ -99,6 +99,11 @@ def gradients_stay(module: nn.Module):
         yield
 
 
+def is_cut(module: nn.Module) -> bool:
+    """Whether this process holds only a part of ``module``."""
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
 def whole(x: Tensor) -> Tensor:
     """All of ``x``, if this process holds a part of it; every process must ask."""
     return x.full_tensor() if isinstance(x, DTensor) else x

@@ -65,8 +65,8 @@ class Run:
     """Checkpoints of every so many steps are kept for good."""
     async_save: bool = True
     """Write checkpoints while training goes on."""
-    draw_every: int | None = None
-    """Steps between two drawings of what the model reconstructs."""
+    draw_every: int | None = 5000
+    """Steps between two drawings of what the model reconstructs; the last step draws too."""
     requeue_exit: bool = False
     """After a signal exit with code 85, by which a cluster's script knows that the run wants to go on."""
     first_timeout: float = 1800.0

@@ -1,0 +1,69 @@
+"""Pictures of what a model reconstructs while it trains."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmae import MAE
+from fastmae.train.drawing import Drawing
+from fastmae.train.world import World
+from tests.runs import FLAGS, MODEL, TORCHRUN, finish, start
+from tests.test_indexed import damage_samples
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+class Album:
+    """A log that keeps its pictures."""
+
+    def __init__(self):
+        self.pictures = []
+
+    def picture(self, step, strip):
+        self.pictures.append((step, strip.copy()))
+
+
+def test_the_same_images_are_drawn_under_the_same_masks_and_nothing_else_changes(shard_folder):
+    model, album = MAE(MODEL), Album()
+    drawing = Drawing(str(shard_folder), model, ALONE, 0.75)
+    before, state = torch.get_rng_state(), {n: t.clone() for n, t in model.state_dict().items()}
+    for step in (1, 2):
+        drawing.draw(step, album)
+    (one, first), (two, second) = album.pictures
+    assert (one, two) == (1, 2) and first.tobytes() == second.tobytes() and first.size == (532, 1074)
+    assert torch.equal(before, torch.get_rng_state()) and model.training
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("why", ["a stream", "damage"])
+def test_where_the_first_images_cannot_be_had_those_of_a_batch_are_drawn(shard_folder, tmp_path, why):
+    data = tmp_path / "copy"
+    shutil.copytree(shard_folder, data)
+    if why == "damage":
+        damage_samples(data, 37)
+    else:
+        (data / "index.json").unlink()
+    album, drawing = Album(), Drawing(str(data), MAE(MODEL), ALONE, 0.75)
+    drawing.draw(1, album)
+    drawing.offer(torch.zeros(4, 3, 16, 16, dtype=torch.uint8))  # of another size, as progressive runs begin with
+    drawing.draw(2, album)
+    assert album.pictures == []
+    drawing.offer(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8))
+    drawing.draw(3, album)
+    assert [(step, picture.height) for step, picture in album.pictures] == [(3, 18 + 4 * 132)]
+
+
+@pytest.mark.slow
+def test_a_cut_model_is_drawn_as_a_whole_one(shard_folder, tmp_path):
+    flags = ["--data", shard_folder, *FLAGS, "--steps", "2", "--batch-size", "4", "--draw-every", "1"]
+    for how in ("ddp", "fsdp"):
+        code, text = finish(start([*flags, "--parallel", how, "--out", tmp_path / how], (*TORCHRUN, "2")))
+        assert code == 0, text
+    drawn = []
+    for how in ("ddp", "fsdp"):
+        with Image.open(tmp_path / how / "reconstructions" / "step-0000002.png") as picture:
+            drawn.append(np.asarray(picture).astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 2  # grey levels; sums are rounded in another order

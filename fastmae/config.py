@@ -121,7 +121,7 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "ModelConfig":
-        """Read what ``to_json`` wrote. Raises InputError on unknown fields."""
+        """Read what ``to_json`` wrote. Raises InputError on unknown fields and wrong types."""
         try:
             fields = dict(json.loads(text))
         except (ValueError, TypeError) as error:
@@ -129,7 +129,10 @@ class ModelConfig:
         unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise InputError(f"model config has unknown fields {sorted(unknown)}: it was written by a newer fastmae")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        except TypeError as error:  # a word where a number belongs
+            raise InputError(f"model config is damaged, {error}: {text[:40]!r}") from error
 
 
 def nearest_multiples(sizes: tuple[int, ...], patch_size: int) -> list[int]:

@@ -6,19 +6,22 @@ xxh3-64 of all others), which is written last. ``train/saver.py`` writes them as
 folder; the newest complete one is found by looking. Reading one runs nothing of it.
 """
 
+import contextlib
 import json
 import re
 import shutil
 from pathlib import Path, PurePath
 
-from fastmae.errors import DataError
+from fastmae.errors import DataError, InputError
 from fastmae.files import digest, write_atomically
-from fastmae.train.tensor_files import METADATA
+from fastmae.train.metadata import METADATA
 
 SCHEMA = 3
 MODEL, TENSORS, STATE, MANIFEST = "model.safetensors", "tensors", "state.json", "manifest.json"
 OLD_OPTIMIZER = "optimizer.safetensors"  # of schemas 1 and 2, beside the weights instead of ``tensors/``
 _NAME = re.compile(r"step-(\d{7,})")
+_KINDS = {"schema": int, "step": int, "data": dict, "model": str, "recipe": dict}  # what every state.json says
+_FIXED = ("seed", "effective_batch")  # and its recipe
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -65,28 +68,27 @@ def verify(folder: Path) -> None:
     """Raise DataError naming the file unless every file of ``folder`` has the bytes that its manifest states."""
     files = _read_json(folder / MANIFEST).get("files")
     files = files if isinstance(files, dict) else {}
-    tensors = OLD_OPTIMIZER if OLD_OPTIMIZER in files else f"{TENSORS}/{METADATA}"
-    for name in (*files, *({MODEL, STATE, tensors} - files.keys())):
-        path = folder / name
-        if name not in files or not path.is_file() or ".." in PurePath(name).parts or PurePath(name).is_absolute():
-            raise DataError(f"{path}: missing; the checkpoint is not complete")
-        found = _fingerprint(path)
-        if found != files[name]:
-            stated = files[name] if isinstance(files[name], dict) else {}
-            raise DataError(
-                f"{path}: damaged, {found['bytes']} bytes with hash {found['xxh3']}; its manifest says "
-                f"{stated.get('bytes')} with {stated.get('xxh3')}"
-            )
+    tensors = {str(p.relative_to(folder)) for p in (folder / TENSORS).glob("*.distcp")} | {f"{TENSORS}/{METADATA}"}
+    for name in (*files, *sorted({MODEL, STATE} - files.keys())):
+        _verify_file(folder, name, files.get(name))
+    for name in sorted(({OLD_OPTIMIZER} if OLD_OPTIMIZER in files else tensors) - files.keys()):
+        _verify_file(folder, name, None)
 
 
 def read_state(folder: Path) -> dict:
-    """``state.json`` of a checkpoint, in today's form. Raises DataError if it is missing, damaged or of a newer schema."""
-    state = _read_json(folder / STATE)
-    schema = state.get("schema")
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise DataError(f"{folder / STATE}: schema {schema} is newer than {SCHEMA}; update fastmae")
-    if missing := {"schema", "step", "data", "model", "recipe"} - state.keys():
-        raise DataError(f"{folder / STATE}: says nothing of {', '.join(sorted(missing))}; it is no checkpoint's")
+    """``state.json`` of a checkpoint, in today's form.
+
+    Raises DataError if it is missing or damaged, InputError if it is of a newer schema: then it is good, and must neither be
+    passed over nor replaced.
+    """
+    path = folder / STATE
+    state = _read_json(path)
+    if type(schema := state.get("schema")) is int and schema > SCHEMA:
+        raise InputError(f"{path}: schema {schema} is newer than {SCHEMA}; update fastmae")
+    wrong = [name for name, kind in _KINDS.items() if type(state.get(name)) is not kind and (schema, name) != (1, "data")]
+    wrong = wrong or [name for name in _FIXED if type(state["recipe"].get(name)) is not int]
+    if wrong:
+        raise DataError(f"{path}: says nothing of {', '.join(wrong)}, or not as it must; it is no checkpoint's")
     if schema == 1:  # the place in the data was a word that cannot be compared any more
         recipe = state["recipe"]
         samples = state["step"] * recipe["effective_batch"]
@@ -102,21 +104,44 @@ def remove_old(run: Path, step: int, keep: int, keep_every: int | None) -> None:
     for old in [c for c in list_checkpoints(run) if step_of(c) <= step][keep:]:
         if keep_every is None or step_of(old) % keep_every:
             gone = run / f".{old.name}.removed"  # renamed first: killed in between, it is no damaged checkpoint
-            shutil.rmtree(gone, ignore_errors=True)
-            old.rename(gone)
-            shutil.rmtree(gone)
+            _remove(gone)
+            with contextlib.suppress(OSError):  # NFS keeps what somebody reads: tried again after the next save
+                old.rename(gone)
+            _remove(gone)
 
 
 def remove_leftovers(run: Path) -> None:
     """Remove what a process that was killed has left unfinished."""
     for left_over in [*run.glob(".step-*.partial"), *run.glob(".step-*.removed")]:
-        shutil.rmtree(left_over)
+        _remove(left_over)
 
 
 def write_json(path: Path, document: dict) -> None:
     """Write ``document`` for people to read too."""
     with write_atomically(path) as file:
         file.write(json.dumps(document, indent=1).encode())
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # what is left takes room, and no save fails for it
+
+
+def _verify_file(folder: Path, name: str, stated: object) -> None:
+    path = folder / name
+    if ".." in PurePath(name).parts or PurePath(name).is_absolute():
+        raise DataError(f"{folder / MANIFEST}: names {name}, outside its folder")
+    try:
+        found = _fingerprint(path) if stated is not None and path.is_file() else None
+    except (OSError, ValueError) as error:  # a disk that gives it no more; a name that is none
+        raise DataError(f"{path}: cannot be read, {error}") from error
+    if found is None:
+        raise DataError(f"{path}: missing; the checkpoint is not complete")
+    if found != stated:
+        said = stated if isinstance(stated, dict) else {}
+        raise DataError(
+            f"{path}: damaged, {found['bytes']} bytes with hash {found['xxh3']}; its manifest says {said.get('bytes')} with "
+            f"{said.get('xxh3')}"
+        )
 
 
 def _read_json(path: Path) -> dict:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from fastmae.config import ModelConfig
 from fastmae.convert import Weights, save_weights
 from fastmae.errors import CheckpointError
-from fastmae.files import sync_folder
+from fastmae.files import sync
 from fastmae.train.checkpoint import (
     MODEL,
     STATE,
@@ -29,6 +29,7 @@ from fastmae.train.checkpoint import (
     write_json,
     write_manifest,
 )
+from fastmae.train.metadata import METADATA
 from fastmae.train.snapshot import share_out, total_bytes
 from fastmae.train.tensor_files import describe_tensors, read_tensors, write_tensors
 from fastmae.train.world import World
@@ -60,6 +61,7 @@ class Saver:
         self._ended: list[Saved] = []
         self._fault: BaseException | None = None
         self._failed = 0
+        self._error: str | None = None
         self.newest: Path | None = None
         """The last checkpoint that was completed; read it after ``wait``."""
 
@@ -86,8 +88,7 @@ class Saver:
         if self._fault is not None:
             raise self._fault
         if self._failed >= MAX_FAILED:
-            raise CheckpointError(f"{self._failed} checkpoints on end could not be written, the last: {self._ended[-1].error}"
-                                  if self._ended else f"{self._failed} checkpoints on end could not be written")  # fmt: skip
+            raise CheckpointError(f"{self._failed} checkpoints on end could not be written, the last: {self._error}")
 
     def ended(self) -> list[Saved]:
         """The saves that have ended since the last call."""
@@ -110,7 +111,7 @@ class Saver:
         except BaseException as fault:  # a fault of ours: raised where the run waits for the save
             self._fault = fault
             return
-        self._failed = self._failed + 1 if error else 0
+        self._error, self._failed = error, self._failed + 1 if error else 0
         self.newest = self.newest if error else folder
         self._ended.append(Saved(step, folder, time.perf_counter() - began, written, error))
 
@@ -121,7 +122,7 @@ class Saver:
             try:
                 box[0] = str(work())
             except (OSError, ValueError) as error:
-                box[1] = f"{error.filename or self.out}: {error.strerror}" if isinstance(error, OSError) else str(error)
+                box[1] = self._named(error) if isinstance(error, OSError) else str(error)
         if self.world.size > 1:
             dist.broadcast_object_list(box, src=0, group=self.world.background)
         if box[1] is not None:
@@ -145,18 +146,21 @@ class Saver:
         save_weights(Weights(partial / MODEL, weights, self.config, knows_target=True), partial / MODEL)
         write_json(partial / STATE, state)
         written = write_manifest(partial)
-        sync_folder(partial / TENSORS)
-        sync_folder(partial)
+        for path in (partial / TENSORS / METADATA, partial / TENSORS, partial):  # DCP flushes tensors alone
+            sync(path)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step
         partial.rename(folder)
-        sync_folder(self.out)
+        sync(self.out)
         remove_old(self.out, state["step"], self.keep, self.keep_every)
         return written
 
     def _reason(self, error: Exception, needed: int) -> str:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        text = self._named(error) if isinstance(error, OSError) and error.filename else str(error)
         try:
             free = f"{shutil.disk_usage(self.out).free} bytes are free in {self.out}"
         except OSError as gone:
             free = f"{self.out} cannot be read, {gone.strerror}"
         return f"{text.partition(chr(10))[0]}; it needs {needed} bytes, {free}"
+
+    def _named(self, error: OSError) -> str:
+        return f"{error.filename or self.out}: {error.strerror or error}"

@@ -1,0 +1,123 @@
+"""The description of a folder of tensors, ``.metadata``: a pickle of torch.distributed.checkpoint's, read as plain data.
+
+A pickle can run anything. This one may name only the few classes that describe tensors, may fill only records that it has
+made itself (filling a class or a function would change it for the whole process), and nests tuples no deeper than such
+descriptions do (hashing a deep one overflows the stack). What it then says is checked, down to the types.
+"""
+
+import io
+import math
+import pickle
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path, PurePath
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from fastmae.errors import DataError
+
+METADATA = ".metadata"
+_ALLOWED = {
+    "torch": ("Size", "float16", "bfloat16", "float32", "float64", "int32", "int64", "uint8", "bool"),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.metadata": ("ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+                                              "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "pathlib": ("PosixPath", "PurePosixPath"),
+    "collections": ("OrderedDict",),
+}  # fmt: skip
+_RECORDS = (ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata, _StorageInfo)
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """What the folder ``folder`` holds. Raises DataError naming the file if it describes anything but tensors beside it."""
+    path = folder / METADATA
+    try:
+        metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        _check(metadata, folder)
+    except Exception as error:  # damaged pickles raise anything; none of it is ours to tell apart
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(f"{path}: cannot be read, {reason}") from error
+    metadata.planner_data, metadata.storage_meta = None, StorageMeta()  # words of the writer, of no use here
+    return metadata
+
+
+def _flat(load: Callable) -> Callable:
+    """``load``, the opcode that makes a tuple, refusing one in a tuple in a tuple."""
+
+    def load_flat(unpickler: pickle._Unpickler) -> None:
+        load(unpickler)
+        inner = [item for item in unpickler.stack[-1] if isinstance(item, tuple)]
+        if any(isinstance(item, tuple) for items in inner for item in items):
+            raise pickle.UnpicklingError("it nests tuples, which describes no tensor")
+
+    return load_flat
+
+
+class _Unpickler(pickle._Unpickler):
+    """The one in Python: that in C cannot be told what a pickle may fill."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if name not in _ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor; nothing of it was run")
+        return getattr(import_module(module), name)
+
+    def load_build(self) -> None:
+        if type(self.stack[-2]) not in _RECORDS:
+            raise pickle.UnpicklingError(f"it would change {self.stack[-2]!r:.80}; nothing of it was run")
+        super().load_build()
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build} | {
+        code[0]: _flat(pickle._Unpickler.dispatch[code[0]])
+        for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
+    }
+
+
+def _check(metadata: object, folder: Path) -> None:
+    """Raise ValueError unless ``metadata`` describes whole tensors alone, in files of ``folder``."""
+    if type(metadata) is not Metadata:
+        raise ValueError("it is no metadata")
+    places = _checked(metadata.storage_data, dict)
+    for index, place in places.items():
+        _checked(_checked(index, MetadataIndex).fqn, str)
+        _check_place(_checked(place, _StorageInfo))
+    for name in {place.relative_path for place in places.values()}:
+        if PurePath(name).parts != (name,) or name == ".." or not (folder / name).is_file():
+            raise ValueError(f"it names {name}, which is no file beside it")
+    for name, item in _checked(metadata.state_dict_metadata, dict).items():
+        if type(item) is not TensorStorageMetadata:
+            raise ValueError(f"{_checked(name, str)} is no tensor")
+        _check_tensor(name, item, places)
+
+
+def _check_place(place: _StorageInfo) -> None:
+    _checked(place.relative_path, str)
+    if min(_checked(place.offset, int), _checked(place.length, int)) < 0 or place.transform_descriptors is not None:
+        raise ValueError(f"{place} is no place of a tensor")
+
+
+def _check_tensor(name: str, item: TensorStorageMetadata, places: dict[MetadataIndex, _StorageInfo]) -> None:
+    _checked(_checked(item.properties, TensorProperties).dtype, torch.dtype)
+    for chunk in _checked(item.chunks, list):
+        offsets, sizes = _checked(chunk.offsets, torch.Size), _checked(chunk.sizes, torch.Size)
+        inside = (0 <= at <= at + size <= whole for at, size, whole in zip(offsets, sizes, item.size, strict=True))
+        if not all(inside) or MetadataIndex(name, offsets) not in places:
+            raise ValueError(f"a part of {name} lies outside it, or nowhere")
+    if sum(math.prod(chunk.sizes) for chunk in item.chunks) != math.prod(_checked(item.size, torch.Size)):
+        raise ValueError(f"the parts of {name} do not make up the whole")
+
+
+def _checked(value: object, kind: type) -> object:
+    """``value``, if it is of ``kind`` itself."""
+    if type(value) is not kind:
+        raise ValueError(f"{value!r:.40} stands where a {kind.__name__} belongs")
+    return value

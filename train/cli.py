@@ -11,10 +11,11 @@ from fastmae.convert import read_weights, save_weights
 from fastmae.errors import CheckpointError, DivergedError, InputError, LostProcessError, RequeueError
 from fastmae.kernels import dispatch
 from fastmae.train.demo import demo as run_demo
-from fastmae.train.doctor import report
+from fastmae.train.doctor import report as describe_machine
 from fastmae.train.environment import read_place
 from fastmae.train.pretrain import pretrain as run_pretraining
 from fastmae.train.reconstruct import reconstruct_images
+from fastmae.train.report import write_report
 from fastmae.train.settings import PretrainSettings
 from fastmae.train.shards import build, index, info, verify
 
@@ -52,6 +53,16 @@ def reconstruct(
     )
 
 
+def report(run: Positional[Path], out: Path | None = None) -> None:
+    """Write one self-contained HTML page about a run: curves, reconstructions, restarts, faults, settings.
+
+    Args:
+        run: A run's folder.
+        out: Page to write; RUN/report.html by default.
+    """
+    print(write_report(run, out))
+
+
 def convert(src: Positional[Path], dst: Positional[Path], encoder_only: bool = False) -> None:
     """Convert weights between .safetensors and the reference's .pth; names stay the same.
 
@@ -69,7 +80,7 @@ def convert(src: Positional[Path], dst: Positional[Path], encoder_only: bool = F
 
 def doctor() -> None:
     """Print versions, devices, and which kernels and attention are used and why not faster ones."""
-    print("\n".join(report()))
+    print("\n".join(describe_machine()))
 
 
 def demo(out: Path = Path("runs/demo"), steps: int = 1400, workers: int = 1) -> None:
@@ -94,7 +105,7 @@ def shards() -> None:
 
 
 SHARDS = {f.__name__: f for f in (build, verify, info, index)}
-COMMANDS = {f.__name__: f for f in (shards, pretrain, reconstruct, convert, bench, doctor, demo)}
+COMMANDS = {f.__name__: f for f in (shards, pretrain, reconstruct, report, convert, bench, doctor, demo)}
 
 
 def check_mode() -> None:

@@ -23,6 +23,7 @@ from fastmae.train.checkpoint import MODEL
 from fastmae.train.pretrain import pretrain
 from fastmae.train.recipes import Recipe
 from fastmae.train.reconstruct import draw_strip, load_images
+from fastmae.train.report import write_report
 from fastmae.train.run import Run
 
 # Colour photographs of things, not test charts: package, folder inside it, file.
@@ -48,9 +49,9 @@ def demo_recipe(steps: int) -> Recipe:
 
 
 def demo(out: Path, *, steps: int = 1400, workers: int = 1) -> None:
-    """Write shards, checkpoints, logs, ``loss.png`` and ``reconstruction.png`` under ``out``, replacing an earlier demo.
+    """Write shards, checkpoints, logs, ``loss.png``, ``reconstruction.png`` and ``report.html`` under ``out``.
 
-    Raises InputError if the photographs' packages are missing or ``out`` cannot be written.
+    Replaces an earlier demo. Raises InputError if the photographs' packages are missing or ``out`` cannot be written.
     """
     photographs = find_photographs()
     recipe = demo_recipe(steps)
@@ -58,7 +59,14 @@ def demo(out: Path, *, steps: int = 1400, workers: int = 1) -> None:
     if any(out.iterdir()) and not (out / _MARK).exists():
         raise InputError(f"{out}: holds other files, and a demo replaces its own; choose an empty folder with --out")
     (out / _MARK).touch()
-    for old in ("photographs", "shards", "tensorboard", "metrics.jsonl", *(p.name for p in out.glob("step-*"))):
+    for old in (
+        "photographs",
+        "shards",
+        "tensorboard",
+        "reconstructions",
+        "metrics.jsonl",
+        *(p.name for p in out.glob("step-*")),
+    ):
         path = out / old
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder = make_folder(out / "photographs")
@@ -69,14 +77,21 @@ def demo(out: Path, *, steps: int = 1400, workers: int = 1) -> None:
     checkpoint = pretrain(
         recipe,
         Run(
-            data=str(out / "shards"), out=out, batch_size=recipe.effective_batch, workers=workers, log_every=25, save_every=400
+            data=str(out / "shards"),
+            out=out,
+            batch_size=recipe.effective_batch,
+            workers=workers,
+            log_every=25,
+            save_every=400,
+            draw_every=350,
         ),
     )
     plot_loss(out / "metrics.jsonl", out / "loss.png")
+    write_report(out)
     model = load_model(checkpoint / MODEL).to("cuda" if torch.cuda.is_available() else "cpu")
     images = load_images(folder, model, len(photographs))
     draw_strip(model, images, out / "reconstruction.png", mask_ratio=recipe.mask_ratio, seed=1)
-    print(f"look at {out / 'reconstruction.png'} and {out / 'loss.png'}", file=sys.stderr)
+    print(f"look at {out / 'reconstruction.png'}, {out / 'loss.png'} and {out / 'report.html'}", file=sys.stderr)
 
 
 def find_photographs() -> list[Path]:

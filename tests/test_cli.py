@@ -75,7 +75,7 @@ BAD = [  # the command, what its one line must say
     ([*PRETRAIN, "--batch-size", "0"], "batch-size must be at least 1, got 0"),
     ([*PRETRAIN, "--effective-batch", "6"], "effective batch 6 must be a multiple of 4 per process"),
     ([*PRETRAIN, "--blr", "-1"], "blr must be positive"),
-    ([*PRETRAIN, "--precision", "fp8"], "precision must be auto, bf16 or fp32, got 'fp8'"),
+    ([*PRETRAIN, "--precision", "fp8"], "precision must be one of auto, bf16, fp16, fp32, got 'fp8'"),
     ([*PRETRAIN, "--device", "tpu"], "device must be auto, cpu or cuda, got 'tpu'"),
     ([*PRETRAIN, "--crop-scale", "0.5", "0.2"], "crop scale must be two rising numbers"),
     ([*PRETRAIN, "--data", "{empty}"], "no shards; give a folder with index.json or tars"),
@@ -92,7 +92,8 @@ BAD = [  # the command, what its one line must say
     ([*PRETRAIN, "--data", "{cut}"], "shard-000001.tar: 5000 bytes, the index says"),
     ([*PRETRAIN, "--data", "{lying}", "--steps", "9"], "the index does not match the tar at offset"),
     ([*PRETRAIN, "--out", "{file}/run"], "cannot be written, Not a directory; choose another output folder"),
-    ([*PRETRAIN, "--resume", "{root}/step-0000001"], "manifest.json: missing or damaged"),
+    ([*PRETRAIN, "--resume", "{root}/step-0000001"], "step-0000001: no such folder; give a checkpoint of a run, or a run"),
+    ([*PRETRAIN, "--resume", "exact:{root}/step-0000001"], "manifest.json: missing or damaged"),
     (["shards", "build", "{root}/nowhere", "{out}"], "nowhere: not a folder"),
     (["shards", "build", "{empty}", "{out}"], "empty: no images; looked for .jpg"),
     (["shards", "build", "{images}", "{shards}"], "holds shards already; choose an empty folder"),
@@ -299,8 +300,9 @@ def test_a_full_disk_is_one_line(image_folder, tmp_path, capsys, monkeypatch):
 
 
 def test_a_missing_package_is_named_with_its_install_command(world, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "simplejpeg", None)
-    assert main(["reconstruct", str(world["full"]), str(world["images"])]) == 2
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "simplejpeg", None)
+        assert main(["reconstruct", str(world["full"]), str(world["images"])]) == 2
     assert "decoding JPEGs needs simplejpeg" in (text := capsys.readouterr().err) and "pip install simplejpeg" in text
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)

@@ -45,7 +45,7 @@ def test_a_terminated_run_saves_ends_well_and_continues_with_the_same_bits(refer
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     code, text = finish(process)
-    assert code == 0 and "stopped by a signal after step" in text, text
+    assert code == 0 and "stopped by SIGTERM after step" in text, text
     code, text = finish(start([*flags, "--out", tmp_path]))
     assert code == 0, text
     assert_same_bits(whole / "step-0000008", tmp_path / "step-0000008")

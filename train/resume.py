@@ -79,6 +79,8 @@ def _choose(run: Run) -> tuple[Path | None, list[str]]:
 
 def _nearest(path: Path) -> tuple[Path, list[str]]:
     """The checkpoint ``path``, or the newest whole one of the run ``path``; if damaged, the next older one beside it."""
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder; give a checkpoint of a run, or a run")
     if list_checkpoints(path):
         found, damaged = find_checkpoint(path)
     elif (step := step_of(path)) is not None:

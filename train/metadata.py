@@ -1,14 +1,15 @@
 """The description of a folder of tensors, ``.metadata``: a pickle of torch.distributed.checkpoint's, read as plain data.
 
-A pickle can run anything. This one may name only the few classes that describe tensors, may fill only records that it has
-made itself (filling a class or a function would change it for the whole process), and nests tuples no deeper than such
-descriptions do (hashing a deep one overflows the stack). What it then says is checked, down to the types.
+A pickle can run anything. This one may use only the opcodes and name only the few classes that describe tensors, may fill
+only records that it has made itself (filling a class or a function would change it for the whole process), and nests tuples
+no deeper than such descriptions do (hashing a deep one overflows the stack). What it then says is checked, down to the types.
 """
 
 import io
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path, PurePath
 
@@ -36,6 +37,11 @@ _ALLOWED = {
     "collections": ("OrderedDict",),
 }  # fmt: skip
 _RECORDS = (ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata, _StorageInfo)
+_TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
+_OPCODES = ("APPEND", "APPENDS", "BINGET", "BININT", "BININT1", "BININT2", "BINPUT", "BINUNICODE", "EMPTY_DICT", "EMPTY_LIST",
+            "EMPTY_TUPLE", "FRAME", "GLOBAL", "LONG1", "LONG_BINGET", "LONG_BINPUT", "MARK", "MEMOIZE", "NEWFALSE", "NEWOBJ",
+            "NEWTRUE", "NONE", "PROTO", "REDUCE", "SETITEM", "SETITEMS", "SHORT_BINUNICODE", "STACK_GLOBAL",
+            "STOP")  # fmt: skip
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -51,35 +57,45 @@ def read_metadata(folder: Path) -> Metadata:
     return metadata
 
 
-def _flat(load: Callable) -> Callable:
-    """``load``, the opcode that makes a tuple, refusing one in a tuple in a tuple."""
-
-    def load_flat(unpickler: pickle._Unpickler) -> None:
-        load(unpickler)
-        inner = [item for item in unpickler.stack[-1] if isinstance(item, tuple)]
-        if any(isinstance(item, tuple) for items in inner for item in items):
-            raise pickle.UnpicklingError("it nests tuples, which describes no tensor")
-
-    return load_flat
-
-
 class _Unpickler(pickle._Unpickler):
-    """The one in Python: that in C cannot be told what a pickle may fill."""
+    """The one in Python: that in C cannot be told which opcodes to refuse, nor what a pickle may fill."""
 
     def find_class(self, module: str, name: str) -> object:
         if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor; nothing of it was run")
         return getattr(import_module(module), name)
 
-    def load_build(self) -> None:
-        if type(self.stack[-2]) not in _RECORDS:
-            raise pickle.UnpicklingError(f"it would change {self.stack[-2]!r:.80}; nothing of it was run")
-        super().load_build()
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build} | {
-        code[0]: _flat(pickle._Unpickler.dispatch[code[0]])
-        for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
-    }
+def _load_build(unpickler: _Unpickler) -> None:
+    if type(unpickler.stack[-2]) not in _RECORDS:
+        raise pickle.UnpicklingError(f"it would change {unpickler.stack[-2]!r:.80}; nothing of it was run")
+    unpickler.load_build()
+
+
+def _load_flat(load: Callable[[_Unpickler], None], unpickler: _Unpickler) -> None:
+    load(unpickler)
+    inner = [item for item in unpickler.stack[-1] if isinstance(item, tuple)]
+    if any(isinstance(item, tuple) for items in inner for item in items):
+        raise pickle.UnpicklingError("it nests tuples, which describes no tensor")
+
+
+def _refuse(code: int, unpickler: _Unpickler) -> None:
+    raise pickle.UnpicklingError(f"it uses opcode {bytes([code])!r}, which describes no tensor; nothing of it was run")
+
+
+def _opcodes() -> dict[int, Callable[[_Unpickler], None]]:
+    """What each opcode does."""
+    known = {name: getattr(pickle, name)[0] for name in (*_OPCODES, *_TUPLES)}
+    load = pickle._Unpickler.dispatch
+    return (
+        {code: partial(_refuse, code) for code in load}
+        | {known[name]: load[known[name]] for name in _OPCODES}
+        | {known[name]: partial(_load_flat, load[known[name]]) for name in _TUPLES}
+        | {pickle.BUILD[0]: _load_build}
+    )
+
+
+_Unpickler.dispatch = _opcodes()
 
 
 def _check(metadata: object, folder: Path) -> None:

@@ -61,7 +61,8 @@ class Saver:
         self._ended: list[Saved] = []
         self._fault: BaseException | None = None
         self._failed = 0
-        self._error: str | None = None
+        self.error: str | None = None
+        """Why the last save failed; None if it did not. Read it after ``wait``."""
         self.newest: Path | None = None
         """The last checkpoint that was completed; read it after ``wait``."""
 
@@ -88,7 +89,7 @@ class Saver:
         if self._fault is not None:
             raise self._fault
         if self._failed >= MAX_FAILED:
-            raise CheckpointError(f"{self._failed} checkpoints on end could not be written, the last: {self._error}")
+            raise CheckpointError(f"{self._failed} checkpoints on end could not be written, the last: {self.error}")
 
     def ended(self) -> list[Saved]:
         """The saves that have ended since the last call."""
@@ -111,7 +112,7 @@ class Saver:
         except BaseException as fault:  # a fault of ours: raised where the run waits for the save
             self._fault = fault
             return
-        self._error, self._failed = error, self._failed + 1 if error else 0
+        self.error, self._failed = error, self._failed + 1 if error else 0
         self.newest = self.newest if error else folder
         self._ended.append(Saved(step, folder, time.perf_counter() - began, written, error))
 

@@ -99,6 +99,9 @@ class Trainer:
         except DivergedError:
             self._let_save_end()
             raise
+        except CheckpointError:
+            incidents.tell_saves(self.saver.ended())
+            raise
         finally:
             batches.close()  # ends the loader's processes
             log.close()
@@ -168,10 +171,9 @@ class Trainer:
             self._save(done)
         self.watch.beat(done, "waiting for the checkpoint", slow=True)
         self.saver.wait()
-        saves = self.saver.ended()
-        incidents.tell_saves(saves)
-        if saves and saves[-1].error:
-            raise CheckpointError(f"the checkpoint of step {done} could not be written: {saves[-1].error}")
+        incidents.tell_saves(self.saver.ended())
+        if self.saver.error:
+            raise CheckpointError(f"the checkpoint of step {done} could not be written: {self.saver.error}")
         if self.stopped_by:
             log.say(f"stopped by {self.stopped_by} after step {done}; the same command continues from {self.saver.newest}")
             log.event("stopped", step=done, reason=self.stopped_by)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -79,3 +80,10 @@ def wait_for(path: Path, process, seconds=120) -> None:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end, f"{path} did not appear"
         time.sleep(0.02)
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

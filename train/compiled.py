@@ -35,6 +35,7 @@ def compiled(module: LossModule, how: str, processes: int = 1) -> nn.Module:
     # Of every image size of a progressive run each kind of block is compiled once more, and all of them count together.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED)
     if how == "blocks":
+        torch._dynamo.config.optimize_ddp = False  # would cut the blocks at DDP's buckets; they overlap as they are
         for block in (*module.model.blocks, *module.model.decoder_blocks):
             block.compile(dynamic=False)
     return torch.compile(module, dynamic=False) if how == "model" else module

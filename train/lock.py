@@ -12,6 +12,7 @@ from fastmae.errors import InputError
 
 LOCK = ".lock"
 _PATIENCE = 10.0  # seconds; a run that was killed just now may still be on its way out
+_LEASE = 120.0  # seconds; NFS gives up the locks of a machine that is gone after about 90
 
 
 class RunLock:
@@ -30,14 +31,15 @@ class RunLock:
         Raises InputError that names the other process if there is one.
         """
         self._file = self.path.open("a+b")
-        until = time.monotonic() + patience
+        began = time.monotonic()
         while True:
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     return f"{self.path}: this file system has no locks ({error.strerror}); start no second run in this folder"
-                if time.monotonic() > until:
+                is_elsewhere = f" on {socket.gethostname()}" not in self._owner()
+                if time.monotonic() - began > (max(patience, _LEASE) if is_elsewhere and patience else patience):
                     raise InputError(
                         f"{self.path.parent}: another run writes here, {self._owner()}; wait for its end, or give another --out"
                     ) from error

@@ -1,11 +1,13 @@
 """What a run tells: a progress bar or lines on the console, ``metrics.jsonl``, TensorBoard events, and Weights & Biases."""
 
+import contextlib
 import io
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -13,6 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from fastmae.files import write_atomically
 from fastmae.optional import require
 
 DRAWINGS = "reconstructions"
@@ -24,6 +27,7 @@ class RunLog:
     def __init__(self, out: Path, *, is_main: bool, first_step: int, total_steps: int, wandb: str | None = None):
         """``wandb``: a project. Raises InputError, on every process, if its package is missing."""
         self.is_main, self.out = is_main, out
+        self._has_failed = False
         package = require("wandb", "--wandb") if wandb is not None else None
         if not is_main:
             return
@@ -60,12 +64,24 @@ class RunLog:
         if not self.is_main:
             return
         path = self.out / DRAWINGS / f"step-{step:07d}.png"
-        path.parent.mkdir(exist_ok=True)
-        strip.save(path)
-        self.event("reconstruction", step=step, file=f"{DRAWINGS}/{path.name}")
-        self._events.add_image("reconstruction", np.asarray(strip), step, dataformats="HWC")
+        with self._tolerantly():
+            path.parent.mkdir(exist_ok=True)
+            with write_atomically(path) as file:
+                strip.save(file, "PNG")
+            self.event("reconstruction", step=step, file=f"{DRAWINGS}/{path.name}")
+            self._events.add_image("reconstruction", np.asarray(strip), step, dataformats="HWC")
         if self._wandb is not None:
             self._wandb.log({"reconstruction": require("wandb", "--wandb").Image(strip)}, step=step)
+
+    @contextlib.contextmanager
+    def _tolerantly(self) -> Iterator[None]:
+        """A log that cannot be written, on a full disk say, is told once, and does not end the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._has_failed:
+                self._has_failed = True
+                print(f"{self.out}: the log cannot be written, {error.strerror}; training goes on without it", file=sys.stderr)
 
     def measurements(self, step: int, **values: float | None) -> None:
         """The values of a log interval that ended with ``step`` steps done."""
@@ -73,8 +89,9 @@ class RunLog:
             return
         self._write({"step": step, "time": time.time(), **values})
         known = {f"train/{name}": value for name, value in values.items() if value is not None}
-        for name, value in known.items():
-            self._events.add_scalar(name, value, step)
+        with self._tolerantly():
+            for name, value in known.items():
+                self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(known, step=step)
         mfu = "" if values["mfu"] is None else f"MFU {values['mfu']:.1%}  "
@@ -92,16 +109,18 @@ class RunLog:
         """Flush and close everything."""
         if self.is_main:
             self._bar.close()
-            self._events.close()
-            self._jsonl.close()
+            with self._tolerantly():
+                self._events.close()
+                self._jsonl.close()
             if self._wandb is not None:
                 self._wandb.finish()
 
     def _write(self, record: dict) -> None:
         # NaN is no JSON: a loss that is none is written as null.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._jsonl.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._jsonl.flush()
+        with self._tolerantly():
+            self._jsonl.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._jsonl.flush()
 
 
 def _open_for_lines(path: Path) -> TextIO:

@@ -9,6 +9,7 @@ train on the same arithmetic.
 """
 
 import contextlib
+import socket
 import warnings
 
 import torch
@@ -80,6 +81,10 @@ def _mesh(world: World, how: str) -> DeviceMesh:
     machines, rest = divmod(world.size, world.local_size)
     if rest:
         raise InputError(f"hsdp needs the same number of processes on every machine, got {world.size}, {world.local_size} here")
+    hosts = world.gather([socket.gethostname()])
+    blocks = [set(hosts[i : i + world.local_size]) for i in range(0, world.size, world.local_size)]
+    if any(len(block) > 1 for block in blocks):
+        raise InputError(f"hsdp needs the ranks of a machine to follow each other, got {hosts}; srun: --distribution=block")
     return init_device_mesh(world.device.type, (machines, world.local_size), mesh_dim_names=("replicate", "shard"))
 
 
@@ -97,6 +102,12 @@ def gradients_stay(module: nn.Module):
             module.set_requires_gradient_sync(True)
     else:
         yield
+
+
+def groups_of(module: nn.Module) -> list[dist.ProcessGroup]:
+    """The groups that a cut ``module`` communicates in."""
+    meshes = {p.device_mesh for p in module.parameters() if isinstance(p, DTensor)}
+    return [group for mesh in meshes for group in mesh.get_all_groups()]
 
 
 def is_cut(module: nn.Module) -> bool:

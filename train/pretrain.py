@@ -1,9 +1,13 @@
 """Pretrain: shards in, checkpoints out; stopped and resumed at any step, on CPUs with the same bits."""
 
-import re
+import socket
+import time
+import uuid
 from pathlib import Path
 
-from fastmae.errors import LostProcessError, RequeueError
+from torch.distributed import DistError
+
+from fastmae.errors import InputError, LostProcessError, RequeueError
 from fastmae.files import make_folder
 from fastmae.train.lock import RunLock
 from fastmae.train.recipes import Recipe
@@ -11,7 +15,9 @@ from fastmae.train.run import Run
 from fastmae.train.signals import StopSignals
 from fastmae.train.trainer import Trainer
 from fastmae.train.watch import Watch
-from fastmae.train.world import join_world, leave_world
+from fastmae.train.world import World, is_of_collective, join_world, leave_world
+
+_APPEARS = 60.0  # seconds until a new file must be seen from every machine
 
 
 def pretrain(recipe: Recipe, run: Run) -> Path:
@@ -26,13 +32,15 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
         lock = RunLock(run.out)
         try:
             warning = world.by_main(lock.acquire)
+            _check_shared(run.out, world)
             watch = Watch(world, run.out, first=run.first_timeout, later=run.timeout)
             try:
                 trainer = Trainer(recipe, run, world, watch, signals)
                 trainer.notes += [warning] if warning else []
                 folder = trainer.train()
-            except RuntimeError as error:
+            except BaseException as error:
                 _name_the_lost(error, watch)
+                watch.vitals.fail(error)
                 raise
             finally:
                 watch.end()
@@ -45,8 +53,24 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     return folder
 
 
-def _name_the_lost(error: RuntimeError, watch: Watch) -> None:
+def _name_the_lost(error: BaseException, watch: Watch) -> None:
     """Raise LostProcessError if ``error`` is what a collective raises when a process is gone, naming which."""
-    words = re.search("gloo|nccl|connection|socket|peer|timed out", str(error), re.IGNORECASE)
-    if (isinstance(error, LostProcessError) or words) and (lost := watch.vitals.lost_at_fault()):
-        raise LostProcessError(f"{lost} of this run is lost, after step {watch.step}, while {watch.doing}") from error
+    is_lost = isinstance(error, LostProcessError) or (type(error) in (RuntimeError, DistError) and is_of_collective(error))
+    if is_lost and (lost := watch.vitals.lost_at_fault()):
+        raise LostProcessError(f"{lost}, after step {watch.step}, while {watch.doing}") from error
+
+
+def _check_shared(out: Path, world: World) -> None:
+    """Raise InputError, on every process, that names the machines on which ``out`` is another folder."""
+    name = f".shared-{uuid.uuid4().hex}" if world.is_main else None
+    if world.is_main:
+        (out / name).touch()
+    path, until = out / world.from_main(name), time.monotonic() + _APPEARS
+    while not path.exists() and time.monotonic() < until:
+        list(out.iterdir())  # a network file system looks anew
+        time.sleep(0.1)
+    strangers = sorted(set(world.gather([] if path.exists() else [socket.gethostname()])))
+    if world.is_main:
+        path.unlink(missing_ok=True)
+    if strangers:
+        raise InputError(f"{out}: is not the same folder on {', '.join(strangers[:8])}; give an --out that all machines share")

@@ -6,6 +6,7 @@ manifest, and last the name that makes it a checkpoint. Whatever goes wrong befo
 
 import shutil
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -58,7 +59,7 @@ class Saver:
         # Pinned memory on the host is taken once: taking it costs more than the copy.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=world.device.type == "cuda")
         self._thread: Thread | None = None
-        self._ended: list[Saved] = []
+        self._ended: deque[Saved] = deque()
         self._fault: BaseException | None = None
         self._failed = 0
         self.error: str | None = None
@@ -93,14 +94,15 @@ class Saver:
 
     def ended(self) -> list[Saved]:
         """The saves that have ended since the last call."""
-        ended, self._ended = self._ended, []
-        return ended
+        return [self._ended.popleft() for _ in range(len(self._ended))]
 
     def _save(self, step: int, tensors: dict[str, Tensor], needed: int, state: dict) -> None:
         began = time.perf_counter()
         folder = checkpoint_folder(self.out, step)
         partial = self.out / f".{folder.name}.partial"
         written, error = 0, None
+        if self.world.device.type == "cuda":
+            torch.cuda.set_device(self.world.device)  # a new thread would use the first one
         try:
             self._by_main(lambda: self._prepare(partial, needed))
             write_tensors(partial / TENSORS, tensors, self.world.background)
@@ -122,8 +124,8 @@ class Saver:
         if self.world.is_main:
             try:
                 box[0] = str(work())
-            except (OSError, ValueError) as error:
-                box[1] = self._named(error) if isinstance(error, OSError) else str(error)
+            except Exception as error:  # whatever it is: the others wait for a word
+                box[1] = self._named(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         if self.world.size > 1:
             dist.broadcast_object_list(box, src=0, group=self.world.background)
         if box[1] is not None:

@@ -29,8 +29,8 @@ class SpikeDetector:
     def score(self, loss: Tensor) -> Tensor:
         """z of ``loss``, a float32 scalar on the device, which is then remembered; 0 while too few are known, or if it is not
         finite."""
-        median = self.losses.nanmedian()
-        deviation = 1.4826 * (self.losses - median).abs().nanmedian() + _FLOOR * median.abs()
+        median = self.losses.nanmedian(dim=0).values  # without a dim some versions wait for the device
+        deviation = 1.4826 * (self.losses - median).abs().nanmedian(dim=0).values + _FLOOR * median.abs()
         is_finite = torch.isfinite(loss)
         z = torch.where(is_finite & (self.count >= _FEWEST), (loss - median) / deviation, 0.0)
         place = (self.count % _WINDOW).view(1)

@@ -83,7 +83,7 @@ class Step:
             is_last = number == len(batches) - 1
             with contextlib.nullcontext() if is_last else gradients_stay(self.module):
                 loss += self._backward(self._loss(batch) / len(batches))
-        grad_norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        grad_norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True))
         if self.scale is not None:
             grad_norm = grad_norm / self.scale.value
         spike = torch.zeros_like(loss) if self.spikes is None else self.spikes.score(self.mean(loss))

@@ -26,8 +26,10 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessG
     Raises OSError if any process could not write, for each of them.
     """
     _quiet()
+    # Nothing is to be copied ahead: the tensors are on the CPU, and the copier would take hold of a GPU, the first one.
+    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
     try:
-        dcp.save(tensors, storage_writer=FileSystemWriter(folder), process_group=group, no_dist=group is None)
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
         # torch.save hides a full disk behind a RuntimeError of its own; the hidden one is lost on the way from another rank.

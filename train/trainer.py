@@ -25,7 +25,7 @@ from fastmae.train.memory import keep_freed_memory
 from fastmae.train.meter import Meter
 from fastmae.train.optimizer import learning_rate, make_optimizer
 from fastmae.train.overview import environment, overview
-from fastmae.train.parallel import parallelize
+from fastmae.train.parallel import groups_of, parallelize
 from fastmae.train.recipes import Recipe
 from fastmae.train.replicas import check_replicas
 from fastmae.train.restore import restore
@@ -54,9 +54,16 @@ class Trainer:
         self.attention = choose_attention(recipe.model, sizes, recipe.mask_ratio, autocast or torch.float32, world)
         if world.device.type == "cpu":
             keep_freed_memory()
+        if run.reduce == "bf16" and run.parallel != "ddp" and self.accumulate > 1:
+            raise InputError(
+                f"reduce bf16 of a cut model would round each of {self.accumulate} accumulated micro-batches; leave it out, "
+                "or choose a --batch-size that needs no accumulation"
+            )
         torch.manual_seed(recipe.seed)
         self.model = MAE(recipe.model).to(world.device)
         module = parallelize(LossModule(self.model), world, how=run.parallel, compile=run.compile, reduce=run.reduce)
+        self.groups = groups_of(module)
+        world.set_timeout(run.first_timeout, self.groups)
         self.optimizer = make_optimizer(self.model, recipe.weight_decay, recipe.betas)
         scale = LossScale(world.device) if self.precision == "fp16" else None
         # On the device where the step itself leaves out spikes; else they are looked for when the losses are read.
@@ -133,14 +140,17 @@ class Trainer:
 
     def _loop(self, batches: Iterator[MicroBatch], meter: Meter, incidents: Incidents, log: RunLog) -> Path:
         run, done, saved = self.run, self.first_step, self.first_step if self.checkpoint else None
+        shape = None
         look_every = min(run.log_every, run.max_skips)
         while done < self.total_steps:
             self.watch.beat(done, "reading data", slow=done == self.first_step)
             taken, failure = self._take(batches)
+            is_new = bool(taken) and taken[0].images.shape != shape  # the first ones of a size are compiled for
             if not self._may_step(failure):
                 break
             lr = self.learning_rate(done)
-            self.watch.beat(done, "in a step", slow=done == self.first_step)
+            self.watch.beat(done, "in a step", slow=is_new)
+            shape = taken[0].images.shape
             if done == self.first_step and self.world.size > 1:
                 self.step.warm_up(taken[0])
             incidents.remember(done + 1, taken)
@@ -148,7 +158,7 @@ class Trainer:
             log.advance()
             done += 1
             if done == self.first_step + 1:
-                self.world.set_timeout(run.timeout)
+                self.world.set_timeout(run.timeout, self.groups)
             is_last = done == self.total_steps
             is_diverged = done % look_every == 0 and int(self.step.skipped) >= run.max_skips
             if done % run.log_every == 0 or is_last or is_diverged:

@@ -13,13 +13,15 @@ import time
 from pathlib import Path
 
 from fastmae.errors import LostProcessError
-from fastmae.files import make_folder
 from fastmae.train.vitals import Vitals
 from fastmae.train.world import World
 
 HANGS = "hangs"
 _TICK = 1.0  # seconds between two looks
 _LOST_AFTER = 30.0  # seconds without a sign of life, in a run that otherwise goes on
+_LOST_AT_START = 120.0  # the same while libraries are loaded and models compiled, which may keep a process's threads waiting
+_PAUSE = 5.0  # seconds between two looks that tell that this process itself was stopped for a while
+_TO_END = 30.0  # seconds that a process has to end by itself once another has failed
 _TO_FINISH = 3.0  # seconds that others have to write their stacks, or to read what the main process says
 
 
@@ -32,6 +34,7 @@ class Watch:
         self.vitals = Vitals(world)
         self.step, self.doing = 0, "starting"
         self._patience, self._since = first, time.monotonic()
+        self._has_written = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -49,35 +52,50 @@ class Watch:
         self.vitals.take_leave()
 
     def _run(self) -> None:
+        looked, heard_at = time.monotonic(), None
         while not self._ended.wait(_TICK):
             # Goes off only if this thread cannot run for so long: armed anew each time that it can.
             faulthandler.dump_traceback_later(self._patience + 5 * _TICK, exit=True, file=sys.__stderr__)
             self.vitals.give_sign()
-            waited = time.monotonic() - self._since
-            if waited > self._patience:
-                self._abort(waited)
+            looked, before = time.monotonic(), looked
+            if looked - before > _PAUSE:  # stopped as a whole, and going on: that is no hang
+                self._since += looked - before
+            if looked - self._since > self._patience:
+                self._abort(looked - self._since)
             if asking := self.vitals.who_asks_for_stacks():
                 self._write_stacks(f"{asking} makes no progress")
-            if lost := self.vitals.lost(_LOST_AFTER):
-                self._leave(f"{lost} of this run gives no sign of life, after step {self.step}; the others end")
+            if lost := self.vitals.lost(_LOST_AT_START if self._patience > self.later else _LOST_AFTER):
+                self._leave(f"{lost}, after step {self.step}; the others end")
+            if failed := self.vitals.failed():
+                heard_at = looked if heard_at is None else heard_at
+                if looked - heard_at > _TO_END:  # in a collective that will not come to an end
+                    self._leave(f"{failed}; the others end")
 
     def _abort(self, waited: float) -> None:
         reason = f"no progress for {waited:.0f} s after step {self.step}, {self.doing}"
         self.vitals.ask_for_stacks()
-        self._write_stacks(reason)
-        self._leave(f"rank {self.world.rank}: {reason}; the stacks of its threads are in {self.out / HANGS}")
+        where = self._write_stacks(reason)
+        self._leave(f"rank {self.world.rank}: {reason}; the stacks of its threads are {where}")
 
-    def _write_stacks(self, reason: str) -> None:
-        path = self.out / HANGS / f"step-{self.step:07d}-rank-{self.world.rank}.txt"
-        if path.exists():
-            return
-        make_folder(path.parent)
-        with path.open("w") as file:
-            file.write(f"rank {self.world.rank} on {socket.gethostname()}, process {os.getpid()}: {reason}\n")
-            file.flush()
-            faulthandler.dump_traceback(file)
-        sys.__stderr__.write(path.read_text())
+    def _write_stacks(self, reason: str) -> str:
+        """Write them to a file and to the console, once; say where they are."""
+        path = self.out / HANGS / f"step-{self.step:07d}-rank-{self.world.rank}-process-{os.getpid()}.txt"
+        if self._has_written:
+            return f"in {path}"
+        self._has_written = True
+        head = f"rank {self.world.rank} on {socket.gethostname()}, process {os.getpid()}: {reason}\n"
+        sys.__stderr__.write(head)
         sys.__stderr__.flush()
+        faulthandler.dump_traceback(sys.__stderr__)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with path.open("w") as file:
+                file.write(head)
+                file.flush()
+                faulthandler.dump_traceback(file)
+        except OSError as error:  # a full disk must not keep a process that hangs
+            return f"above, {path} cannot be written, {error.strerror}"
+        return f"in {path}"
 
     def _leave(self, reason: str) -> None:
         sys.__stderr__.write(f"fastmae: {reason}\n")

@@ -1,6 +1,9 @@
 """The processes of one run: who am I, how many are we, and the words that pass between us. The model knows nothing of it."""
 
-from collections.abc import Callable, Iterator
+import os
+import re
+import resource
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +33,10 @@ class World:
     """Processes on this machine."""
     address: str | None = None
     """Where rank 0 can be reached; None in a run of one."""
+    machine: dist.ProcessGroup | None = None
+    """The processes of this machine, on the CPU; None unless several machines have several each."""
+    leaders: dist.ProcessGroup | None = None
+    """The first processes of all machines."""
 
     @property
     def is_main(self) -> bool:
@@ -52,9 +59,17 @@ class World:
     def who(self, *flags: bool) -> list[int]:
         """For each of ``flags``, the highest rank on which it is true, or -1."""
         votes = torch.tensor([self.rank if flag else -1 for flag in flags])
-        if self.size > 1:
-            with _naming_the_lost():
+        if self.size == 1:
+            return votes.tolist()
+        with _naming_the_lost():
+            if self.machine is None:
                 dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
+            else:  # gloo sums in a ring: 2 (512 - 1) hops in a row, or, machine by machine, 2 (64 - 1) between machines
+                first = self.rank - self.rank % self.local_size
+                dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.machine)
+                if self.rank == first:
+                    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.leaders)
+                dist.broadcast(votes, src=first, group=self.machine)
         return votes.tolist()
 
     def gather(self, lines: list) -> list:
@@ -92,10 +107,12 @@ class World:
         """Wait for all processes."""
         self.any(False)  # gloo's own barrier would put a tensor on the GPU
 
-    def set_timeout(self, seconds: float) -> None:
-        """How long a step's collectives may take from now on, before they fail."""
-        for group in (dist.group.WORLD, self.control) if self.size > 1 else ():
-            _set_pg_timeout(timedelta(seconds=seconds + _SLACK), group)
+    def set_timeout(self, seconds: float, groups: Iterable[dist.ProcessGroup] = ()) -> None:
+        """How long a step's collectives, those of other ``groups`` too, may take from now on, before they fail."""
+        leaders = self.leaders if self.rank % self.local_size == 0 else None
+        for group in (dist.group.WORLD, self.control, self.machine, leaders, *groups) if self.size > 1 else ():
+            if group is not None:
+                _set_pg_timeout(timedelta(seconds=seconds + _SLACK), group)
 
 
 def join_world(device: str, timeout: float = 1800.0) -> World:
@@ -115,6 +132,7 @@ def join_world(device: str, timeout: float = 1800.0) -> World:
         torch.cuda.set_device(at)
     if place.size == 1:
         return World(0, 1, at)
+    _make_room()
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
@@ -124,8 +142,23 @@ def join_world(device: str, timeout: float = 1800.0) -> World:
             timeout=timedelta(seconds=timeout + _SLACK),
             device_id=at if on_gpu else None,
         )
-    control, background = (dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout + _SLACK)) for _ in range(2))
-    return World(place.rank, place.size, at, control, background, place.local_size, place.address)
+    options = {"backend": "gloo", "timeout": timedelta(seconds=timeout + _SLACK)}
+    control, background = (dist.new_group(**options) for _ in range(2))
+    machine = leaders = None
+    if 1 < place.local_size < place.size and place.size % place.local_size == 0:
+        firsts = range(0, place.size, place.local_size)
+        machine, _ = dist.new_subgroups_by_enumeration([[*range(r, r + place.local_size)] for r in firsts], **options)
+        leaders = dist.new_group([*firsts], **options)
+    return World(place.rank, place.size, at, control, background, place.local_size, place.address, machine, leaders)
+
+
+def _make_room() -> None:
+    """Let this process open as many files as it may: each gloo group takes a connection to every other process."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    network = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    if network and not set("=^:") & set(network):  # a plain name, which gloo understands as well
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", network.partition(",")[0])
 
 
 def leave_world() -> None:
@@ -144,11 +177,19 @@ def _gpu(place: Place) -> int:
     return place.local_rank
 
 
+def is_of_collective(error: RuntimeError) -> bool:
+    """Whether ``error`` is what a collective raises when a process is gone or silent."""
+    words = "gloo|nccl|connection|socket|peer|timed out|process group"
+    return isinstance(error, dist.DistError) or bool(re.search(words, str(error), re.IGNORECASE))
+
+
 @contextmanager
 def _naming_the_lost() -> Iterator[None]:
     """Turns what torch raises when another process is gone into LostProcessError."""
     try:
         yield
     except RuntimeError as error:
+        if not is_of_collective(error):
+            raise
         reason = str(error).partition("\n")[0]
         raise LostProcessError(f"another process of this run does not answer: {reason}") from error

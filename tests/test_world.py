@@ -1,0 +1,80 @@
+"""The words between the processes of a run, on one machine and on several."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastmae import InputError
+from fastmae.train.world import World, join_world
+from tests.runs import free_port
+
+PROGRAM = """
+import json
+import resource
+from fastmae.errors import InputError
+from fastmae.train.world import join_world, leave_world
+
+world = join_world("cpu", 60)
+world.set_timeout(30)
+heard = {"machine": world.machine is not None, "room": resource.getrlimit(resource.RLIMIT_NOFILE)[0]}
+heard["who"] = [world.who(world.rank == r, world.rank in (0, r), False) for r in range(world.size)]
+heard["any"] = world.any(world.rank == 1, False)
+heard["gather"] = world.gather([f"from {world.rank}"] * (world.rank % 2))
+heard["main"] = world.from_main(f"rank {world.rank}")
+heard["by_main"] = world.by_main(lambda: f"done by {world.rank}")
+
+
+def refuse():
+    raise InputError("no")
+
+
+try:
+    world.by_main(refuse)
+except InputError as error:
+    heard["refused"] = str(error)
+print(json.dumps(heard))
+leave_world()
+"""
+
+
+def hear(size: int, local_size: int) -> list[dict]:
+    """What each of ``size`` processes hears, as if ``local_size`` of them shared a machine."""
+    port = str(free_port())
+    processes = []
+    for rank in range(size):
+        place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local_size, "LOCAL_WORLD_SIZE": local_size}
+        environment = {**os.environ, **{k: str(v) for k, v in place.items()}, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes.append(subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True,
+                                          env={**environment, "OMP_NUM_THREADS": "1"}))  # fmt: skip
+    return [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "local_size"), [(2, 2), (4, 2), (3, 1)])
+def test_every_process_hears_the_same(size, local_size):
+    for heard in hear(size, local_size):
+        assert heard["machine"] == (1 < local_size < size)
+        assert heard["who"] == [[r, r, -1] for r in range(size)]
+        assert heard["any"] == [True, False]
+        assert heard["gather"] == [f"from {r}" for r in range(1, size, 2)]
+        assert heard["main"] == "rank 0" and heard["by_main"] == "done by 0" and heard["refused"] == "no"
+        assert heard["room"] == resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
+def test_a_run_of_one_asks_nobody():
+    world = World(0, 1, torch.device("cpu"))
+    assert world.any(True, False) == [True, False] and world.who(False, True) == [-1, 0]
+    assert world.gather(["a"]) == ["a"] and world.from_main(None) is None and world.by_main(lambda: "b") == "b"
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match="device must be auto, cpu or cuda, got 'tpu'"):
+        join_world("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="device cuda was asked for, but torch sees no CUDA device"):
+            join_world("cuda")

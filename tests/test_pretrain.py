@@ -96,6 +96,18 @@ def test_a_graphed_run_with_a_loader_has_the_bits_of_a_plain_one(shard_folder, t
     assert_same_bits(one, two)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "fp16"}, {"skip_spikes": True, "cuda_graphs": True}])
+def test_a_resumed_run_on_a_gpu_has_the_bits_of_an_uninterrupted_one(shard_folder, tmp_path, monkeypatch, options):
+    recipe = replace(RECIPE, model=replace(RECIPE.model, attention="math"))
+    options = {"device": "cuda", "compile": "off", "workers": 1, "save_every": 2, **options}
+    whole = pretrain(recipe, run_of(shard_folder, tmp_path / "whole", **options))
+    with monkeypatch.context() as patch:
+        signal_after(patch, 3)
+        pretrain(recipe, run_of(shard_folder, tmp_path / "halves", **options))
+    assert_same_bits(whole, pretrain(recipe, run_of(shard_folder, tmp_path / "halves", **options)))
+
+
 def test_cuda_graphs_on_a_cpu_are_refused(shard_folder, tmp_path):
     with pytest.raises(InputError, match="cuda graphs need a CUDA device, and this run is on cpu"):
         pretrain(RECIPE, run_of(shard_folder, tmp_path, cuda_graphs=True))

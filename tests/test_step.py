@@ -6,7 +6,9 @@ import torch
 from fastmae import MAE, ModelConfig
 from fastmae.train.compiled import LossModule, compiled
 from fastmae.train.graph import GraphedStep
+from fastmae.train.loss_scale import LossScale
 from fastmae.train.optimizer import make_optimizer
+from fastmae.train.spikes import SpikeDetector
 from fastmae.train.step import MicroBatch, Step
 
 CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, norm_pix_loss=True,
@@ -121,8 +123,11 @@ def test_a_graph_of_the_step_has_the_bits_of_the_step(accumulate, compile):
 
 
 @pytest.mark.gpu
-def test_a_step_never_waits_for_the_device():
-    _, step = make_step("cuda", autocast=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_never_waits_for_the_device(dtype):
+    place = torch.device("cuda")
+    scale = LossScale(place) if dtype == torch.float16 else None
+    _, step = make_step("cuda", autocast=dtype, scale=scale, spikes=SpikeDetector(8.0, place))
     micro = batch(device="cuda")
     for _ in range(3):
         step([micro], 1e-3)

@@ -18,6 +18,8 @@ from fastmae.train.loss_scale import LossScale
 from fastmae.train.parallel import gradients_stay, whole
 from fastmae.train.spikes import SpikeDetector
 
+_WARM_UPS = 2  # backward passes of a static graph after which DDP keeps its buckets (torch 2.13)
+
 
 class MicroBatch(NamedTuple):
     """What a step needs of a batch, on the device."""
@@ -92,8 +94,9 @@ class Step:
 
     def warm_up(self, batch: MicroBatch) -> None:
         """Run ``batch`` forward and backward and forget its gradients: what is compiled or settled at a first step is done
-        then, DDP's buckets too, which else would add in another order in the first step after a resume."""
-        self._loss(batch).backward()
+        then, DDP's buckets too, which else would add in another order in the first steps after a resume."""
+        for _ in range(_WARM_UPS):
+            self._loss(batch).backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _loss(self, batch: MicroBatch) -> Tensor:

@@ -14,6 +14,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from fastmae.errors import InputError, LostProcessError
 from fastmae.train.environment import Place, read_place
+from fastmae.train.meeting import open_store
 
 _SLACK = 60.0  # seconds that a collective waits longer than the run's own watch, which says more
 
@@ -133,16 +134,21 @@ def join_world(device: str, timeout: float = 1800.0) -> World:
     if place.size == 1:
         return World(0, 1, at)
     _make_room()
+    patience = timedelta(seconds=timeout + _SLACK)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            init_method="env://" if place.launcher == "torchrun" else f"tcp://{place.address}:{place.port}",
-            rank=place.rank,
-            world_size=place.size,
-            timeout=timedelta(seconds=timeout + _SLACK),
-            device_id=at if on_gpu else None,
-        )
-    options = {"backend": "gloo", "timeout": timedelta(seconds=timeout + _SLACK)}
+        try:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                store=open_store(place, patience),
+                rank=place.rank,
+                world_size=place.size,
+                timeout=patience,
+                device_id=at if on_gpu else None,
+            )
+        except dist.DistError as error:
+            reason = str(error).partition("\n")[0]
+            raise LostProcessError(f"not all of the {place.size} processes of this run have met: {reason}") from error
+    options = {"backend": "gloo", "timeout": patience}
     control, background = (dist.new_group(**options) for _ in range(2))
     machine = leaders = None
     if 1 < place.local_size < place.size and place.size % place.local_size == 0:

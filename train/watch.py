@@ -4,6 +4,7 @@ A process that makes no progress for its timeout writes the stacks of its thread
 one hold Python's interpreter, so that not even its watch can run, the system's timer ends it and prints its stacks.
 """
 
+import contextlib
 import faulthandler
 import os
 import socket
@@ -41,25 +42,27 @@ class Watch:
 
     def beat(self, step: int, doing: str, slow: bool = False) -> None:
         """``step`` steps are done, and ``doing`` begins; ``slow``: it may take as long as the first step."""
+        before = self._patience
         self.step, self.doing = step, doing
         self._patience, self._since = self.first if slow else self.later, time.monotonic()
+        if self._patience < before:  # the timer was set for longer
+            self._set_timer()
 
     def end(self) -> None:
         """Watch no more; this process goes on, or ends, by itself."""
         self._ended.set()
         self._thread.join(timeout=10 * _TICK)
         faulthandler.cancel_dump_traceback_later()
-        self.vitals.take_leave()
+        self.vitals.end()
 
     def _run(self) -> None:
         looked, heard_at = time.monotonic(), None
         while not self._ended.wait(_TICK):
-            # Goes off only if this thread cannot run for so long: armed anew each time that it can.
-            faulthandler.dump_traceback_later(self._patience + 5 * _TICK, exit=True, file=sys.__stderr__)
-            self.vitals.give_sign()
+            self._set_timer()
             looked, before = time.monotonic(), looked
             if looked - before > _PAUSE:  # stopped as a whole, and going on: that is no hang
                 self._since += looked - before
+                self.vitals.forgive()
             if looked - self._since > self._patience:
                 self._abort(looked - self._since)
             if asking := self.vitals.who_asks_for_stacks():
@@ -70,6 +73,10 @@ class Watch:
                 heard_at = looked if heard_at is None else heard_at
                 if looked - heard_at > _TO_END:  # in a collective that will not come to an end
                     self._leave(f"{failed}; the others end")
+
+    def _set_timer(self) -> None:
+        """The system's, which goes off only if the watch cannot run for so long, and so not set it anew."""
+        faulthandler.dump_traceback_later(self._patience + 5 * _TICK, exit=True, file=sys.__stderr__)
 
     def _abort(self, waited: float) -> None:
         reason = f"no progress for {waited:.0f} s after step {self.step}, {self.doing}"
@@ -84,9 +91,10 @@ class Watch:
             return f"in {path}"
         self._has_written = True
         head = f"rank {self.world.rank} on {socket.gethostname()}, process {os.getpid()}: {reason}\n"
-        sys.__stderr__.write(head)
-        sys.__stderr__.flush()
-        faulthandler.dump_traceback(sys.__stderr__)
+        with contextlib.suppress(OSError):  # nobody reads any more
+            sys.__stderr__.write(head)
+            sys.__stderr__.flush()
+            faulthandler.dump_traceback(sys.__stderr__)
         try:
             path.parent.mkdir(exist_ok=True)
             with path.open("w") as file:
@@ -98,8 +106,9 @@ class Watch:
         return f"in {path}"
 
     def _leave(self, reason: str) -> None:
-        sys.__stderr__.write(f"fastmae: {reason}\n")
-        sys.__stderr__.flush()
+        with contextlib.suppress(OSError):
+            sys.__stderr__.write(f"fastmae: {reason}\n")
+            sys.__stderr__.flush()
         if self.world.size > 1:
             time.sleep(_TO_FINISH)
         os._exit(LostProcessError.exit_code)  # the main thread may hang for ever

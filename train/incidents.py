@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastmae.data.batch import Batch
-from fastmae.errors import DivergedError
+from fastmae.errors import DivergedError, InputError
 from fastmae.files import write_atomically
 from fastmae.train.log import RunLog
 from fastmae.train.saver import MAX_FAILED, Saved
@@ -57,10 +57,10 @@ class Incidents:
         if results and (on_end := int(results[-1].skipped)) >= self.max_skips:
             reason = f"{on_end} updates on end were left out"
             self.log.event("diverged", step=step, reason=reason)
-            path = self._write_samples(step)
+            where = self._write_samples(step)
             raise DivergedError(
                 f"gradients were not finite, or losses spiked, for {on_end} steps on end at step {step}; no such update was "
-                f"applied: lower --blr, or train with --precision fp32; the samples of these steps are in {path}"
+                f"applied: lower --blr, or train with --precision fp32; the samples of these steps are in {where}"
             )
 
     def tell_saves(self, saves: list[Saved]) -> None:
@@ -88,9 +88,12 @@ class Incidents:
             self.log.event("spike", step=step, loss=loss, z=z, skipped=self.skips_spikes)
         return z > self.detector.threshold and self.skips_spikes
 
-    def _write_samples(self, step: int) -> Path:
+    def _write_samples(self, step: int) -> str:
         path = self.out / f"diverged-step-{step:07d}-rank-{self.world.rank}.json"
         steps = [{"step": s, "sample_ids": torch.cat(ids).tolist()} for s, ids in self._recent]
-        with write_atomically(path) as file:
-            file.write(json.dumps({"rank": self.world.rank, "steps": steps}).encode())
-        return path
+        try:
+            with write_atomically(path) as file:
+                file.write(json.dumps({"rank": self.world.rank, "steps": steps}).encode())
+        except (OSError, InputError) as error:  # of this process alone: all must end in the same way
+            return f"no file, {error}"
+        return str(path)

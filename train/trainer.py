@@ -161,14 +161,16 @@ class Trainer:
                 self.world.set_timeout(run.timeout, self.groups)
             is_last = done == self.total_steps
             is_diverged = done % look_every == 0 and int(self.step.skipped) >= run.max_skips
-            if done % run.log_every == 0 or is_last or is_diverged:
+            saves = done % run.save_every == 0 or is_last
+            # Before a save too: what is found in the losses is part of it.
+            if done % run.log_every == 0 or saves or is_diverged:
                 self._look(done, lr, meter, incidents, log)
             if run.check_replicas and done % run.check_replicas == 0:
                 check_replicas(self.model, self.world, done)
             if self.drawing and (done % run.draw_every == 0 or is_last):
                 self.watch.beat(done, "drawing", slow=True)
                 self.drawing.draw(done, log)
-            if done % run.save_every == 0 or is_last:
+            if saves:
                 self._save(done)
                 saved = done
             incidents.tell_saves(self.saver.ended())

@@ -1,0 +1,126 @@
+"""What goes wrong on purpose: functions that a process of a ``Crew`` calls before it begins, given its rank.
+
+Bind all but the rank by ``functools.partial``. Steps count from 1, in each process from its start.
+"""
+
+import ctypes
+import time
+from pathlib import Path
+
+import torch
+
+from fastmae.data.crops import Cropper
+from fastmae.train import pretrain, saver, vitals, watch
+from fastmae.train.step import Step
+
+FOREVER = 3600  # seconds
+
+
+def before_step(act, rank, on=None, at=None):
+    """Call ``act()`` before each step, or that numbered ``at``, on each rank, or that numbered ``on``."""
+    run, count = Step.run, []
+
+    def noted(self, batches):
+        count.append(1)
+        if on in (None, rank) and at in (None, len(count)):
+            act()
+        return run(self, batches)
+
+    Step.run = noted
+
+
+def slow_steps(seconds, rank):
+    before_step(lambda: time.sleep(seconds), rank)
+
+
+def sleep_at(step, on, rank):
+    before_step(lambda: time.sleep(FOREVER), rank, on, step)
+
+
+def hold_interpreter_at(step, on, rank):
+    """As a call into C does that never gives Python's lock back."""
+    before_step(lambda: ctypes.PyDLL(None).sleep(FOREVER), rank, on, step)
+
+
+def raise_at(step, on, rank):
+    def act():
+        raise TypeError("a fault of ours")
+
+    before_step(act, rank, on, step)
+
+
+def count_steps(folder, rank):
+    """A file of as many bytes as this rank has begun steps."""
+
+    def act():
+        with Path(folder / f"steps-of-rank-{rank}").open("a") as file:
+            file.write(".")
+
+    before_step(act, rank)
+
+
+def change_loss(change, first, last, on, rank):
+    """Pass the losses of the steps ``first`` to ``last`` on rank ``on`` through ``change``."""
+    run, loss, count = Step.run, Step._loss, []
+
+    def noted(self, batches):
+        count.append(1)
+        self.is_changed = rank == on and first <= len(count) <= last
+        return run(self, batches)
+
+    Step.run = noted
+    Step._loss = lambda self, batch: change(loss(self, batch)) if getattr(self, "is_changed", False) else loss(self, batch)
+
+
+def to_nan(loss):
+    return loss * torch.nan
+
+
+def with_nan_gradient(loss):
+    """``loss`` itself, and no gradient that could be used."""
+    loss.register_hook(lambda gradient: gradient * torch.nan)
+    return loss
+
+
+def huge(loss):
+    return loss * 1000
+
+
+def stuck_loader(on, rank):
+    """The loader's workers of rank ``on`` stop at their third task."""
+    crop, count = Cropper.__call__, []
+
+    def stuck(self, *arguments):
+        count.append(1)
+        if rank == on and len(count) == 3:
+            time.sleep(FOREVER)
+        return crop(self, *arguments)
+
+    Cropper.__call__ = stuck
+
+
+def slow_save(seconds, rank):
+    write = saver.write_tensors
+
+    def slow(*arguments):
+        time.sleep(seconds)
+        return write(*arguments)
+
+    saver.write_tensors = slow
+
+
+def slow_start(seconds, rank):
+    join = pretrain.join_world
+
+    def slow(*arguments):
+        print("joining", flush=True)
+        time.sleep(seconds)
+        return join(*arguments)
+
+    pretrain.join_world = slow
+
+
+def quick_watch(seconds, rank):
+    """Processes count as lost after ``seconds`` without a sign of life."""
+    watch._LOST_AFTER = seconds
+    vitals._AT_FAULT = min(seconds, vitals._AT_FAULT)

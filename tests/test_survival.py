@@ -1,0 +1,210 @@
+"""Processes that die, hang, stop or spoil a step, for real: nobody waits for ever, each is named, and nothing good is lost."""
+
+import json
+import os
+import re
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from fastmae.train.checkpoint import verify
+from tests import faults
+from tests.crew import Crew, run
+from tests.runs import FLAGS as TINY
+from tests.runs import TORCHRUN, assert_same_bits, finish, losses, records, start, wait_for
+
+pytestmark = pytest.mark.slow
+STEPS = 30
+FLAGS = ("--steps", STEPS, "--blr", "0.05", "--save-every", "5", "--keep", "9")
+SLOW = partial(faults.slow_steps, 0.1)
+LAST = f"step-{STEPS:07d}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shard_folder, tmp_path_factory):
+    """The folder of a run of two processes to which nothing happened."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    run(2, shard_folder, out, *FLAGS)
+    return out
+
+
+def assert_goes_on_to(whole, shards, out, *flags):
+    """The next start of the run in ``out`` ends with the bits of the run ``whole``."""
+    run(2, shards, out, *FLAGS, *flags)
+    assert_same_bits(out / LAST, whole / LAST)
+    assert losses(out) == losses(whole)
+
+
+@pytest.mark.parametrize(("killed", "survivor"), [(1, 0), (0, 1)])
+def test_a_killed_process_is_named_and_the_others_end(killed, survivor, undisturbed, shard_folder, tmp_path, record_property):
+    """No launcher is there to end the survivor."""
+    with Crew(2, shard_folder, tmp_path / "run", *FLAGS, fault=SLOW) as crew:
+        crew.wait_for("step 7/")
+        began = crew.send(signal.SIGKILL, killed)
+        assert crew.end(60, (survivor,)) == [4], crew.text()
+        record_property("seconds", round(time.monotonic() - began, 1))
+        assert re.search(rf"fastmae: rank {killed} gives no sign of life, after step \d+, while", crew.text(survivor))
+    assert_goes_on_to(undisturbed, shard_folder, tmp_path / "run")
+
+
+def test_a_process_that_fails_tells_the_others_why(shard_folder, tmp_path):
+    with Crew(2, shard_folder, tmp_path / "run", *FLAGS, fault=partial(faults.raise_at, 3, 1)) as crew:
+        assert crew.end(60) == [4, 1], crew.text()
+        assert "TypeError: a fault of ours" in crew.text(1)
+        assert "fastmae: rank 1 has failed, TypeError: a fault of ours, after step 2" in crew.text(0)
+
+
+def ranks_of(launcher):
+    """Process ids of the ranks that torchrun has started, in their order."""
+    found = {}
+    for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        if rank := re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes()):
+            found[int(rank[1])] = int(pid)
+    return [found[rank] for rank in sorted(found)]
+
+
+def test_torchrun_starts_a_killed_run_again_and_it_ends_well(undisturbed, shard_folder, tmp_path, record_property):
+    flags = [*FLAGS, "--effective-batch", 12, "--batch-size", 6, "--data", shard_folder, "--out", tmp_path]
+    launcher = (*TORCHRUN, "2", "--max-restarts", "1")
+    process = start([*TINY, *flags, "--no-async-save"], launcher, program=("-m", "tests.crew"))
+    wait_for(tmp_path / "step-0000005", process)
+    began = time.monotonic()
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    code, text = finish(process)
+    record_property("seconds", round(time.monotonic() - began, 1))
+    assert code == 0, text
+    assert "resumed from" in text
+    assert_same_bits(tmp_path / LAST, undisturbed / LAST)
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+@pytest.mark.parametrize(("stopped", "other"), [(1, 0), (0, 1)])
+def test_a_stopped_process_is_named_and_the_others_end(stopped, other, undisturbed, shard_folder, tmp_path, record_property):
+    fault = partial(_all, (SLOW, partial(faults.quick_watch, 6.0)))
+    with Crew(2, shard_folder, tmp_path / "run", *FLAGS, fault=fault) as crew:
+        crew.wait_for("step 7/")
+        began = crew.send(signal.SIGSTOP, stopped)
+        assert crew.end(40, (other,)) == [4], crew.text()
+        record_property("seconds", round(time.monotonic() - began, 1))
+        assert f"fastmae: rank {stopped} gives no sign of life, after step" in crew.text(other)
+        crew.send(signal.SIGCONT, stopped)  # and it ends, too, when it wakes up
+        assert crew.end(60, (stopped,)) == [4], crew.text()
+    assert_goes_on_to(undisturbed, shard_folder, tmp_path / "run")
+
+
+def _all(several, rank):
+    for fault in several:
+        fault(rank)
+
+
+def test_a_run_that_was_suspended_as_a_whole_goes_on(undisturbed, shard_folder, tmp_path):
+    fault = partial(_all, (SLOW, partial(faults.quick_watch, 6.0)))
+    with Crew(2, shard_folder, tmp_path / "run", *FLAGS, fault=fault) as crew:
+        crew.wait_for("step 7/")
+        crew.send(signal.SIGSTOP)
+        time.sleep(9)
+        crew.send(signal.SIGCONT)
+        assert crew.end() == [0, 0], crew.text()
+    assert_same_bits(tmp_path / "run" / LAST, undisturbed / LAST)
+
+
+def test_a_step_that_does_not_end_is_aborted_with_the_stacks_of_all(shard_folder, tmp_path, record_property):
+    fault = partial(faults.sleep_at, 3, 1)
+    with Crew(2, shard_folder, tmp_path / "run", *FLAGS, "--timeout", "5", fault=fault) as crew:
+        crew.wait_for("step 2/")
+        began = time.monotonic()
+        assert crew.end(60) == [4, 4], crew.text()
+        seconds = time.monotonic() - began
+        record_property("seconds", round(seconds, 1))
+        for rank in (0, 1):
+            (stacks,) = (p.read_text() for p in (tmp_path / "run" / "hangs").glob(f"step-0000002-rank-{rank}-*.txt"))
+            assert stacks.startswith(f"rank {rank} on ") and "most recent call first" in stacks
+            assert stacks.partition("\n")[0] in crew.text(rank) and "most recent call first" in crew.text(rank)
+        assert "faults.py" in stacks and "faults.py" in crew.text(1)  # where it sleeps
+        assert re.search(r"fastmae: rank 1: no progress for \d+ s after step 2, in a step", crew.text(1))
+        assert seconds < 5 + 10 + _load()
+
+
+def _load():
+    """Seconds that a busy machine may take longer."""
+    return 5 * os.getloadavg()[0]
+
+
+def test_a_process_that_never_gives_python_back_is_ended_by_the_system_s_timer(shard_folder, tmp_path, record_property):
+    fault = partial(_all, (partial(faults.hold_interpreter_at, 3, 1), partial(faults.quick_watch, 6.0)))
+    with Crew(2, shard_folder, tmp_path / "run", *FLAGS, "--timeout", "12", fault=fault) as crew:
+        crew.wait_for("step 2/")
+        began = time.monotonic()
+        (code,) = crew.end(40, (0,))
+        assert code == 4 and "fastmae: rank 1 gives no sign of life, after step 2" in crew.text(0), crew.text()
+        assert crew.end(60, (1,)) == [1]
+        record_property("seconds", round(time.monotonic() - began, 1))
+        assert "Timeout (0:00:17)" in crew.text(1) and "faults.py" in crew.text(1)
+
+
+def test_a_stuck_loader_names_itself_before_the_watch_does(shard_folder, tmp_path):
+    with Crew(2, shard_folder, tmp_path / "run", *FLAGS, "--timeout", "12", fault=partial(faults.stuck_loader, 1)) as crew:
+        assert crew.end(90) == [2, 2], crew.text()
+        assert re.search(r"fastmae: no data for 6 s; loader workers: pid \d+ at \S+ .*Is the file system gone", crew.text(1))
+        assert "fastmae: another process of this run could not read its data; it says why" in crew.text(0)
+
+
+@pytest.mark.parametrize(("change", "how"), [(faults.to_nan, "ddp"), (faults.with_nan_gradient, "ddp"),
+                                             (faults.to_nan, "fsdp"), (faults.with_nan_gradient, "fsdp")])  # fmt: skip
+def test_a_bad_step_of_one_process_is_left_out_by_all(change, how, shard_folder, tmp_path):
+    """Weights and moments after that step are those before it, and the run goes on."""
+    flags = ("--steps", 8, "--blr", "0.05", "--save-every", 1, "--keep", 9, "--parallel", how, "--check-replicas", "1")
+    with Crew(2, shard_folder, tmp_path / "run", *flags, fault=partial(faults.change_loss, change, 5, 5, 1)) as crew:
+        assert crew.end() == [0, 0], crew.text()
+        assert "step 5: 1 updates were left out, their gradients were not finite" in crew.text()
+    assert [r["step"] for r in records(tmp_path / "run") if r.get("event") == "left_out"] == [5]
+    assert len(losses(tmp_path / "run")) == 8
+    assert _changed(tmp_path / "run", 4, 5) == {"step/left_out", "step/skipped", "spikes"}
+    assert "model" in _changed(tmp_path / "run", 5, 6)
+
+
+def _changed(out, before, after):
+    """The kinds of tensors that differ between two checkpoints of a run."""
+    import torch
+
+    from tests.runs import tensors_of
+
+    a, b = (tensors_of(out / f"step-{number:07d}") for number in (before, after))
+    names = {name for name in a if not torch.equal(a[name], b[name])}
+    return {name if name.startswith("step/") else name.partition("/")[0] for name in names}
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_run_that_stays_bad_ends_with_its_samples_written_down(how, shard_folder, tmp_path):
+    out = tmp_path / "run"
+    fault = partial(faults.change_loss, faults.to_nan, 7, 99, 1)
+    with Crew(2, shard_folder, out, *FLAGS, "--max-skips", "3", "--parallel", how, fault=fault) as crew:
+        assert crew.end() == [3, 3], crew.text()
+        assert "for 3 steps on end at step 9; no such update was applied" in crew.text(0)
+    written = [json.loads((out / f"diverged-step-0000009-rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [[len(s["sample_ids"]) for s in rank["steps"]] for rank in written] == [[6, 6, 6]] * 2
+    assert [[s["step"] for s in rank["steps"]] for rank in written] == [[7, 8, 9]] * 2
+    assert not set(written[0]["steps"][1]["sample_ids"]) & set(written[1]["steps"][1]["sample_ids"])
+    assert sorted(p.name for p in out.glob("step-*")) == ["step-0000005"]
+    verify(out / "step-0000005")
+
+
+def test_a_loss_spike_of_one_process_is_skipped_by_all(shard_folder, tmp_path):
+    flags = ("--steps", 42, "--save-every", 1, "--keep", 9, "--skip-spikes", "--check-replicas", "1")
+    with Crew(2, shard_folder, tmp_path / "run", *flags, fault=partial(faults.change_loss, faults.huge, 38, 38, 1)) as crew:
+        assert crew.end() == [0, 0], crew.text()
+        assert re.search(
+            r"step 38: loss spike, .* robust deviations above the recent losses, its update was left out", crew.text()
+        )
+    assert "updates were left out" not in crew.text()
+    assert _changed(tmp_path / "run", 37, 38) == {"step/left_out", "step/skipped", "spikes"}
+    assert "model" in _changed(tmp_path / "run", 38, 39)
+
+
+def test_wrong_input_ends_with_two_on_every_process(shard_folder, tmp_path):
+    with Crew(2, tmp_path / "nowhere", tmp_path / "run", *FLAGS) as crew:
+        assert crew.end() == [2, 2], crew.text()
+        assert crew.text(1).count("fastmae: ") == 1 and "Traceback" not in crew.text()

@@ -4,6 +4,7 @@ Needs torch, triton and numpy; an optional package that is missing costs its row
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from fastmae.benchmarks import attention, kernels, resources, step, waterfall
+from fastmae.benchmarks import attention, chart, kernels, resources, scaling, scaling_page, step, waterfall
+from fastmae.benchmarks.cluster import Cluster, explained
 from fastmae.benchmarks.equality import LossesDiffer
 from fastmae.benchmarks.machine import environment
 from fastmae.benchmarks.report import align, save, update_readme
@@ -22,6 +24,7 @@ from fastmae.errors import InputError
 
 _ROOT = Path(__file__).resolve().parents[1]
 RESULTS = _ROOT / "benchmarks" / "results"
+SCALING = _ROOT / "docs" / "scaling.md"
 
 Part = tuple[str, dict, Callable[[dict], list[list[str]]]]  # a section's name, the section, and what makes its table
 
@@ -44,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     description = "Measure fastmae against the reference: a table, and one JSON document as the last line."
     top = argparse.ArgumentParser(prog="fastmae bench", description=description)
-    commands = top.add_subparsers(required=True, metavar="step | kernels | attention | waterfall | loader | all | readme")
+    names = "step | kernels | attention | waterfall | loader | all | scaling | readme"
+    commands = top.add_subparsers(required=True, metavar=names)
 
     def add(name: str, run: Callable, help: str, *flags: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
@@ -67,6 +71,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--gpu", action="store_true", help="also the training step fed from the shards")
     add("all", partial(_report, _all), "every benchmark, one after the other",
         *common, "model", "batches", "batch", "rounds", "minutes", "image-size", "reference")  # fmt: skip
+    command = add("scaling", _scaling, "on paper: step time and efficiency on 8 to 512 GPUs", "models")
+    command.add_argument("--gpus", type=_positive, nargs="+", metavar="N", default=scaling.GPUS, help="8 to 512")
+    command.add_argument("--effective-batch", type=_positive, default=4096, metavar="N", help="images a step, 4096")
+    command.add_argument("--micro-batch", type=_positive, default=128, metavar="N", help="most images of a GPU at once, 128")
+    command.add_argument("--docs", action="store_true", help="write docs/scaling.md's tables and its chart")
+    for field in dataclasses.fields(Cluster):
+        name, text = field.name.replace("_", "-"), explained(Cluster)[field.name].replace("%", "%%")
+        command.add_argument(f"--{name}", type=field.type, default=field.default, metavar="X", help=text)
     add("readme", _readme, "write README's table from benchmarks/results")
     return top
 
@@ -174,6 +186,23 @@ def _resources(options: argparse.Namespace) -> int:
     print("\n".join(wrong) or "every kernel is within its limits: no stack, 48 KiB of shared memory, 128 registers")
     print(json.dumps(found))
     return 1 if wrong else 0
+
+
+def _scaling(options: argparse.Namespace) -> int:
+    models = options.models or list(scaling.MODELS)
+    step.check_models(models, None)
+    cluster = Cluster(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Cluster)})
+    section = scaling.predict_scaling(models, options.gpus, cluster, RESULTS, effective_batch=options.effective_batch,
+                                      micro_batch=options.micro_batch)  # fmt: skip
+    for name, rows in scaling_page.tables(section).items():
+        print(f"{name}\n\n{align(rows)}\n")
+    for note in section["notes"]:
+        print(f"note: {note}")
+    if options.docs:
+        scaling_page.write_page(SCALING, section)
+        chart.draw(section, SCALING.with_suffix(".png"))
+    print(json.dumps({"scaling": section}))
+    return 0
 
 
 def _readme(options: argparse.Namespace) -> int:

@@ -50,7 +50,7 @@ class PlainUpdate(Step):
         groups = parameter_groups(module, WEIGHT_DECAY)
         super().__init__(module, AdamW(groups, lr=LR, betas=(0.9, 0.95)), **settings)
 
-    def _update(self, grad_norm: Tensor) -> None:
+    def _update(self, is_finite: Tensor, spike: Tensor) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

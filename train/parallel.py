@@ -70,9 +70,11 @@ def _in_bf16(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures
 
 def _cut(module: LossModule, mesh: DeviceMesh, reduce: str) -> FSDPModule:
     policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if reduce == "bf16" else torch.float32)
+    # Tables of positions are constants, of first dimension 1: cut, they would be padded to one copy for each process.
+    constants = {p for p in module.parameters() if not p.requires_grad}
     for block in (*module.model.blocks, *module.model.decoder_blocks):
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(module, mesh=mesh, mp_policy=policy)
+    return fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=constants)
 
 
 def _mesh(world: World, how: str) -> DeviceMesh:

@@ -37,7 +37,7 @@ class World:
     machine: dist.ProcessGroup | None = None
     """The processes of this machine, on the CPU; None unless several machines have several each."""
     leaders: dist.ProcessGroup | None = None
-    """The first processes of all machines."""
+    """The first processes of all machines; None on others."""
 
     @property
     def is_main(self) -> bool:
@@ -68,7 +68,7 @@ class World:
             else:  # gloo sums in a ring: 2 (512 - 1) hops in a row, or, machine by machine, 2 (64 - 1) between machines
                 first = self.rank - self.rank % self.local_size
                 dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.machine)
-                if self.rank == first:
+                if self.leaders is not None:
                     dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.leaders)
                 dist.broadcast(votes, src=first, group=self.machine)
         return votes.tolist()
@@ -110,8 +110,7 @@ class World:
 
     def set_timeout(self, seconds: float, groups: Iterable[dist.ProcessGroup] = ()) -> None:
         """How long a step's collectives, those of other ``groups`` too, may take from now on, before they fail."""
-        leaders = self.leaders if self.rank % self.local_size == 0 else None
-        for group in (dist.group.WORLD, self.control, self.machine, leaders, *groups) if self.size > 1 else ():
+        for group in (dist.group.WORLD, self.control, self.machine, self.leaders, *groups) if self.size > 1 else ():
             if group is not None:
                 _set_pg_timeout(timedelta(seconds=seconds + _SLACK), group)
 
@@ -150,12 +149,18 @@ def join_world(device: str, timeout: float = 1800.0) -> World:
             raise LostProcessError(f"not all of the {place.size} processes of this run have met: {reason}") from error
     options = {"backend": "gloo", "timeout": patience}
     control, background = (dist.new_group(**options) for _ in range(2))
-    machine = leaders = None
-    if 1 < place.local_size < place.size and place.size % place.local_size == 0:
-        firsts = range(0, place.size, place.local_size)
-        machine, _ = dist.new_subgroups_by_enumeration([[*range(r, r + place.local_size)] for r in firsts], **options)
-        leaders = dist.new_group([*firsts], **options)
+    machine, leaders = machine_groups(place.size, place.local_size, **options)
     return World(place.rank, place.size, at, control, background, place.local_size, place.address, machine, leaders)
+
+
+def machine_groups(size: int, local_size: int, **options) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """The groups ``World.machine`` and ``World.leaders`` of a run of ``size``; ``options`` as of ``dist.new_group``."""
+    if not 1 < local_size < size or size % local_size:
+        return None, None
+    firsts = range(0, size, local_size)
+    machine, _ = dist.new_subgroups_by_enumeration([[*range(r, r + local_size)] for r in firsts], **options)
+    leaders = dist.new_group([*firsts], **options)
+    return machine, leaders if isinstance(leaders, dist.ProcessGroup) else None
 
 
 def _make_room() -> None:

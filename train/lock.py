@@ -1,5 +1,6 @@
 """The lock of a run's folder: two runs that write the same checkpoints would destroy each other's."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -30,7 +31,7 @@ class RunLock:
 
         Raises InputError that names the other process if there is one.
         """
-        self._file = self.path.open("a+b")
+        self._file = self.path.open("a+b", buffering=0)
         began = time.monotonic()
         while True:
             try:
@@ -45,9 +46,9 @@ class RunLock:
                     ) from error
                 time.sleep(0.2)
             else:
-                self._file.truncate(0)
-                self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-                self._file.flush()
+                with contextlib.suppress(OSError):  # a full disk: held all the same, under an old name or none
+                    self._file.truncate(0)
+                    self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
                 return None
 
     def release(self) -> None:

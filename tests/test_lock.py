@@ -185,19 +185,7 @@ def test_a_second_start_is_refused_until_the_first_is_killed_and_then_goes_on(sh
 def test_torchrun_starts_killed_processes_again_and_they_go_on(shard_folder, tmp_path):
     script = tmp_path.with_suffix(".py")
     script.write_text(PROGRAM)
-    flags = [
-        "--data",
-        shard_folder,
-        *FLAGS,
-        "--steps",
-        "8",
-        "--batch-size",
-        "4",
-        "--save-every",
-        "1",
-        "--out",
-        tmp_path,
-    ]
+    flags = ["--data", shard_folder, *FLAGS, "--steps", "8", "--batch-size", "4", "--save-every", "1", "--out", tmp_path]
     code, text = finish(start(flags, (*TORCHRUN, "2", "--max-restarts", "1"), program=(str(script),)))
     assert code == 0 and "resumed from" in text, text
     assert sorted(losses(tmp_path)) == list(range(1, 9))

@@ -36,9 +36,8 @@ class Crew:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.number = len(list(self.console.glob("rank-0.*")))
-        context = _context()
         self.processes = [
-            context.Process(
+            context().Process(
                 target=_process, args=(rank, size, local or size, port, [str(w) for w in words], self._path(rank), fault)
             )
             for rank in range(size)
@@ -97,19 +96,25 @@ def run(size: int, data: Path, out: Path, *flags, **options) -> str:
 
 
 @functools.cache
-def _context():
+def context():
+    """Processes of this ``multiprocessing`` context are forked from the one that has imported everything."""
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded, which is here or never
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.crew_imports"])
-    return context
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(["tests.crew_imports"])
+    return made
+
+
+def speak_into(console: Path) -> None:
+    """Have what this process says written to a file."""
+    handle = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for standard in (1, 2):
+        os.dup2(handle, standard)
 
 
 def _process(rank: int, size: int, local: int, port: int, words: list[str], console: Path,
              fault: Callable[[int], None] | None) -> None:  # fmt: skip
     os.setpgid(0, 0)
-    handle = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for standard in (1, 2):
-        os.dup2(handle, standard)
+    speak_into(console)
     if size > 1:
         place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
@@ -128,4 +133,8 @@ def _main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":  # for launchers: the same run as a program
+    if "TESTS_SLOW_STEPS" in os.environ:
+        from tests.faults import slow_steps
+
+        slow_steps(float(os.environ["TESTS_SLOW_STEPS"]), 0)
     sys.exit(_main(sys.argv[1:]))

@@ -4,6 +4,9 @@ Bind all but the rank by ``functools.partial``. Steps count from 1, in each proc
 """
 
 import ctypes
+import os
+import resource
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import torch
 
 from fastmae.data.crops import Cropper
 from fastmae.train import pretrain, saver, vitals, watch
+from fastmae.train.compiled import LossModule
 from fastmae.train.step import Step
 
 FOREVER = 3600  # seconds
@@ -34,7 +38,11 @@ def slow_steps(seconds, rank):
 
 
 def sleep_at(step, on, rank):
-    before_step(lambda: time.sleep(FOREVER), rank, on, step)
+    def act():
+        print("asleep", flush=True)
+        time.sleep(FOREVER)
+
+    before_step(act, rank, on, step)
 
 
 def hold_interpreter_at(step, on, rank):
@@ -122,5 +130,39 @@ def slow_start(seconds, rank):
 
 def quick_watch(seconds, rank):
     """Processes count as lost after ``seconds`` without a sign of life."""
-    watch._LOST_AFTER = seconds
+    watch._LOST_AFTER = watch._LOST_AT_START = seconds
     vitals._AT_FAULT = min(seconds, vitals._AT_FAULT)
+
+
+def small_files(seconds, on, rank):
+    """For as long as that, from the third step on, rank ``on`` can write no file above a few bytes: a full disk."""
+
+    def act():
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))
+        threading.Timer(seconds, resource.setrlimit, (resource.RLIMIT_FSIZE, (most, most))).start()
+
+    before_step(act, rank, on, 3)
+
+
+def all_of(faults, rank):
+    """Several at once."""
+    for fault in faults:
+        fault(rank)
+
+
+def load():
+    """Seconds that a busy machine may take longer."""
+    return 5 * os.getloadavg()[0]
+
+
+def damage_weights(damage, step, on, rank):
+    """Call ``damage`` with the model of rank ``on`` before a step."""
+    make, models = LossModule.__init__, []
+
+    def noted(self, model):
+        models.append(model)
+        make(self, model)
+
+    LossModule.__init__ = noted
+    before_step(lambda: damage(models[-1]), rank, on, step)

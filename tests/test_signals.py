@@ -1,0 +1,167 @@
+"""Signals that ask a run to stop, to any of its processes, at any moment: all end the same step, save, and end well."""
+
+import signal
+import time
+from functools import partial
+
+import pytest
+
+from fastmae.train.signals import SIGNALS, StopSignals
+from tests import faults
+from tests.crew import Crew, run
+from tests.runs import FLAGS as TINY
+from tests.runs import TORCHRUN, assert_same_bits, finish, losses, records, start
+
+STEPS = 30
+FLAGS = ("--steps", STEPS, "--blr", "0.05", "--save-every", "1000")
+LAST = f"step-{STEPS:07d}"
+AT_ONCE = 10.0  # seconds from a signal to the end of the last process, on a quiet machine
+
+
+def test_the_first_signal_is_noted_and_the_handlers_of_before_come_back():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopSignals() as signals:
+        assert signals.received is None
+        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            signal.raise_signal(number)
+        assert signals.received == "SIGUSR2"
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_each_signal_is_noted_by_its_name(number):
+    with StopSignals() as signals:
+        signal.raise_signal(number)
+        assert signals.received == signal.Signals(number).name
+
+
+def test_only_a_second_interrupt_after_a_while_means_now(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        now += 4.9
+        signal.raise_signal(signal.SIGINT)
+        now += 0.2
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signals.received == "SIGTERM"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shard_folder, tmp_path_factory):
+    """The folder of a run of two processes to which nothing happened."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    run(2, shard_folder, out, *FLAGS)
+    return out
+
+
+def stop(crew, number, *ranks, record, times=1, group=False):
+    """Send signals; all processes must end well, having begun the same number of steps, which is returned."""
+    for _ in range(times):
+        began = crew.send(number, *ranks, group=group)
+        time.sleep(0.1 if times > 1 else 0)
+    assert crew.end(60) == [0, 0], crew.text()
+    record("seconds", round(time.monotonic() - began, 2))
+    assert time.monotonic() - began < AT_ONCE + faults.load()
+    begun = {path.name: len(path.read_text()) for path in crew.out.glob("steps-of-rank-*")}
+    assert len(set(begun.values())) == 1 or not begun, begun
+    (stopped,) = [record["step"] for record in records(crew.out) if record.get("event") == "stopped"]
+    assert stopped == next(iter(begun.values()), 0) < STEPS
+    assert f"stopped by {signal.Signals(number).name} on rank" in crew.text(0)
+    return stopped
+
+
+def assert_goes_on_to(whole, shards, out):
+    """The next start of the run in ``out`` ends with the bits of the run ``whole``."""
+    run(2, shards, out, *FLAGS)
+    assert_same_bits(out / LAST, whole / LAST)
+    assert losses(out) == losses(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "ranks", "how"),
+    [
+        (signal.SIGTERM, (1,), {}),
+        (signal.SIGUSR1, (0,), {}),
+        (signal.SIGUSR2, (), {}),
+        (signal.SIGINT, (), {"group": True}),  # as Ctrl-C does: the loader's workers have it too
+        (signal.SIGTERM, (), {"group": True, "times": 3}),
+    ],
+)
+def test_all_stop_after_the_same_step_and_the_next_start_goes_on_with_the_same_bits(
+    number, ranks, how, undisturbed, shard_folder, tmp_path, record_property
+):
+    out = tmp_path / "run"
+    out.mkdir()
+    fault = partial(faults.all_of, (partial(faults.slow_steps, 0.1), partial(faults.count_steps, out)))
+    with Crew(2, shard_folder, out, *FLAGS, fault=fault) as crew:
+        crew.wait_for("step 5/")
+        assert stop(crew, number, *ranks, record=record_property, **how) >= 5
+    assert_goes_on_to(undisturbed, shard_folder, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["--async-save", "--no-async-save"])
+def test_a_signal_during_a_save_waits_for_it(how, undisturbed, shard_folder, tmp_path, record_property):
+    out = tmp_path / "run"
+    out.mkdir()
+    slow = (partial(faults.slow_steps, 0.1), partial(faults.slow_save, 1.0), partial(faults.count_steps, out))
+    with Crew(2, shard_folder, out, *FLAGS, "--save-every", "5", how, fault=partial(faults.all_of, slow)) as crew:
+        crew.wait_for(lambda: any(out.glob(".step-0000005.partial")))
+        stopped = stop(crew, signal.SIGTERM, 1, record=record_property)
+    assert {p.name for p in out.glob("step-*")} >= {"step-0000005", f"step-{stopped:07d}"}
+    assert_goes_on_to(undisturbed, shard_folder, out)
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_start_stops_before_the_first_step(undisturbed, shard_folder, tmp_path, record_property):
+    out = tmp_path / "run"
+    with Crew(2, shard_folder, out, *FLAGS, fault=partial(faults.slow_start, 0.5)) as crew:
+        crew.wait_for(lambda: "joining" in crew.text(1))
+        assert stop(crew, signal.SIGUSR1, 1, record=record_property) == 0
+    assert (out / "step-0000000").is_dir()
+    assert_goes_on_to(undisturbed, shard_folder, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_that_wants_to_go_on_says_so_by_its_exit_code_until_it_is_done(size, shard_folder, tmp_path):
+    out, flags = tmp_path / "run", (*FLAGS, "--requeue-exit")
+    with Crew(size, shard_folder, out, *flags, fault=partial(faults.slow_steps, 0.1)) as crew:
+        crew.wait_for("step 5/")
+        crew.send(signal.SIGUSR1)
+        assert crew.end() == [85] * size, crew.text()
+        assert crew.text(0).count("fastmae: stopped by SIGUSR1") == 1 and "Traceback" not in crew.text()
+    run(size, shard_folder, out, *flags)
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_a_process_at_once_and_the_others_with_it(shard_folder, tmp_path):
+    with Crew(2, shard_folder, tmp_path / "run", *FLAGS, fault=partial(faults.sleep_at, 3, 0)) as crew:
+        crew.wait_for("asleep")
+        crew.send(signal.SIGINT, 0)
+        time.sleep(5.5)
+        crew.send(signal.SIGINT, 0)
+        assert crew.end(40) == [130, 4], crew.text()
+        assert "fastmae: rank 0 has failed, KeyboardInterrupt" in crew.text(1)
+
+
+@pytest.mark.slow
+def test_torchrun_passes_a_signal_on_and_the_run_is_saved(undisturbed, shard_folder, tmp_path, record_property):
+    flags = [*FLAGS, "--effective-batch", 12, "--batch-size", 6, "--data", shard_folder, "--out", tmp_path]
+    environment = {"TESTS_SLOW_STEPS": "0.1"}
+    process = start([*TINY, *flags], (*TORCHRUN, "2"), program=("-m", "tests.crew"), **environment)
+    end = time.monotonic() + 60
+    while not (tmp_path / "metrics.jsonl").exists() or len(losses(tmp_path)) < 5:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, text = finish(process)
+    record_property("seconds", round(time.monotonic() - began, 1))
+    assert "stopped by SIGTERM on rank 0 and 1 others after step" in text, text
+    assert "exitcode" not in text.replace("exitcode: 0", "")  # none of its processes failed
+    assert_goes_on_to(undisturbed, shard_folder, tmp_path)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint gpu clean
+.PHONY: demo test lint gpu soak clean
 
 # A stamp inside the environment: installed again only when the dependencies change.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -46,6 +46,10 @@ gpu:
 	run $(BENCH) waterfall $(GPU) $(if $(QUICK),--rounds 3); \
 	$(if $(DATA),run $(BENCH) loader --gpu --data $(DATA) $(GPU) $(if $(QUICK),--rounds 2);) \
 	exit $$failed
+
+# A hundred faults of all kinds in one run, whose end must have the bits of a run without any: about half an hour on two cores.
+soak: $(VENV)/.installed
+	$(BIN)/python -m tests.soak --faults 100 --out runs/soak
 
 clean:
 	rm -rf $(VENV) runs *.egg-info

@@ -1,5 +1,6 @@
 """Signals that ask a run to stop, to any of its processes, at any moment: all end the same step, save, and end well."""
 
+import re
 import signal
 import time
 from functools import partial
@@ -162,6 +163,6 @@ def test_torchrun_passes_a_signal_on_and_the_run_is_saved(undisturbed, shard_fol
     process.send_signal(signal.SIGTERM)
     _, text = finish(process)
     print(f"{time.monotonic() - began:.1f} s from SIGTERM to the end of torchrun")
-    assert "stopped by SIGTERM on rank 0 and 1 others after step" in text, text
-    assert "exitcode" not in text.replace("exitcode: 0", "")  # none of its processes failed
+    assert re.search(r"stopped by SIGTERM on rank [01]( and 1 others)? after step", text), text
+    assert not re.search("exitcode *: *-?[1-9]", text), text  # none of its processes failed
     assert_goes_on_to(undisturbed, shard_folder, tmp_path)

@@ -17,9 +17,9 @@ CONFIG = ModelConfig(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2
 WORLD = World(0, 1, torch.device("cpu"))
 
 
-def saver_of(out: Path, **options) -> Saver:
+def saver_of(out: Path, world: World = WORLD, **options) -> Saver:
     """A saver of one process, which waits for its saves unless told otherwise."""
-    return Saver(out, CONFIG, WORLD, **{"keep": 3, "keep_every": None, "asynchronous": False, **options})
+    return Saver(out, CONFIG, world, **{"keep": 3, "keep_every": None, "asynchronous": False, **options})
 
 
 def tensors_at(step: int) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from fastmae.train.checkpoint import (
 )
 from fastmae.train.metadata import METADATA
 from fastmae.train.snapshot import share_out, total_bytes
-from fastmae.train.tensor_files import describe_tensors, read_tensors, write_tensors
+from fastmae.train.tensor_files import read_whole, write_tensors
 from fastmae.train.world import World
 
 MAX_FAILED = 3  # saves on end that may fail before the run stops
@@ -142,9 +142,7 @@ class Saver:
     def _complete(self, partial: Path, folder: Path, state: dict) -> int:
         """Make a checkpoint of the ``partial`` one whose tensors are written; return its bytes."""
         # Read back from what all processes wrote: no process needs to hold the whole of a cut model.
-        shapes = {n: s for n, s in describe_tensors(partial / TENSORS).items() if n.startswith("model/")}
-        model = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
-        read_tensors(partial / TENSORS, model)
+        model = read_whole(partial / TENSORS, "model/")
         weights = {name.removeprefix("model/"): tensor for name, tensor in model.items()}
         save_weights(Weights(partial / MODEL, weights, self.config, knows_target=True), partial / MODEL)
         write_json(partial / STATE, state)

@@ -46,7 +46,38 @@ def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     Raises DataError if the folder is damaged, holds anything but tensors, lacks one of them, or has another shape or dtype.
     """
-    found = describe_tensors(folder)
+    _fill(folder, read_metadata(folder), tensors)
+
+
+def read_whole(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors in ``folder`` whose names begin with ``prefix``, whole, on the CPU. Raises DataError if it is damaged."""
+    metadata = read_metadata(folder)
+    found = {n: m for n, m in metadata.state_dict_metadata.items() if n.startswith(prefix)}
+    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in found.items()}
+    _fill(folder, metadata, tensors)
+    return tensors
+
+
+def describe_tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of each whole tensor in ``folder``. Raises DataError if it cannot be told."""
+    return _describe(read_metadata(folder))
+
+
+class _Reader(FileSystemReader):
+    def __init__(self, folder: Path, metadata: Metadata):
+        super().__init__(folder)
+        self.metadata = metadata
+
+    def read_metadata(self, *arguments, **options) -> Metadata:
+        return self.metadata
+
+
+def _describe(metadata: Metadata) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (m.size, m.properties.dtype) for name, m in metadata.state_dict_metadata.items()}
+
+
+def _fill(folder: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
+    found = _describe(metadata)
     for name, tensor in tensors.items():
         if name not in found:
             raise DataError(f"{folder}: holds no {name}")
@@ -55,19 +86,9 @@ def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
             raise DataError(f"{folder}: {name} is {there} there and {here} here")
     _quiet()
     try:
-        dcp.load(tensors, storage_reader=_Reader(folder), no_dist=True)
+        dcp.load(tensors, storage_reader=_Reader(folder, metadata), no_dist=True)
     except (CheckpointException, RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise DataError(f"{folder}: cannot be read, {_first_line(error)}") from error
-
-
-def describe_tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of each whole tensor in ``folder``. Raises DataError if it cannot be told."""
-    return {name: (m.size, m.properties.dtype) for name, m in read_metadata(folder).state_dict_metadata.items()}
-
-
-class _Reader(FileSystemReader):
-    def read_metadata(self, *arguments, **options) -> Metadata:
-        return read_metadata(Path(self.path))
 
 
 def _quiet() -> None:

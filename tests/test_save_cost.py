@@ -1,0 +1,72 @@
+"""What saving beside training costs the steps, if saves are ten of their own lengths apart.
+
+    cost = (held + length (slowdown - 1)) / (10 length)
+
+A save holds the step while its tensors are copied, and slows the steps beside it by its share of Python's lock and the cores.
+The second can only be told where cores are free: on the two that tests have to share, another process slows a step as much.
+"""
+
+import statistics
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastmae import ModelConfig
+from fastmae.train.snapshot import random_state, run_tensors
+from tests.saves import WORLD, saver_of, state_at
+from tests.test_step import batch, make_step
+
+ROUNDS = 9
+# 23 MB of weights and moments: a save takes as long as several steps.
+BIG = ModelConfig(img_size=32, patch_size=8, embed_dim=192, depth=4, num_heads=3, norm_pix_loss=True,
+                  decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
+
+
+def clock(work) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+@pytest.fixture
+def measured(device, tmp_path, monkeypatch):
+    """Medians over saves: seconds that the step was held, seconds of the save, and by what the steps beside it took longer."""
+    monkeypatch.setattr("tests.test_step.CONFIG", BIG)
+    model, train = make_step(device)
+    world, data = replace(WORLD, device=torch.device(device, 0) if device == "cuda" else WORLD.device), batch(16, device)
+    tensors, saver = run_tensors(model, train.optimizer), saver_of(tmp_path, world, asynchronous=True)
+
+    def step():
+        train([data], 1e-4)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def measure(number):
+        held = clock(lambda: saver.begin(number, tensors, random_state(world), state_at(number)))
+        beside = []
+        while not (ended := saver.ended()):
+            beside.append(clock(step))
+        saver.wait()
+        assert ended[0].error is None
+        return held, ended[0].seconds, sum(beside) / sum(clock(step) for _ in beside)
+
+    for number in (1, 2):  # memory taken, kernels compiled
+        step()
+        measure(number)
+    rounds = [measure(number) for number in range(3, 3 + ROUNDS)]
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+
+
+@pytest.mark.slow
+def test_a_save_beside_training_holds_the_step_for_less_than_a_tenth_of_its_length(measured):
+    held, length, _ = measured
+    assert held < length / 10  # so a hundredth of the steps' time
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"])
+def test_saving_beside_training_costs_less_than_a_twentieth_of_the_steps_time(measured):
+    held, length, slowdown = measured
+    assert (held + length * (slowdown - 1)) / (10 * length) < 0.05, measured

@@ -5,6 +5,7 @@ Sizes are those of He et al. 2021 (arXiv 2111.06377), section 4 and appendix A.1
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 
 from fastmae.backends import BACKENDS
@@ -70,8 +71,9 @@ class ModelConfig:
         positive = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads",
                     "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "mlp_ratio")  # fmt: skip
         for name in positive:
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not 0 < value < math.inf or (name != "mlp_ratio" and type(value) is not int):
+                raise InputError(f"{name} must be positive{'' if name == 'mlp_ratio' else ' and whole'}, got {value}")
         if len(self.img_size) != 2 or any(s <= 0 or s % self.patch_size for s in self.img_size):
             raise InputError(
                 f"image size {self.img_size} must be (height, width), each a positive multiple of the patch size "
@@ -123,15 +125,19 @@ class ModelConfig:
     def from_json(cls, text: str) -> "ModelConfig":
         """Read what ``to_json`` wrote. Raises InputError on unknown fields and wrong types."""
         try:
-            fields = dict(json.loads(text))
-        except (ValueError, TypeError) as error:
+            fields = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise InputError(f"model config is damaged, {error}: {text[:40]!r}") from error
+        if not isinstance(fields, dict):
+            raise InputError(f"model config is damaged, no object: {text[:40]!r}")
         unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise InputError(f"model config has unknown fields {sorted(unknown)}: it was written by a newer fastmae")
         try:
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-        except TypeError as error:  # a word where a number belongs
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:  # a word where a number belongs
             raise InputError(f"model config is damaged, {error}: {text[:40]!r}") from error
 
 

@@ -1,15 +1,22 @@
 """Weights to and from files: strict names both ways, no code ever run from a file."""
 
 import argparse
+import builtins
+import os
 import pickle
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastmae import MAE, DataError, InputError, ModelConfig
 from fastmae.config import PRESETS, preset
 from fastmae.convert import Weights, infer_config, load_model, load_strictly, read_weights, save_model, save_pth, save_weights
+from tests.fuzz import FUZZ, MUTATION, mutate
 from tests.test_stream import Bomb
 
 # A width of the presets, so that heads can be told; everything else small.
@@ -90,6 +97,69 @@ def test_code_in_a_file_is_never_run(tmp_path):
         with pytest.raises(DataError, match="nothing in it was run"):
             read_weights(tmp_path / name)
     assert not mark.exists()
+
+
+GADGETS = {
+    "os.system": (os.system, "touch {mark}"),
+    "eval": (builtins.eval, "__import__('pathlib').Path({mark!r}).touch()"),
+    "exec": (builtins.exec, "import pathlib; pathlib.Path({mark!r}).touch()"),
+    "subprocess": (subprocess.check_output, ["touch", "{mark}"]),
+    "pathlib": (Path.touch, Path("{mark}")),
+    "torch.save": (torch.save, "", "{mark}"),
+    "torch.load": (torch.load, "{mark}"),
+}
+
+
+class Call:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "pickle"])
+@pytest.mark.parametrize("name", GADGETS)
+def test_no_gadget_in_a_pth_is_run(name, form, tmp_path):
+    mark = tmp_path / "mark"
+
+    def fill(part):
+        if isinstance(part, list):
+            return [fill(p) for p in part]
+        return type(part)(str(part).replace("{mark!r}", repr(str(mark))).replace("{mark}", str(mark)))
+
+    function, *arguments = GADGETS[name]
+    document = {"model": {"cls_token": torch.ones(1)}, "args": Call(function, *map(fill, arguments))}
+    if form == "pickle":
+        (tmp_path / "m.pth").write_bytes(pickle.dumps(document["args"], protocol=2))
+    else:
+        torch.save(document, tmp_path / "m.pth", _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(DataError, match=r"m\.pth: damaged, or holds more than tensors; nothing in it was run"):
+        read_weights(tmp_path / "m.pth")
+    assert not mark.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_no_damage_of_a_file_causes_another_error(suffix, tmp_path):
+    names = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    path = tmp_path / f"m{suffix}"
+    save_weights(Weights(path, {name: torch.ones(3, 5) for name in names}, CONFIG, True), path)
+    data, read = path.read_bytes(), []
+
+    @settings(FUZZ, max_examples=1000)
+    @given(st.lists(MUTATION, min_size=1, max_size=2))
+    def try_one(mutations):
+        path.write_bytes(mutate(data, mutations))
+        try:
+            read_weights(path)
+        except InputError as error:
+            read.append(str(error))
+        else:
+            read.append(None)
+
+    try_one()
+    assert 0 < read.count(None) < len(read)
 
 
 @pytest.mark.parametrize(

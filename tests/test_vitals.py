@@ -1,7 +1,9 @@
 """Signs of life of several processes, here in one, through a real store."""
 
+import threading
 import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,21 +80,21 @@ def test_a_process_that_ended_by_itself_is_not_lost(three):
 
 @pytest.mark.parametrize("how", ["silent", "gone"])
 def test_the_main_process_is_missed_by_the_others(how, three):
+    woken = threading.Event()
+
+    def wait(*_):
+        woken.wait(30)
+        raise RuntimeError("woken")
+
     if how == "silent":  # the store is there, and does not answer: as of a process that is stopped
-
-        def wait(*_):
-            time.sleep(30)
-
-        class Stopped:
-            set = multi_get = wait
-
-        three[1]._store = three[2]._store = Stopped()
+        three[1]._store = three[2]._store = SimpleNamespace(set=wait, multi_get=wait)
     else:
         silence(three[0])
         time.sleep(0.1)
         three[0]._store = None  # the store goes with it
     for each in three[1:]:
         assert within(5, lambda each=each: each.lost(PATIENCE)) == "rank 0 gives no sign of life"
+    woken.set()
 
 
 def test_the_first_that_fails_is_heard_with_its_reason(three):

@@ -35,7 +35,8 @@ class Watch:
         self.vitals = Vitals(world)
         self.step, self.doing = 0, "starting"
         self._patience, self._since = first, time.monotonic()
-        self._has_written = False
+        self._has_written = self._has_stepped = False
+        self._first_step: int | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -43,6 +44,8 @@ class Watch:
     def beat(self, step: int, doing: str, slow: bool = False) -> None:
         """``step`` steps are done, and ``doing`` begins; ``slow``: it may take as long as the first step."""
         before = self._patience
+        self._first_step = step if self._first_step is None else self._first_step
+        self._has_stepped = step > self._first_step
         self.step, self.doing = step, doing
         self._patience, self._since = self.first if slow else self.later, time.monotonic()
         if self._patience < before:  # the timer was set for longer
@@ -67,7 +70,7 @@ class Watch:
                 self._abort(looked - self._since)
             if asking := self.vitals.who_asks_for_stacks():
                 self._write_stacks(f"{asking} makes no progress")
-            if lost := self.vitals.lost(_LOST_AT_START if self._patience > self.later else _LOST_AFTER):
+            if lost := self.vitals.lost(_LOST_AFTER if self._has_stepped else _LOST_AT_START):
                 self._leave(f"{lost}, after step {self.step}; the others end")
             if failed := self.vitals.failed():
                 heard_at = looked if heard_at is None else heard_at

@@ -10,8 +10,8 @@ from tests.runs import FLAGS, assert_same_bits, finish, losses, records, start
 
 pytestmark = pytest.mark.slow
 
-STEPS = 30
-SMALL = ["--blr", "0.01", "--steps", str(STEPS), "--save-every", "2", "--keep", "2"]
+STEPS = 26
+SMALL = ["--blr", "0.01", "--steps", str(STEPS), "--save-every", "1", "--keep", "2"]
 # The command line, of a model so small that a run takes a second, killed so many seconds after so many steps of its own.
 PROGRAM = """
 import os, signal, sys, threading, time
@@ -50,7 +50,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_bits_of_one_that_was_not(kin
     assert code == 0, text
     draw = random.Random(kind)
     for _ in range(kills):
-        moment = {"STEPS_TO_LIVE": str(draw.randint(1, 6)), "SECONDS_TO_LIVE": str(draw.uniform(0, 0.05))}
+        moment = {"STEPS_TO_LIVE": str(draw.randint(3, 6)), "SECONDS_TO_LIVE": str(draw.uniform(0, 0.05))}
         assert finish(start([*flags, "--out", killed], program=program, **moment))[0] == -signal.SIGKILL
     code, text = finish(start([*flags, "--out", killed], program=program))
     assert code == 0 and "resumed from" in text and "damaged" not in text, text

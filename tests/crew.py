@@ -5,8 +5,6 @@ a test wants to go wrong is a function that each process calls before it begins,
 """
 
 import contextlib
-import functools
-import multiprocessing
 import os
 import signal
 import socket
@@ -15,6 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from tests.forked import context
 from tests.runs import FLAGS
 
 # Smaller than tiny, so that a step takes milliseconds.
@@ -95,15 +96,6 @@ def run(size: int, data: Path, out: Path, *flags, **options) -> str:
         return crew.text()
 
 
-@functools.cache
-def context():
-    """Processes of this ``multiprocessing`` context are forked from the one that has imported everything."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded, which is here or never
-    made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["tests.crew_imports"])
-    return made
-
-
 def speak_into(console: Path) -> None:
     """Have what this process says written to a file."""
     handle = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -115,6 +107,7 @@ def _process(rank: int, size: int, local: int, port: int, words: list[str], cons
              fault: Callable[[int], None] | None) -> None:  # fmt: skip
     os.setpgid(0, 0)
     speak_into(console)
+    assert torch.get_num_threads() == 1  # or bits differ from those of a launcher's processes
     if size > 1:
         place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}

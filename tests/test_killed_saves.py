@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import multiprocessing
 import os
 import random
 import shutil
@@ -15,20 +14,13 @@ import pytest
 import torch
 
 from fastmae.train.checkpoint import find_checkpoint, list_checkpoints, verify
+from tests.forked import context
 from tests.runs import tensors_of
 from tests.saves import save, saver_of, tensors_at
 
 pytestmark = pytest.mark.slow
 
 _CALLS = ("fsync", "mkdir", "rename", "replace", "unlink", "rmdir", "remove")
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that are forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.saves", "tests.test_killed_saves"])
-    return context
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +82,9 @@ def save_and_die_after(run, seconds):
     (run / "seconds").write_text(str(time.perf_counter() - began))
 
 
-def run_killed(processes, target, *arguments) -> bool:
+def run_killed(target, *arguments) -> bool:
     """Whether the process was killed; it must not end in any other way but well."""
-    process = processes.Process(target=target, args=arguments)
+    process = context().Process(target=target, args=arguments)
     process.start()
     process.join(120)
     assert process.exitcode in (0, -signal.SIGKILL)
@@ -115,37 +107,37 @@ def goes_on_by_itself(run, may_be_damaged=False) -> int:
 
 
 @pytest.mark.parametrize("scene", ["clean", "a damaged one of the same step"])
-def test_a_save_killed_at_any_call_leaves_the_newest_complete_one(scene, processes, template, tmp_path):
+def test_a_save_killed_at_any_call_leaves_the_newest_complete_one(scene, template, tmp_path):
     steps = []
     for number in itertools.count(1):
         run = shutil.copytree(template, tmp_path / str(number))
         if scene != "clean":
             shutil.copytree(run / "step-0000002", run / "step-0000003")
             (run / "step-0000003" / "model.safetensors").write_bytes(b"")
-        if not run_killed(processes, save_and_die_at, run, number):
+        if not run_killed(save_and_die_at, run, number):
             break
         steps.append(goes_on_by_itself(run, may_be_damaged=scene != "clean"))
     assert steps == sorted(steps) and set(steps) == {2, 3} and len(steps) > 25
 
 
-def test_a_save_that_loses_what_was_not_flushed_leaves_the_newest_complete_one(processes, template, tmp_path):
+def test_a_save_that_loses_what_was_not_flushed_leaves_the_newest_complete_one(template, tmp_path):
     steps = []
     for number in itertools.count(1):
         run = shutil.copytree(template, tmp_path / str(number))
-        if not run_killed(processes, save_and_lose_at, run, number):
+        if not run_killed(save_and_lose_at, run, number):
             break
         steps.append(goes_on_by_itself(run))
     assert steps == [2] * 6  # tensors, metadata twice, weights, state, manifest
 
 
-def test_a_save_killed_at_random_moments_leaves_the_newest_complete_one(processes, template, tmp_path):
+def test_a_save_killed_at_random_moments_leaves_the_newest_complete_one(template, tmp_path):
     whole = shutil.copytree(template, tmp_path / "whole")
-    assert not run_killed(processes, save_and_die_after, whole, None)
+    assert not run_killed(save_and_die_after, whole, None)
     usual = float((whole / "seconds").read_text())
     draw, steps, unfinished = random.Random(0), [], 0
     for number in range(30):
         run = shutil.copytree(template, tmp_path / str(number))
-        assert run_killed(processes, save_and_die_after, run, draw.uniform(0, 1.5 * usual))
+        assert run_killed(save_and_die_after, run, draw.uniform(0, 1.5 * usual))
         unfinished += bool(list(run.glob(".step-*.partial")))
         steps.append(goes_on_by_itself(run))
     assert unfinished >= 5  # or it was not while it wrote

@@ -16,7 +16,7 @@ from fastmae.data.write import write_shards
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """64 images of 256 x 340, some 30 kB each, as shards for training are."""
+    """1024 images of 256 x 340, some 30 kB each, as shards for training are; 64 differ, which is enough for speed."""
     source, out = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("shards")
     noise = np.random.default_rng(0)
     for i in range(64):
@@ -24,7 +24,9 @@ def shards(tmp_path_factory):
             (340, 256), Image.Resampling.BICUBIC
         )
         coarse.save(source / f"{i}.jpg", quality=90)
-    write_shards(source, out, Recode(resize=256), samples_per_shard=16)
+        for copy in range(1, 16):
+            (source / f"{i}-{copy}.jpg").hardlink_to(source / f"{i}.jpg")
+    write_shards(source, out, Recode(resize=256), samples_per_shard=256)
     return out
 
 

@@ -152,7 +152,7 @@ def test_a_bad_step_of_one_process_is_left_out_by_all(change, how, shard_folder,
         assert "step 5: 1 updates were left out, their gradients were not finite" in crew.text()
     assert [r["step"] for r in records(tmp_path / "run") if r.get("event") == "left_out"] == [5]
     assert len(losses(tmp_path / "run")) == 8
-    assert _changed(tmp_path / "run", 4, 5) == {"step/left_out", "step/skipped", "spikes"}
+    assert _changed(tmp_path / "run", 4, 5) == {"step/skipped", "spikes"}
     assert "model" in _changed(tmp_path / "run", 5, 6)
 
 
@@ -190,7 +190,7 @@ def test_a_loss_spike_of_one_process_is_skipped_by_all(shard_folder, tmp_path):
             r"step 34: loss spike, .* robust deviations above the recent losses, its update was left out", crew.text()
         )
     assert "updates were left out" not in crew.text()
-    assert _changed(tmp_path / "run", 33, 34) == {"step/left_out", "step/skipped", "spikes"}
+    assert _changed(tmp_path / "run", 33, 34) == {"step/skipped", "spikes"}
     assert "model" in _changed(tmp_path / "run", 34, 35)
 
 

@@ -21,7 +21,7 @@ MODEL, TENSORS, STATE, MANIFEST = "model.safetensors", "tensors", "state.json", 
 OLD_OPTIMIZER = "optimizer.safetensors"  # of schemas 1 and 2, beside the weights instead of ``tensors/``
 _NAME = re.compile(r"step-(\d{7,})")
 _KINDS = {"schema": int, "step": int, "data": dict, "model": str, "recipe": dict}  # what every state.json says
-_FIXED = ("seed", "effective_batch")  # and its recipe
+FIXED = ("seed", "effective_batch")  # and its recipe: what decides which samples come next
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -86,7 +86,7 @@ def read_state(folder: Path) -> dict:
     if type(schema := state.get("schema")) is int and schema > SCHEMA:
         raise InputError(f"{path}: schema {schema} is newer than {SCHEMA}; update fastmae")
     wrong = [name for name, kind in _KINDS.items() if type(state.get(name)) is not kind and (schema, name) != (1, "data")]
-    wrong = wrong or [name for name in _FIXED if type(state["recipe"].get(name)) is not int]
+    wrong = wrong or [name for name in FIXED if type(state["recipe"].get(name)) is not int]
     if wrong:
         raise DataError(f"{path}: says nothing of {', '.join(wrong)}, or not as it must; it is no checkpoint's")
     if schema == 1:  # the place in the data was a word that cannot be compared any more

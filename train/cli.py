@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import tyro
@@ -18,6 +19,7 @@ from fastmae.train.reconstruct import reconstruct_images
 from fastmae.train.report import write_report
 from fastmae.train.settings import PretrainSettings
 from fastmae.train.shards import build, index, info, verify
+from fastmae.train.world import in_group
 
 Positional = tyro.conf.Positional
 
@@ -118,8 +120,27 @@ def check_mode() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 2 wrong input, 3 diverged, 4 a process lost or stuck, 5 no checkpoint
-    could be written, 85 stopped and to be started again, 130 interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    could be written, 85 stopped and to be started again, 130 interrupted.
+
+    A process of a run of several that fails does not return: it ends here with that code, or with 1.
+    """
+    try:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+    except Exception:
+        if not in_group():
+            raise
+        traceback.print_exc()
+        code = 1
+    if in_group():
+        # Torch's threads may still wait for a lost process, or abort this one while the interpreter ends (exit code 134, seen
+        # with torch 2.13).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(arguments: list[str]) -> int:
     try:
         check_mode()
         if arguments[:1] == ["bench"]:
@@ -130,12 +151,9 @@ def main(arguments: list[str] | None = None) -> int:
             tyro.extras.subcommand_cli_from_dict(
                 COMMANDS, prog="fastmae", description="Masked-autoencoder pretraining.", args=arguments
             )
-    except (InputError, DivergedError, CheckpointError, RequeueError) as error:
+    except (InputError, DivergedError, LostProcessError, CheckpointError, RequeueError) as error:
         print(f"fastmae: {error}", file=sys.stderr)
         return error.exit_code
-    except LostProcessError as error:
-        print(f"fastmae: {error}", file=sys.stderr, flush=True)
-        os._exit(error.exit_code)  # threads and libraries may still wait for the lost process
     except OSError as error:  # a full disk, a file without permission: the user's to mend, and named
         print(f"fastmae: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return InputError.exit_code

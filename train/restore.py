@@ -41,9 +41,10 @@ def restore(folder: Path, tensors: dict[str, Tensor], model: MAE, world: World) 
 def _fill(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
     found = describe_tensors(folder)
     own = random_state(world)
+    was_there = own.keys() <= found.keys()  # a rank that was not goes on with its own
     wanted = {n: t for n, t in tensors.items() if n in found or n.startswith(_NEEDED)}
-    read_tensors(folder, wanted | (own if own.keys() <= found.keys() else {}))
-    if own.keys() <= found.keys():  # a rank that was not there before goes on with its own
+    read_tensors(folder, wanted | own if was_there else wanted)
+    if was_there:
         set_random_state(own, world)
 
 

@@ -6,12 +6,10 @@ from pathlib import Path
 
 from fastmae.config import ModelConfig
 from fastmae.errors import DataError, InputError
-from fastmae.train.checkpoint import find_checkpoint, list_checkpoints, read_state, step_of, verify
+from fastmae.train.checkpoint import FIXED, find_checkpoint, list_checkpoints, read_state, step_of, verify
 from fastmae.train.recipes import Recipe
 from fastmae.train.run import Run
 from fastmae.train.world import World
-
-_FIXED = ("seed", "effective_batch")  # settings that decide which samples come next
 
 
 def choose_checkpoint(run: Run, world: World) -> tuple[Path | None, list[str]]:
@@ -41,7 +39,7 @@ def check_resume(folder: Path, recipe: Recipe) -> list[str]:
         differences = ", ".join(f"{f} {getattr(theirs, f)} there and {getattr(ours, f)} here" for f in wrong)
         raise InputError(f"{folder}: a checkpoint of another architecture, {differences}; give its settings or another --out")
     before, now = state["recipe"], plain_settings(recipe)
-    for name in _FIXED:
+    for name in FIXED:
         if before[name] != now[name]:
             raise InputError(
                 f"{folder}: was trained with {name} {before[name]}, not {now[name]}; give that value or another --out"

@@ -7,6 +7,7 @@ manifest, and last the name that makes it a checkpoint. Whatever goes wrong befo
 import shutil
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -118,7 +119,7 @@ class Saver:
         self.newest = self.newest if error else folder
         self._ended.append(Saved(step, folder, time.perf_counter() - began, written, error))
 
-    def _by_main(self, work) -> str:
+    def _by_main(self, work: Callable[[], object]) -> str:
         """Let the main process do ``work``; return what it gave, or raise OSError if it could not, on every process."""
         box: list[str | None] = [None, None]
         if self.world.is_main:

@@ -1,6 +1,6 @@
 """The state of a run as named tensors: what a checkpoint holds, and what a resumed run is filled from.
 
-    model/NAME   optimizer/SLOT/NAME   loss_scale/NAME   spikes/NAME   random/RANK/DEVICE
+    model/NAME   optimizer/SLOT/NAME   step/NAME   loss_scale/NAME   spikes/NAME   random/RANK/DEVICE
 
 Where a run stands (step, place in the data, schedule) is plain numbers, in ``state.json``.
 """

@@ -41,8 +41,6 @@ class StepResult(NamedTuple):
     """L2 norm of the gradient of all processes, float32."""
     skipped: Tensor
     """Updates left out on end up to this one, int64; 0 when this one was applied."""
-    left_out: Tensor
-    """Updates left out since the step was made, int64."""
     spike: Tensor
     """How far the loss lies above those before it, a robust z-score, float32; 0 without a ``SpikeDetector``."""
 
@@ -65,13 +63,12 @@ class Step:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device = self.parameters[0].device
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.left_out = torch.zeros_like(self.skipped)
         # A tensor on the device, so that a graph of the step can be run again at another learning rate.
         self.lr = torch.zeros((), device=self.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the step itself; loaded in place."""
-        return {"skipped": self.skipped, "left_out": self.left_out}
+        return {"skipped": self.skipped}
 
     def __call__(self, batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """Accumulate the gradients of ``batches``, equal in size, and update at ``lr``."""
@@ -90,7 +87,7 @@ class Step:
             grad_norm = grad_norm / self.scale.value
         spike = torch.zeros_like(loss) if self.spikes is None else self.spikes.score(self.mean(loss))
         self._update(torch.isfinite(grad_norm), spike)
-        return StepResult(loss, grad_norm, self.skipped, self.left_out, spike)
+        return StepResult(loss, grad_norm, self.skipped, spike)
 
     def warm_up(self, batch: MicroBatch) -> None:
         """Run ``batch`` forward and backward and forget its gradients: what is compiled or settled at a first step is done
@@ -125,4 +122,3 @@ class Step:
         if self.scale is not None:
             self.scale.update(~is_finite)
         self.skipped.add_(1).mul_(is_left_out)
-        self.left_out.add_(is_left_out)

@@ -55,13 +55,9 @@ class World:
 
     def any(self, *flags: bool) -> list[bool]:
         """For each of ``flags``, whether it is true on any process."""
-        return [rank >= 0 for rank in self.who(*flags)]
-
-    def who(self, *flags: bool) -> list[int]:
-        """For each of ``flags``, the highest rank on which it is true, or -1."""
-        votes = torch.tensor([self.rank if flag else -1 for flag in flags])
         if self.size == 1:
-            return votes.tolist()
+            return list(flags)
+        votes = torch.tensor([int(flag) for flag in flags])
         with _naming_the_lost():
             if self.machine is None:
                 dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
@@ -71,7 +67,7 @@ class World:
                 if self.leaders is not None:
                     dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.leaders)
                 dist.broadcast(votes, src=first, group=self.machine)
-        return votes.tolist()
+        return [bool(vote) for vote in votes.tolist()]
 
     def gather(self, lines: list) -> list:
         """The ``lines`` of all processes, in the order of their ranks, on every process."""
@@ -172,9 +168,14 @@ def _make_room() -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", network.partition(",")[0])
 
 
+def in_group() -> bool:
+    """Whether this process has joined others, and not left them."""
+    return dist.is_initialized()
+
+
 def leave_world() -> None:
     """Leave the group, if one was joined."""
-    if dist.is_initialized():
+    if in_group():
         dist.destroy_process_group()
 
 

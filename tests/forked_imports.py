@@ -1,8 +1,9 @@
-"""What each process of a run needs, imported once by the one that they are forked from."""
+"""What forked processes need, imported once by the one that they are forked from."""
 
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.utils.tensorboard  # noqa: F401
 
 import fastmae.train.cli  # noqa: F401
-import tests.crew  # noqa: F401
+import tests.crew
+import tests.test_killed_saves  # noqa: F401

@@ -84,11 +84,33 @@ def small_folder(image_folder, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory) -> Path:
+    """Four tars of eight PNGs or JPEGs each, written by webdataset itself."""
+    import webdataset as wds
+
+    folder = tmp_path_factory.mktemp("foreign")
+    for s in range(4):
+        with wds.TarWriter(str(folder / f"part-{s}.tar")) as writer:
+            for i in range(8):
+                kind = "jpg" if i % 2 else "png"
+                writer.write({"__key__": f"s{s}i{i}", kind: make_picture(s * 8 + i), "cls": i})
+    return folder
+
+
 @pytest.fixture
 def copy(shard_folder, tmp_path) -> Path:
     """The shards of ``shard_folder``, to be damaged."""
     shutil.copytree(shard_folder, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+@pytest.fixture
+def cluster(tmp_path) -> tuple[Path, dict[str, str]]:
+    """A folder to work in, and the environment of a Slurm job."""
+    from tests.slurm import environment_in
+
+    return tmp_path, environment_in(tmp_path)
 
 
 @pytest.fixture(scope="session")

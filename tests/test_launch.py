@@ -1,97 +1,17 @@
 """The launch examples, run for real as far as one machine can: with small programs in the place of Slurm's."""
 
-import contextlib
 import os
 import shlex
 import signal
-import stat
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import yaml
 
-from fastmae.train.launch import submit
 from fastmae.train.launch.__main__ import EXAMPLES
 from fastmae.train.launch.__main__ import main as list_examples
-from tests.runs import FLAGS, finish, losses, wait_for
-
-# Starts as many tasks as FAKE_TASKS says, with the variables that Slurm gives them, passes SIGUSR1 on to each, as --signal
-# does, and ends with the highest exit code of theirs, as srun does. FAKE_CODE ends it at once.
-SRUN = """#!{python}
-import os, signal, subprocess, sys
-with open("srun.log", "a") as log:
-    print(*sys.argv[1:], file=log)
-if "FAKE_CODE" in os.environ:
-    sys.exit(int(os.environ["FAKE_CODE"]))
-command = sys.argv[1:]
-while command[0].startswith("--"):
-    del command[0]
-count = int(os.environ.get("FAKE_TASKS", 2))
-step = dict(SLURM_STEP_ID=0, SLURM_STEP_NUM_TASKS=count, SLURM_STEP_NODELIST="here", SLURM_STEP_TASKS_PER_NODE=count)
-tasks = []
-signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
-for rank in range(count):
-    place = dict(step, SLURM_PROCID=rank, SLURM_LOCALID=rank)
-    tasks.append(subprocess.Popen(command, env={{**os.environ, **{{name: str(value) for name, value in place.items()}}}}))
-codes = [task.wait() for task in tasks]
-sys.exit(max(code if code >= 0 else 128 - code for code in codes))
-"""
-SCONTROL = """#!/bin/bash
-echo "$@" >> scontrol.log
-exit "${FAKE_SCONTROL:-0}"
-"""
-SBATCH = """#!/bin/bash
-cp "$1" submitted.sbatch
-echo Submitted batch job 4711
-"""
-
-
-def write_program(path, text):
-    path.write_text(text)
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-
-
-@pytest.fixture
-def cluster(tmp_path):
-    """A folder to work in, and the environment of a job that finds srun, scontrol and sbatch beside it."""
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    write_program(programs / "srun", SRUN.format(python=sys.executable))
-    write_program(programs / "scontrol", SCONTROL)
-    write_program(programs / "sbatch", SBATCH)
-    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
-                   "SLURM_JOB_ID": str(os.getpid()), "SLURM_CPUS_PER_TASK": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "0",
-                   "SLURM_LOCALID": "0"}  # fmt: skip
-    return tmp_path, environment
-
-
-def start(example, flags, folder, environment):
-    return subprocess.Popen(["bash", EXAMPLES[example], *map(str, flags)], cwd=folder, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-
-
-def children_of(number):
-    """The processes that process ``number`` has started, as /proc tells."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # ended meanwhile
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    return [child for child, parent in parents.items() if parent == int(number)]
-
-
-def wait_for_a_step(run, process):
-    wait_for(run / "metrics.jsonl", process)
-    while not losses(run) and process.poll() is None:
-        time.sleep(0.01)
-
-
-def log_of(folder, program):
-    path = folder / f"{program}.log"
-    return path.read_text().splitlines() if path.exists() else []
-
+from tests.runs import FLAGS, finish, losses
+from tests.slurm import children_of, log_of, options_of, start, wait_for_a_step, write_program
 
 # What can be read without running it.
 
@@ -110,12 +30,6 @@ def test_every_example_says_how_it_is_used_and_can_be_found(capsys):
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.endswith(".yaml")])
 def test_shell_examples_are_valid_shell(name):
     subprocess.run(["bash", "-n", EXAMPLES[name]], check=True)
-
-
-def options_of(script):
-    return dict(
-        line.removeprefix("#SBATCH --").partition("=")[::2] for line in script.splitlines() if line.startswith("#SBATCH ")
-    )
 
 
 def test_the_slurm_example_asks_for_a_signal_to_all_tasks_and_for_requeueing():
@@ -270,89 +184,3 @@ def test_torchrun_gets_what_the_example_says(cluster):
         "--nproc-per-node 8 --max-restarts 3 --monitor-interval 1 -m fastmae.train pretrain base --out 'a b'"
     )
     assert {"SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"} <= set(signals.split(","))
-
-
-# submitit.
-
-
-def submitted(arguments, folder, environment=None):
-    command = [sys.executable, "-m", "fastmae.train.launch.submit", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=folder, env=environment or {**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--nodes", "0", "--", "base", "--data", "d", "--out", "o"], "nodes, processes, cpus and hours must be positive"),
-        (["--hours", "nan", "--", "base", "--data", "d", "--out", "o"], "hours must be positive"),
-        (
-            ["--cluster", "local", "--nodes", "2", "--", "base", "--data", "d", "--out", "o"],
-            "the local cluster is one node, got 2",
-        ),
-        (["--cluster", "local", "--", "--data", "d", "--out", "o"], "give a preset"),
-        (["--cluster", "local", "--", "base", "--data", "d", "--out", "o", "--mask-ratio", "2"], "mask"),
-    ],
-)
-def test_wrong_flags_are_refused_before_they_wait_in_a_queue(tmp_path, capsys, arguments, message):
-    pytest.importorskip("submitit", reason="needs the extra `submitit`")
-    assert submit.main(["--folder", str(tmp_path / "jobs"), *arguments]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "jobs").exists()
-
-
-def test_submitit_asks_slurm_for_the_same_as_the_example(cluster, shard_folder):
-    helpers = pytest.importorskip("submitit.helpers", reason="needs the extra `submitit`")
-    folder, environment = cluster
-    arguments = ["--folder", folder / "jobs", "--nodes", "2", "--hours", "1.5", "--partition", "gpu", "--cluster", "slurm",
-                 "--", "base", "--data", shard_folder, "--out", folder / "run"]  # fmt: skip
-    code, text = finish(submitted(arguments, folder, environment))
-    assert code == 0 and "job 4711: " in text, text
-    script = (folder / "submitted.sbatch").read_text()
-    options = options_of(script)
-    asked = {
-        "nodes": "2",
-        "ntasks-per-node": "8",
-        "gpus-per-node": "8",
-        "cpus-per-task": "12",
-        "time": "90",
-        "partition": "gpu",
-    }
-    assert {name: options[name] for name in asked} == asked
-    assert (
-        options["signal"] == "USR2@120" and "requeue" in options and options["open-mode"] == "append" and options["mem"] == "0"
-    )
-    assert "--kill-on-bad-exit=0 --wait=300 --cpus-per-task=12" in script
-    assert "--workers 11 base --data" in shlex.join(
-        helpers.DelayedSubmission.load(folder / "jobs" / "4711_submitted.pkl").function.flags
-    )
-
-
-LOCAL = ["--cluster", "local", "--gpus", "0", "--hours", "0.05", "--wait"]
-
-
-@pytest.mark.slow
-def test_submitit_runs_two_processes_and_requeues_them(tmp_path, shard_folder):
-    """The signal that submitit sends before a time limit, sent by hand: both save, the first one requeues, both go on."""
-    pytest.importorskip("submitit", reason="needs the extra `submitit`")
-    flags = ["tiny", "--data", shard_folder, *FLAGS, "--batch-size", "4", "--steps", "30", "--out", tmp_path / "run"]
-    arguments = ["--folder", tmp_path / "jobs", *LOCAL, "--processes", "2", "--", *flags, "--save-every", "1000"]
-    process = submitted(arguments, tmp_path)
-    wait_for_a_step(tmp_path / "run", process)
-    controller = process.stdout.readline().removeprefix("job ").partition(":")[0]
-    for task in children_of(controller):
-        os.kill(task, signal.SIGUSR2)
-    code, text = finish(process)
-    output = "\n".join(path.read_text() for path in (tmp_path / "jobs").glob("*.out"))
-    assert code == 0, text + output
-    assert "4 per process x 2 processes" in output
-    assert "stopped by SIGUSR2" in output and "Requeued job" in output and "resumed from" in output, output
-    assert len(losses(tmp_path / "run")) == 30
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_fails_its_submitit_job(tmp_path):
-    pytest.importorskip("submitit", reason="needs the extra `submitit`")
-    flags = ["tiny", "--data", tmp_path / "nothing", "--out", tmp_path / "run", "--device", "cpu"]
-    code, text = finish(submitted(["--folder", tmp_path / "jobs", *LOCAL, "--", *flags], tmp_path))
-    assert code == 1 and "fastmae pretrain ended with exit code 2" in text, text

@@ -1,48 +1,26 @@
 """Streaming through webdataset: shards that others wrote, without an index."""
 
 import contextlib
-import gc
 import gzip
 import http.server
 import io
-import os
 import pickle
 import shutil
-import signal
-import subprocess
 import sys
 import tarfile
 import threading
-import time
 from functools import partial
-from multiprocessing import active_children
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
-import webdataset as wds
 from fsspec.implementations.memory import MemoryFileSystem
-from torch.utils.data import DataLoader
-from torch.utils.data._utils import signal_handling
 
 from fastmae import DataError, InputError
 from fastmae.data.batch import LoaderConfig
 from fastmae.data.loader import Loader
 from tests.conftest import make_picture
 from tests.test_loader import joined, take
-
-
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory):
-    """Four tars of eight PNGs or JPEGs each, written by webdataset itself."""
-    folder = tmp_path_factory.mktemp("foreign")
-    for s in range(4):
-        with wds.TarWriter(str(folder / f"part-{s}.tar")) as writer:
-            for i in range(8):
-                kind = "jpg" if i % 2 else "png"
-                writer.write({"__key__": f"s{s}i{i}", kind: make_picture(s * 8 + i), "cls": i})
-    return folder
 
 
 def test_every_sample_of_a_pass_comes_once_and_passes_differ(foreign):
@@ -221,89 +199,6 @@ def test_views_of_a_streamed_sample_stand_side_by_side(foreign):
 def test_image_sizes_follow_their_schedule_in_a_stream(foreign):
     batches = take(foreign, 6, batch_size=4, workers=2, sizes=((8, (24, 24)), (16, (32, 40))))
     assert [tuple(b.images.shape[2:]) for b in batches] == [(16, 16)] * 2 + [(24, 24)] * 2 + [(32, 40)] * 2
-
-
-@pytest.fixture(params=["first", "not first"])
-def loaders_before(request, monkeypatch):
-    """The first DataLoader with workers sets torch's handler of SIGCHLD, which stays, and raises when any worker dies."""
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
-    if request.param == "not first":
-        assert list(DataLoader(range(2), num_workers=1)) == [0, 1]
-        assert signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL
-    yield
-    signal.signal(signal.SIGCHLD, before)
-
-
-@contextlib.contextmanager
-def stream(data, **fields):
-    """A stream's iterator and its workers, of whom none may be left afterwards, not even a zombie."""
-    others = set(active_children())
-    config = {"image_size": (16, 16), "workers": 2, **fields}
-    source = iter(Loader(data, LoaderConfig(**config), batch_size=4))
-    workers = []
-
-    def batches():
-        for batch in source:
-            workers[:] = workers or [p.pid for p in active_children() if p not in others]
-            yield batch
-
-    yield batches(), workers
-    source.close()
-    gc.collect()  # whatever raises in here is a warning, which fails the test
-    assert set(active_children()) == others and not any(Path(f"/proc/{pid}").exists() for pid in workers)
-
-
-def wait_for_end(pid):
-    """Until the parent was told of the end of ``pid``; torch's handler, if it knew of the worker, would raise here."""
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-
-
-def test_a_killed_worker_of_a_stream_ends_the_run_with_a_reason(foreign, loaders_before):
-    with stream(foreign) as (source, workers):
-        next(source)
-        os.kill(workers[0], signal.SIGKILL)
-        wait_for_end(workers[0])
-        with pytest.raises(DataError, match=rf"loader worker {workers[0]} died, killed by SIGKILL; start again"):
-            for _ in source:
-                pass
-
-
-def test_a_source_that_does_not_answer_is_an_error_in_time(loaders_before):
-    with stream("pipe:sleep 20", workers=1, allow_pipe=True, timeout=1.0) as (source, _):
-        began = time.monotonic()
-        with pytest.raises(DataError, match="no data for 1 s from pipe:sleep 20 and others"):
-            next(source)
-        assert time.monotonic() - began < 9  # 1 s, and some for the worker to end
-
-
-@pytest.mark.parametrize("damage", [None, signal.SIGKILL, signal.SIGSTOP])
-def test_a_stream_that_is_closed_early_leaves_no_worker_whatever_became_of_it(foreign, loaders_before, damage):
-    with stream(foreign) as (source, workers):
-        next(source)
-        if damage:
-            os.kill(workers[0], damage)
-        if damage == signal.SIGKILL:
-            wait_for_end(workers[0])
-
-
-def test_an_error_of_whoever_takes_the_batches_leaves_no_worker(foreign, loaders_before):
-    with stream(foreign) as (source, workers), pytest.raises(KeyError):
-        for _ in source:
-            raise KeyError(*workers)
-
-
-def test_a_program_that_ends_in_the_middle_of_a_stream_ends(foreign):
-    """Its workers ignore SIGTERM, so that what multiprocessing does at the end would wait for them for ever."""
-    code = """
-import sys
-from fastmae.data.batch import LoaderConfig
-from fastmae.data.loader import Loader
-source = iter(Loader(sys.argv[1], LoaderConfig(image_size=(16, 16), workers=2), batch_size=4))
-next(source)
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(foreign)], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("fields", [{"crop": "device"}, {"shuffle_window": 2}])

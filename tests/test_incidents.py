@@ -32,7 +32,7 @@ def make(tmp_path):
 
 
 def result(loss=1.0, skipped=0, spike=0.0):
-    return StepResult(*map(torch.tensor, (loss, 1.0, skipped, 0, spike)))
+    return StepResult(*map(torch.tensor, (loss, 1.0, skipped, spike)))
 
 
 def micro_batch(*ids):

@@ -7,12 +7,13 @@ the whole autoencoder or of its encoder alone, with the same parameter names, so
 import argparse
 import math
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmae.config import ModelConfig
@@ -81,7 +82,13 @@ def save_weights(weights: Weights, path: str | Path) -> None:
 def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write named tensors as safetensors, whole or not at all."""
     with write_atomically(Path(path)) as file:
-        file.write(save(tensors, metadata))
+        try:
+            save_file(tensors, file.name, metadata)  # unlike ``save``, it lets other threads go on
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def save_pth(weights: Weights, path: str | Path) -> None:
@@ -93,7 +100,12 @@ def save_pth(weights: Weights, path: str | Path) -> None:
     known = {"norm_pix_loss": config.norm_pix_loss, _NAMESPACE_FIELD: config.to_json()} if config else {}
     arguments = argparse.Namespace(**known)
     with write_atomically(Path(path)) as file:
-        torch.save({"model": weights.tensors, "args": arguments}, file)
+        try:
+            torch.save({"model": weights.tensors, "args": arguments}, file)
+        except RuntimeError as error:  # of torch's own, which hides what the disk said
+            if not isinstance(hidden := error.__context__, OSError):
+                raise
+            raise OSError(hidden.errno, hidden.strerror, str(path)) from error
 
 
 def load_model(path: str | Path, *, norm_pix_loss: bool | None = None) -> MAE:

@@ -15,7 +15,8 @@ from fastmae.optional import require
 def write_atomically(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears as ``path`` only when the block ends without an error, flushed to the disk.
 
-    Raises InputError if it cannot be opened; what fails later, such as a full disk, stays an OSError.
+    The block may also write a file of its ``name`` anew. Raises InputError if it cannot be opened; what fails later, such as
+    a full disk, stays an OSError.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -25,8 +26,9 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
     try:
         with opened as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            mode = os.fstat(file.fileno()).st_mode
+        partial.chmod(mode)  # what replaced it may be for its owner alone
+        sync(partial)
         partial.replace(path)
         sync(path.parent)
     except BaseException:

@@ -4,6 +4,7 @@ import argparse
 import builtins
 import os
 import pickle
+import resource
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,25 @@ def test_safetensors_come_back_bit_for_bit_with_their_config(tmp_path):
     back = load_model(tmp_path / "m.safetensors")
     assert back.config == model.config
     assert all(torch.equal(t, back.state_dict()[n]) for n, t in model.state_dict().items())
+
+
+def test_others_may_read_what_is_written(tmp_path):
+    (tmp_path / "plain").touch()
+    save_model(MAE(CONFIG), tmp_path / "m.safetensors")
+    assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pth"])
+def test_what_the_disk_refuses_is_an_oserror_and_leaves_the_file_before(name, tmp_path):
+    save_weights(Weights(tmp_path, {"a": torch.ones(3)}, None, False), tmp_path / name)
+    before, (soft, hard) = (tmp_path / name).read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_weights(Weights(tmp_path, {"a": torch.ones(3000)}, None, False), tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / name).read_bytes() == before and [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])

@@ -55,7 +55,7 @@ class Failure:
 
     @staticmethod
     def at_reading_back(patch):
-        patch.setattr(saver_file, "read_whole", lambda folder, _: _raise(DataError(f"{folder}: cannot be read")))
+        patch.setattr(saver_file, "read_back", lambda folder, *_: _raise(DataError(f"{folder}: cannot be read")))
 
     @staticmethod
     def at_the_rename(patch):

@@ -22,7 +22,7 @@ def gate(monkeypatch):
 
     def wait_then_write(*arguments):
         assert opened.wait(60)
-        write(*arguments)
+        return write(*arguments)
 
     monkeypatch.setattr(saver_file, "write_tensors", wait_then_write)
     yield opened

@@ -15,7 +15,9 @@ from threading import Thread
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.tensor import DTensor
 
 from fastmae.config import ModelConfig
 from fastmae.convert import Weights, save_weights
@@ -33,7 +35,7 @@ from fastmae.train.checkpoint import (
 )
 from fastmae.train.metadata import METADATA
 from fastmae.train.snapshot import share_out, total_bytes
-from fastmae.train.tensor_files import read_whole, write_tensors
+from fastmae.train.tensor_files import read_back, write_tensors
 from fastmae.train.world import World
 
 MAX_FAILED = 3  # saves on end that may fail before the run stops
@@ -106,8 +108,8 @@ class Saver:
             torch.cuda.set_device(self.world.device)  # a new thread would use the first one
         try:
             self._by_main(lambda: self._prepare(partial, needed))
-            write_tensors(partial / TENSORS, tensors, self.world.background)
-            written = int(self._by_main(lambda: self._complete(partial, folder, state)))
+            metadata = write_tensors(partial / TENSORS, tensors, self.world.background)
+            written = int(self._by_main(lambda: self._complete(partial, folder, state, tensors, metadata)))
         except (OSError, RuntimeError) as failure:
             error = self._reason(failure, needed)
             if self.world.is_main:
@@ -140,10 +142,12 @@ class Saver:
             raise OSError(None, "no space left on the disk", str(self.out))
         (partial / TENSORS).mkdir(parents=True)
 
-    def _complete(self, partial: Path, folder: Path, state: dict) -> int:
+    def _complete(self, partial: Path, folder: Path, state: dict, tensors: dict[str, Tensor], metadata: Metadata) -> int:
         """Make a checkpoint of the ``partial`` one whose tensors are written; return its bytes."""
-        # Read back from what all processes wrote: no process needs to hold the whole of a cut model.
-        model = read_whole(partial / TENSORS, "model/")
+        names = {name for name in metadata.state_dict_metadata if name.startswith("model/")}
+        model = {name: tensor for name, tensor in tensors.items() if name in names and not isinstance(tensor, DTensor)}
+        # The others' are read from what they wrote: no process needs to hold the whole of a cut model.
+        model |= read_back(partial / TENSORS, metadata, names - model.keys())
         weights = {name.removeprefix("model/"): tensor for name, tensor in model.items()}
         save_weights(Weights(partial / MODEL, weights, self.config, knows_target=True), partial / MODEL)
         write_json(partial / STATE, state)

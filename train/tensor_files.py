@@ -6,6 +6,7 @@ tensors is written or read (each by ``weights_only``), so that a folder from som
 
 import pickle
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,16 +21,16 @@ from fastmae.errors import DataError
 from fastmae.train.metadata import read_metadata
 
 
-def write_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+def write_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> Metadata:
     """Write ``tensors``, on the CPU, flushed to the disk; every process of ``group`` gives its own, or its part of one.
 
-    Raises OSError if any process could not write, for each of them.
+    Returns what DCP has written down of the tensors of all. Raises OSError if any process could not write, for each of them.
     """
     _quiet()
     # Nothing is to be copied ahead: the tensors are on the CPU, and the copier would take hold of a GPU, the first one.
     writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
     try:
-        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+        return dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
         # torch.save hides a full disk behind a RuntimeError of its own; the hidden one is lost on the way from another rank.
@@ -49,10 +50,12 @@ def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     _fill(folder, read_metadata(folder), tensors)
 
 
-def read_whole(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors in ``folder`` whose names begin with ``prefix``, whole, on the CPU. Raises DataError if it is damaged."""
-    metadata = read_metadata(folder)
-    found = {n: m for n, m in metadata.state_dict_metadata.items() if n.startswith(prefix)}
+def read_back(folder: Path, metadata: Metadata, names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors ``names``, whole, on the CPU, of a folder just written. Raises DataError if it cannot be read.
+
+    ``metadata``: what ``write_tensors`` gave. Reading it from its file, as plain data, would take longer than the rest.
+    """
+    found = {name: metadata.state_dict_metadata[name] for name in names}
     tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in found.items()}
     _fill(folder, metadata, tensors)
     return tensors

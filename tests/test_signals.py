@@ -19,24 +19,41 @@ LAST = f"step-{STEPS:07d}"
 AT_ONCE = 10.0  # seconds from a signal to the end of the last process, on a quiet machine
 
 
-def test_the_first_signal_is_noted_and_the_handlers_of_before_come_back():
-    before = [signal.getsignal(number) for number in SIGNALS]
+@pytest.fixture
+def handlers():
+    """The handlers of before, which come back after the test."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_the_handlers_of_before_come_back(handlers):
     with StopSignals() as signals:
         assert signals.received is None
+    assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
+
+
+def test_the_first_signal_is_noted_and_those_that_follow_do_not_end_the_process(handlers):
+    signal.signal(signal.SIGUSR1, lambda *_: None)  # somebody else's
+    others = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGINT)}
+    with StopSignals() as signals:
         for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
             signal.raise_signal(number)
         assert signals.received == "SIGUSR2"
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGUSR2)
+    assert {number: signal.getsignal(number) for number in others} == others
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_each_signal_is_noted_by_its_name(number):
+def test_each_signal_is_noted_by_its_name(number, handlers):
     with StopSignals() as signals:
         signal.raise_signal(number)
         assert signals.received == signal.Signals(number).name
 
 
-def test_only_a_second_interrupt_after_a_while_means_now(monkeypatch):
+def test_only_a_second_interrupt_after_a_while_means_now(monkeypatch, handlers):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with StopSignals() as signals:

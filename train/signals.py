@@ -9,7 +9,11 @@ _REPEATED = 5.0  # seconds; launchers and clusters send the same signal twice wi
 
 
 class StopSignals:
-    """Within it, the signals of ``SIGNALS`` are noted instead of ending the process."""
+    """Within it, the signals of ``SIGNALS`` are noted instead of ending the process.
+
+    Once one has come, the others but SIGINT stay without effect afterwards, where they would end the process: launchers repeat
+    them, and a run that has saved is to end with its own exit code.
+    """
 
     def __init__(self):
         self.received: str | None = None
@@ -23,7 +27,8 @@ class StopSignals:
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            is_void = self.received and number != signal.SIGINT and handler is signal.SIG_DFL
+            signal.signal(number, signal.SIG_IGN if is_void else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
 
 from fastmae.errors import DataError
 from fastmae.train.metadata import read_metadata
@@ -28,7 +29,7 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessG
     """
     _quiet()
     # Nothing is to be copied ahead: the tensors are on the CPU, and the copier would take hold of a GPU, the first one.
-    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+    writer = _Writer(folder, per_thread_copy_ahead=0)
     try:
         return dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:
@@ -64,6 +65,13 @@ def read_back(folder: Path, metadata: Metadata, names: Iterable[str]) -> dict[st
 def describe_tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of each whole tensor in ``folder``. Raises DataError if it cannot be told."""
     return _describe(read_metadata(folder))
+
+
+class _Writer(FileSystemWriter):
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        # Where each tensor lies; torch 2.11 writes it down but does not give it back.
+        metadata.storage_data = {result.index: result.storage_data for theirs in results for result in theirs}
 
 
 class _Reader(FileSystemReader):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,15 @@ def own_cache(tmp_path_factory):
 def seeded():
     """Random inputs are the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_signals():
+    """A run that was stopped by a signal ignores more of them for good; the next test, and its processes, must not."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def make_picture(number: int, size: tuple[int, int] = (48, 64)):

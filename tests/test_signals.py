@@ -19,22 +19,14 @@ LAST = f"step-{STEPS:07d}"
 AT_ONCE = 10.0  # seconds from a signal to the end of the last process, on a quiet machine
 
 
-@pytest.fixture
-def handlers():
-    """The handlers of before, which come back after the test."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield before
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def test_the_handlers_of_before_come_back(handlers):
+def test_the_handlers_of_before_come_back():
+    before = [signal.getsignal(number) for number in SIGNALS]
     with StopSignals() as signals:
         assert signals.received is None
-    assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_the_first_signal_is_noted_and_those_that_follow_do_not_end_the_process(handlers):
+def test_the_first_signal_is_noted_and_those_that_follow_do_not_end_the_process():
     signal.signal(signal.SIGUSR1, lambda *_: None)  # somebody else's
     others = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGINT)}
     with StopSignals() as signals:
@@ -47,13 +39,13 @@ def test_the_first_signal_is_noted_and_those_that_follow_do_not_end_the_process(
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_each_signal_is_noted_by_its_name(number, handlers):
+def test_each_signal_is_noted_by_its_name(number):
     with StopSignals() as signals:
         signal.raise_signal(number)
         assert signals.received == signal.Signals(number).name
 
 
-def test_only_a_second_interrupt_after_a_while_means_now(monkeypatch, handlers):
+def test_only_a_second_interrupt_after_a_while_means_now(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with StopSignals() as signals:

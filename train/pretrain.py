@@ -25,6 +25,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
 
     Raises InputError or DataError on wrong settings or data, DivergedError if gradients stay non-finite, LostProcessError if
     another process is gone, CheckpointError if none can be written, RequeueError after a signal if ``run.requeue_exit``.
+    After a signal those that follow are ignored (``StopSignals``).
     """
     make_folder(run.out)
     with StopSignals() as signals:

@@ -31,11 +31,18 @@ def clock(work) -> float:
 
 
 @pytest.fixture
-def measured(device, tmp_path, monkeypatch):
+def one_thread():
+    """A core is free for the save, as on machines that train."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def measured(device, one_thread, tmp_path, monkeypatch):
     """Medians over saves: seconds that the step was held, seconds of the save, and by what the steps beside it took longer."""
     monkeypatch.setattr("tests.test_step.CONFIG", BIG)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a core is free for the save, as on machines that train
     model, train = make_step(device)
     world, data = replace(WORLD, device=torch.device(device, 0) if device == "cuda" else WORLD.device), batch(8, device)
     tensors, saver = run_tensors(model, train.optimizer), saver_of(tmp_path, world, asynchronous=True)
@@ -58,8 +65,7 @@ def measured(device, tmp_path, monkeypatch):
         step()
         measure(number)
     rounds = [measure(number) for number in range(3, 3 + ROUNDS)]
-    yield [statistics.median(column) for column in zip(*rounds, strict=True)]
-    torch.set_num_threads(threads)
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint gpu soak clean
+.PHONY: demo test test-all lint gpu soak clean
 
 # A stamp inside the environment: installed again only when the dependencies change.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -15,9 +15,21 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/fastmae demo --out runs/demo
 
-# Every test that needs no GPU.
+PYTEST = $(BIN)/python -m pytest -m
+# Two processes, whatever the number of cores: many tests start processes of their own. A file is one process's, with what its
+# tests share. What measures time comes afterwards and alone.
+BESIDE := --numprocesses 2 --dist loadfile
+
+# What every change must pass, in less than ten minutes on two cores: every kind of test that needs no GPU, each kind of case once.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) "not gpu and not timing and not all" $(BESIDE)
+	$(PYTEST) "not gpu and timing and not all"
+
+# Every test that needs no GPU: all fuzzing, all cases in Triton's interpreter, every scene of a kill, and the soak.
+test-all: $(VENV)/.installed
+	$(PYTEST) "not gpu and not timing" $(BESIDE)
+	$(PYTEST) "not gpu and timing"
+	$(MAKE) soak
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

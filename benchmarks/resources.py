@@ -170,11 +170,11 @@ def resources(variant: Variant, target: int) -> Resources:
     return Resources(registers, stack, compiled.metadata.shared)
 
 
-def measure() -> dict[str, object]:
+def measure(targets: tuple[int, ...] = TARGETS) -> dict[str, object]:
     """Every variant on every target: plain JSON, with the version of Triton that compiled it."""
     rows = {}
     for variant in variants():
-        rows[variant.name] = {f"sm_{target}": vars(resources(variant, target)) for target in TARGETS}
+        rows[variant.name] = {f"sm_{target}": vars(resources(variant, target)) for target in targets}
     return {"triton": triton.__version__, "kernels": rows}
 
 

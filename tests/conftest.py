@@ -5,20 +5,30 @@ import shutil
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+
+from tests.support.pictures import make_picture
 
 # Pillow and what reads data are imported where they are used: kernels are tested where only torch and triton are.
 
 
 def pytest_collection_modifyitems(items):
-    """``gpu`` tests are skipped, with the reason, where there is no CUDA device."""
+    """``gpu`` tests come last, those worth most first; where there is no CUDA device they are skipped, with the reason."""
+    items.sort(key=_worth)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _worth(item) -> int:
+    """0 for a test that needs no GPU, else the number of its ``worth``, or a number above all."""
+    if item.get_closest_marker("gpu") is None:
+        return 0
+    worth = item.get_closest_marker("worth")
+    return worth.args[0] if worth else 9
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -46,19 +56,6 @@ def same_signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-def make_picture(number: int, size: tuple[int, int] = (48, 64)):
-    """A smooth picture with a shape in it, (height, width), different for each number; a Pillow image."""
-    from PIL import Image
-
-    rng = np.random.default_rng(number)
-    y, x = np.mgrid[0 : size[0], 0 : size[1]] / max(size)
-    waves = [np.sin(rng.uniform(2, 9) * x + rng.uniform(2, 9) * y + rng.uniform(0, 6)) for _ in range(3)]
-    pixels = np.stack(waves, -1) * 90 + 128
-    cy, cx, r = rng.uniform(0.2, 0.6, 3)
-    pixels[(y - cy) ** 2 + (x - cx) ** 2 < (r / 3) ** 2] = rng.uniform(0, 255, 3)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 @pytest.fixture(scope="session")
@@ -118,15 +115,16 @@ def copy(shard_folder, tmp_path) -> Path:
 @pytest.fixture
 def cluster(tmp_path) -> tuple[Path, dict[str, str]]:
     """A folder to work in, and the environment of a Slurm job."""
-    from tests.slurm import environment_in
+    from tests.support.slurm import environment_in
 
     return tmp_path, environment_in(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def photos() -> Path:
-    """The folder of real photographs (webdataset tars), outside the project."""
-    root = Path(os.environ.get("FASTMAE_TEST_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data")).resolve()
-    if not (root / "photos").is_dir():
-        pytest.skip(f"no real photographs at {root}; set FASTMAE_TEST_DATA")
-    return root / "photos"
+    """The folder of real photographs (webdataset tars): ``photos`` in the folder that FASTMAE_TEST_DATA names."""
+    if "FASTMAE_TEST_DATA" not in os.environ:
+        pytest.skip("no real photographs: FASTMAE_TEST_DATA names no folder")
+    folder = Path(os.environ["FASTMAE_TEST_DATA"]) / "photos"
+    assert folder.is_dir(), f"FASTMAE_TEST_DATA: {folder} is no folder"
+    return folder

@@ -25,10 +25,10 @@ from pathlib import Path
 
 from fastmae.data.recode import Recode
 from fastmae.data.write import write_shards
-from tests import faults
-from tests.conftest import make_picture
-from tests.crew import Crew
-from tests.runs import assert_same_bits
+from tests.support import faults
+from tests.support.crew import Crew
+from tests.support.pictures import make_picture
+from tests.support.runs import assert_same_bits
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 STEPS = 15  # of the run, per fault: more than a start goes on by

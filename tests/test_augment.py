@@ -9,7 +9,7 @@ from PIL import Image
 from fastmae import InputError
 from fastmae.data.augment import DRAWS, Augment, center_box, crop_box, resized_crop
 from fastmae.kernels.philox import CROPS, uniform
-from tests.conftest import make_picture
+from tests.support.pictures import make_picture
 
 
 def boxes(count, height, width, augment=Augment()):  # noqa: B008 - frozen

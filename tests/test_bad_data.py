@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from tests.crew import Crew, run
-from tests.test_indexed import damage_samples
+from tests.support.batches import damage_samples
+from tests.support.crew import Crew, run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 
 
 def test_a_bad_sample_of_any_process_is_named(shard_folder, tmp_path):

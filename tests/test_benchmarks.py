@@ -27,7 +27,14 @@ CPU = torch.device("cpu")
 
 
 def workload(**more):
-    return Workload(name="tiny", config=preset("tiny", norm_pix_loss=True, img_size=32), batch=2, device=CPU, **more)
+    config = preset("tiny", norm_pix_loss=True, img_size=32, depth=2, decoder_depth=2)
+    return Workload(name="tiny", config=config, batch=2, device=CPU, **more)
+
+
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.all)])
+def compiler(request, monkeypatch):
+    """What torch.compile compiles with: Inductor's own work on CPUs is torch's affair, and takes a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=request.param))
 
 
 def test_all_contenders_train_on_the_same_loss():
@@ -97,7 +104,6 @@ def test_a_contender_that_does_not_fit_costs_its_own_row_alone(monkeypatch):
     assert "reference, tiny at batch 2: out of memory" in found["notes"]
 
 
-@pytest.mark.slow
 def test_a_step_is_measured_for_everyone_in_turns():
     found = measure_steps(["tiny"], [2], CPU, rounds=2, image_size=32)
     assert [r["contender"] for r in found["rows"]] == list(NAMES)
@@ -135,7 +141,6 @@ def broken(kind):
     return Contender(lambda: 1 / 0, lambda *_: nothing, nothing, lambda _: nothing, description="broken")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
@@ -149,7 +154,6 @@ def test_a_workers_failure_is_told(kind, error, message):
         worker.seconds(1)
 
 
-@pytest.mark.slow
 def test_the_waterfall_measures_each_switch_against_the_whole(monkeypatch):
     monkeypatch.setattr(waterfall, "SWITCHES", [s for s in waterfall.SWITCHES if s.name.startswith("no exact")])
     found = waterfall.measure_waterfall("tiny", 2, CPU, rounds=2, image_size=32)
@@ -168,7 +172,7 @@ def test_every_switch_keeps_the_loss(switch, monkeypatch):
         found.step()
 
 
-def test_every_op_is_measured_by_every_body_that_runs_here():
+def test_every_op_is_measured_by_every_body_that_runs_here(compiler):
     found = kernels.measure_kernels(["tiny"], 1, CPU)
     twins = {(c.name, "twin") for c in kernels.CASES}
     compiled = {(c.name, "compiled twin") for c in kernels.CASES if c.name != "resized_crop"}  # its graph would be one batch's
@@ -179,7 +183,7 @@ def test_every_op_is_measured_by_every_body_that_runs_here():
 
 
 @pytest.mark.parametrize("case", kernels.CASES, ids=lambda c: c.name)
-def test_measured_bodies_compute_the_same(case, device):
+def test_measured_bodies_compute_the_same(case, device, compiler):
     sizes = kernels.Sizes.of(preset("tiny", img_size=32), 2)
     inputs = case.inputs(sizes, torch.device(device), torch.float32)
     for name, body in kernels.bodies(case, torch.device(device)).items():
@@ -217,7 +221,6 @@ def test_a_gpu_that_is_not_there_is_said(capsys):
     assert "torch sees no CUDA device" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_the_command_line_hands_over(tmp_path):
     program = [sys.executable, "-m", "fastmae.train", "bench"]
     wrong = subprocess.run([*program, "attention", "--models", "giant"], capture_output=True, text=True, check=False)
@@ -233,7 +236,6 @@ def test_kernels_are_measured_on_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
 def test_a_step_is_measured_on_a_gpu():
     began = time.monotonic()
     found = measure_steps(["tiny"], [8], torch.device("cuda"), rounds=2, image_size=64)

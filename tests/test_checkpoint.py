@@ -10,7 +10,7 @@ import pytest
 from fastmae import DataError, InputError
 from fastmae.train import checkpoint
 from fastmae.train.checkpoint import find_checkpoint, list_checkpoints, read_state, remove_old, verify, write_manifest
-from tests.saves import damages, files_of, save, saver_of
+from tests.support.saves import damages, files_of, save, saver_of
 
 FILES = ["manifest.json", "model.safetensors", "state.json", "tensors/.metadata", "tensors/__0_0.distcp"]
 

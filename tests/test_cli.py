@@ -14,7 +14,7 @@ from PIL import Image
 from fastmae import MAE, ModelConfig
 from fastmae.convert import read_weights, save_model
 from fastmae.train.cli import COMMANDS, main
-from tests.conftest import make_picture
+from tests.support.pictures import make_picture
 
 TINY = ["--img-size", "32", "--patch-size", "8", "--batch-size", "4", "--steps", "1", "--workers", "0", "--device", "cpu"]
 CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=192, depth=1, num_heads=3, norm_pix_loss=True,

@@ -20,7 +20,7 @@ from fastmae.train.optimizer import make_optimizer
 from fastmae.train.parallel import parallelize
 from fastmae.train.step import MicroBatch, Step
 from fastmae.train.world import World, machine_groups
-from tests.wire import Wire, gloo_calls, socket_bytes
+from tests.support.wire import Wire, gloo_calls, socket_bytes
 
 SMALL = preset("small", img_size=32, patch_size=8, depth=4, decoder_depth=2)  # 36 MB of gradients: three buckets
 CASES = {  # processes -> (how, processes of a machine, dtype of the reduction, micro-batches)
@@ -28,7 +28,7 @@ CASES = {  # processes -> (how, processes of a machine, dtype of the reduction, 
     4: [("ddp", 2, "fp32", 2), ("hsdp", 2, "fp32", 1), ("hsdp", 2, "bf16", 2)],
 }
 BASE = preset("base", img_size=32)  # ViT-B/16's weights, but for its tables of positions; small images, since CPUs are slow
-FAKE = [("ddp", "fp32", BASE), ("hsdp", "fp32", BASE), ("fsdp", "bf16", SMALL)]
+FAKE = {"ddp": "fp32", "hsdp": "fp32", "fsdp": "bf16"}  # dtypes of the reduction
 _UNTIL_SETTLED = {"ddp": 3, "fsdp": 0, "hsdp": 0}  # steps; DDP of a static graph settles its buckets as the third begins
 
 
@@ -107,7 +107,7 @@ def in_order(calls):
     return sorted(map(json.dumps, calls))
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_processes_send_what_is_predicted(real):
     for (layout, accumulate), found in real:
         expected = predicted(SMALL, layout, accumulate)
@@ -117,7 +117,7 @@ def test_processes_send_what_is_predicted(real):
             assert found["sent"] == [list(call) for call in expected]
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_gloo_runs_what_is_predicted(real):
     """The profile is made inside gloo. It has no reduce-scatter of its own: it all-reduces the whole."""
     for (layout, accumulate), found in real:
@@ -128,7 +128,7 @@ def test_gloo_runs_what_is_predicted(real):
         assert in_order(found["gloo"]) == in_order(expected), (layout, accumulate)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_sockets_carry_the_bytes_of_rings(real):
     for (layout, accumulate), found in real:
         expected = 0.0
@@ -146,14 +146,14 @@ def answered(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     return future
 
 
-def fake_process(_, folder):
+def fake_process(_, config, folder):
     """Rank 0 of 512: its group answers at once and moves nothing, everything else is real."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=512)
     torch.set_num_threads(2)
     found = {}
-    for how, reduce, config in FAKE:
+    for how, reduce in FAKE.items():
         machine, leaders = machine_groups(512, 8, backend="fake")
         world = World(0, 512, torch.device("cpu"), dist.new_group(backend="fake"), local_size=8, machine=machine,
                       leaders=leaders)  # fmt: skip
@@ -169,21 +169,22 @@ def fake_process(_, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def fake(tmp_path_factory):
-    """What rank 0 of 512 processes, eight to a machine, sent and holds."""
+@pytest.fixture(scope="module", params=[SMALL, pytest.param(BASE, marks=pytest.mark.all)], ids=["small", "base"])
+def fake(request, tmp_path_factory):
+    """A model, and what rank 0 of 512 processes, eight to a machine, sent and holds of it."""
     folder = tmp_path_factory.mktemp("fake")
-    mp.spawn(fake_process, (folder,), nprocs=1)
-    return json.loads((folder / "found.json").read_text())
+    mp.spawn(fake_process, (request.param, folder), nprocs=1)
+    return request.param, json.loads((folder / "found.json").read_text())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("how", "reduce", "config"), FAKE, ids=["ddp", "hsdp", "fsdp"])
-def test_one_of_512_processes_sends_what_is_predicted(fake, how, reduce, config):
-    layout = layout_of(how, 512, 8, reduce)
-    assert in_order(fake[how]["sent"]) == in_order(predicted(config, layout))
+@pytest.mark.cluster
+@pytest.mark.parametrize("how", FAKE)
+def test_one_of_512_processes_sends_what_is_predicted(fake, how):
+    config, found = fake
+    layout = layout_of(how, 512, 8, FAKE[how])
+    assert in_order(found[how]["sent"]) == in_order(predicted(config, layout))
     parts = {"ddp": 1, "hsdp": 8, "fsdp": 512}[how]
-    assert fake[how]["held"] == sum(
+    assert found[how]["held"] == sum(
         w.padded(parts) // parts if w.trained else w.elements for unit in units(config) for w in unit
     )
 

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmae import MAE, DataError, InputError, ModelConfig
 from fastmae.config import PRESETS, preset
 from fastmae.convert import Weights, infer_config, load_model, load_strictly, read_weights, save_model, save_pth, save_weights
-from tests.fuzz import FUZZ, MUTATION, mutate
-from tests.test_stream import Bomb
+from tests.support.fuzz import MUTATION, every_draw, fuzz, mutate
+from tests.support.hostile import Bomb
 
 # A width of the presets, so that heads can be told; everything else small.
 CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=192, depth=1, num_heads=3, norm_pix_loss=True,
@@ -159,16 +158,15 @@ def test_no_gadget_in_a_pth_is_run(name, form, tmp_path):
     assert not mark.exists()
 
 
-@pytest.mark.slow
+@every_draw
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_no_damage_of_a_file_causes_another_error(suffix, tmp_path):
+def test_no_damage_of_a_file_causes_another_error(draw, suffix, tmp_path):
     names = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     path = tmp_path / f"m{suffix}"
     save_weights(Weights(path, {name: torch.ones(3, 5) for name in names}, CONFIG, True), path)
     data, read = path.read_bytes(), []
 
-    @settings(FUZZ, max_examples=1000)
-    @given(st.lists(MUTATION, min_size=1, max_size=2))
+    @fuzz(draw, st.lists(MUTATION, min_size=1, max_size=2), examples=125)
     def try_one(mutations):
         path.write_bytes(mutate(data, mutations))
         try:
@@ -178,7 +176,6 @@ def test_no_damage_of_a_file_causes_another_error(suffix, tmp_path):
         else:
             read.append(None)
 
-    try_one()
     assert 0 < read.count(None) < len(read)
 
 

@@ -10,8 +10,8 @@ from fastmae.data.index import Index
 from fastmae.data.loader import Loader
 from fastmae.data.read import ShardReader
 from fastmae.kernels.philox import CROPS, uniform
-from tests.test_indexed import workers_of
-from tests.test_loader import equal, joined, take
+from tests.support.batches import equal, joined, take
+from tests.support.processes import workers_of
 
 
 def test_crops_are_those_of_the_samples_own_pixels_and_keys(shard_folder):

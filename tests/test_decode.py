@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastmae import InputError
 from fastmae.data.decode import DecodeError, decode
-from tests.conftest import make_picture
+from tests.support.pictures import make_picture
 
 
 def encode(image, kind="JPEG", **options):
@@ -60,6 +60,7 @@ def test_damaged_bytes_are_an_error(data):
         decode(data)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("size", [(65500, 65500), (12000, 12000)])
 def test_a_header_that_claims_too_much_is_refused_at_once(size):
     at = GOOD.index(b"\xff\xc0") + 5  # height and width of the frame header

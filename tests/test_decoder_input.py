@@ -5,9 +5,10 @@ import torch
 
 from fastmae.kernels import decoder_input, decoder_input_ref
 from fastmae.kernels.dispatch import INTERPRETED
-from tests.exactness import assert_as_exact_as_torch
+from tests.support.exactness import assert_as_exact_as_torch
+from tests.support.twins import twin
 
-SHAPES = [(1, 1, 1, 2, 8), (2, 3, 5, 8, 20), (3, 4, 6, 12, 33), (1, 5, 2, 9, 192)]  # B, K, Q, L, D
+SHAPES = [twin((1, 1, 1, 2, 8)), twin((2, 3, 5, 8, 20)), (3, 4, 6, 12, 33), twin((1, 5, 2, 9, 192))]  # B, K, Q, L, D
 DTYPES = [  # x as the decoder's embedding leaves it, result
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.float32),

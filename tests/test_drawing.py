@@ -10,8 +10,8 @@ from PIL import Image
 from fastmae import MAE
 from fastmae.train.drawing import Drawing
 from fastmae.train.world import World
-from tests.runs import FLAGS, MODEL, TORCHRUN, finish, start
-from tests.test_indexed import damage_samples
+from tests.support.batches import damage_samples
+from tests.support.runs import FLAGS, MODEL, TORCHRUN, finish, start
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -56,7 +56,6 @@ def test_where_the_first_images_cannot_be_had_those_of_a_batch_are_drawn(shard_f
     assert [(step, picture.height) for step, picture in album.pictures] == [(3, 18 + 4 * 132)]
 
 
-@pytest.mark.slow
 def test_a_cut_model_is_drawn_as_a_whole_one(shard_folder, tmp_path):
     flags = ["--data", shard_folder, *FLAGS, "--steps", "2", "--batch-size", "4", "--draw-every", "1"]
     for how in ("ddp", "fsdp"):

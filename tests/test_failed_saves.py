@@ -12,8 +12,8 @@ import torch
 from fastmae.errors import CheckpointError, DataError
 from fastmae.train import saver as saver_file
 from fastmae.train.checkpoint import find_checkpoint, list_checkpoints
-from tests.runs import FLAGS, finish, records, start
-from tests.saves import files_of, save, saver_of, tensors_at
+from tests.support.runs import FLAGS, finish, records, start
+from tests.support.saves import files_of, save, saver_of, tensors_at
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -165,7 +165,6 @@ _LYING = "import shutil, sys; shutil.disk_usage = lambda _: shutil._ntuple_disku
 _MAIN = "from fastmae.train.cli import main; sys.exit(main())"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lies", [False, True], ids=["told beforehand", "found while writing"])
 def test_a_run_on_a_full_disk_goes_on_to_its_end_and_says_that_it_is_not_saved(lies, small_disk, shard_folder):
     flags = ["--data", shard_folder, *FLAGS, "--steps", "3", "--batch-size", "8", "--save-every", "2", "--out", small_disk]

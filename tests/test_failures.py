@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from tests.runs import FLAGS, free_port
+from tests.support.runs import FLAGS, free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 
 # The command line, in which rank 1 fails in its third step.
 FAILING = """

@@ -16,9 +16,9 @@ from fastmae.data.foreign import index_shards
 from fastmae.data.index import Index
 from fastmae.data.read import ShardReader
 from fastmae.data.samples import Sample, list_samples
-from tests.conftest import make_picture
-from tests.test_stream import Bomb
-from tests.test_tar import HOSTILE, base_256, make_tar, refused, with_header
+from tests.support.hostile import Bomb
+from tests.support.pictures import make_picture
+from tests.support.tars import HOSTILE, base_256, make_tar, refused, with_header
 
 
 def jpeg(number: int) -> bytes:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from fastmae.data.fork import SIGNALS, fork, kill, readable, reap
-from tests.test_pool import is_alive
+from tests.support.processes import is_alive
 
 
 def test_a_child_begins_with_its_signals_blocked_and_the_parent_keeps_its_own():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.fuzz import bounded_memory
+from tests.support.fuzz import bounded_memory
 
 
 def test_memory_that_is_taken_and_given_back_is_seen():

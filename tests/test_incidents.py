@@ -11,7 +11,7 @@ from fastmae.train.log import RunLog
 from fastmae.train.spikes import SpikeDetector
 from fastmae.train.step import MicroBatch, StepResult
 from fastmae.train.world import World
-from tests.runs import records
+from tests.support.runs import records
 
 CPU = torch.device("cpu")
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmae import DataError
 from fastmae.data.index import ROW, Index
 from fastmae.data.read import ShardReader
 from fastmae.errors import SampleError
-from tests.fuzz import FUZZ, MUTATION, bounded_memory, mutate
+from tests.support.fuzz import MUTATION, bounded_memory, every_draw, fuzz, mutate
+from tests.support.shards import write_json
 
 
 def test_every_image_is_read_back_byte_for_byte(image_folder, shard_folder):
@@ -89,14 +89,6 @@ def test_damage_is_named_with_its_path(damage, message, copy):
         Index.load(copy)
 
 
-def write_json(folder, **fields):
-    """Fields of index.json changed, its own hash made right."""
-    document = {**json.loads((folder / "index.json").read_text()), **fields}
-    document.pop("xxh3")
-    document["xxh3"] = xxhash.xxh3_64_hexdigest(json.dumps(document, sort_keys=True).encode())
-    (folder / "index.json").write_text(json.dumps(document, indent=1))
-
-
 @pytest.mark.parametrize(
     ("shape", "descr"),
     [((2**33,), ROW.descr), ((2**62, 2**62), ROW.descr), ((37,), "S1000000000"), ((37,), "O"), ((-1,), "<u4")],
@@ -125,15 +117,14 @@ def load_all(folder: Path) -> bool:
     return True
 
 
-@pytest.mark.slow
-def test_no_mutation_of_an_index_causes_another_error(small_folder, tmp_path):
+@every_draw
+def test_no_mutation_of_an_index_causes_another_error(draw, small_folder, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(small_folder, folder)
     files = {name: (small_folder / name).read_bytes() for name in ("index.json", "index.npy")}
     loaded = []
 
-    @FUZZ
-    @given(st.sampled_from(sorted(files)), st.booleans(), st.lists(MUTATION, max_size=3))
+    @fuzz(draw, st.sampled_from(sorted(files)), st.booleans(), st.lists(MUTATION, max_size=3))
     def check(name, in_header, mutations):
         data = files[name]
         # numpy parses the header as Python's source, so half of the tables are damaged there.
@@ -143,7 +134,6 @@ def test_no_mutation_of_an_index_causes_another_error(small_folder, tmp_path):
             loaded.append(load_all(folder))
         (folder / name).write_bytes(data)
 
-    check()
     assert 0.02 < sum(loaded) / len(loaded) < 0.95
 
 
@@ -157,8 +147,8 @@ JSON = st.recursive(
 FIELDS = ("format", "samples", "table_xxh3", "classes", "build", "shards", "xxh3")
 
 
-@pytest.mark.slow
-def test_no_lie_of_an_index_with_right_hashes_causes_another_error(small_folder, tmp_path):
+@every_draw
+def test_no_lie_of_an_index_with_right_hashes_causes_another_error(draw, small_folder, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(small_folder, folder)
     index = Index.load(small_folder)
@@ -173,9 +163,11 @@ def test_no_lie_of_an_index_with_right_hashes_causes_another_error(small_folder,
     value = st.one_of(JSON, TEXT, NUMBER)
     in_shard = st.tuples(st.integers(0, len(shards) - 1), st.sampled_from([*shards[0], "more"]), value)
 
-    @FUZZ
-    @given(
-        st.dictionaries(st.sampled_from(FIELDS), value, max_size=1), st.lists(in_shard, max_size=1), st.lists(cell, max_size=2)
+    @fuzz(
+        draw,
+        st.dictionaries(st.sampled_from(FIELDS), value, max_size=1),
+        st.lists(in_shard, max_size=1),
+        st.lists(cell, max_size=2),
     )
     def check(fields, of_shards, cells):
         table = index.table.copy()
@@ -197,5 +189,4 @@ def test_no_lie_of_an_index_with_right_hashes_causes_another_error(small_folder,
         with bounded_memory(10 << 20):
             loaded.append(load_all(folder))
 
-    check()
     assert 0.02 < sum(loaded) / len(loaded) < 0.95

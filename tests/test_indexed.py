@@ -17,33 +17,13 @@ import torch
 from fastmae import DataError
 from fastmae.data.batch import LoaderConfig
 from fastmae.data.foreign import index_shards
-from fastmae.data.index import Index
 from fastmae.data.loader import Loader
 from fastmae.data.order import Order
 from fastmae.data.read import ShardReader
 from fastmae.data.recode import Recode
 from fastmae.data.write import write_shards
-from tests.test_loader import N, equal, joined, take
-from tests.test_pool import is_alive, wait_until
-
-
-def damage_samples(folder, count):
-    """Damage the first ``count`` samples."""
-    damage(folder, range(count))
-
-
-def damage(folder, samples):
-    """Overwrite the JPEGs of ``samples`` inside their tars, lengths unchanged."""
-    index = Index.load(folder)
-    for row in index.table[samples]:
-        with (folder / index.shards[row["shard"]].name).open("r+b") as file:
-            file.seek(int(row["offset"]) + 2)
-            file.write(bytes(int(row["size"]) - 2))
-
-
-def workers_of(source):
-    """Pids of the workers behind a running iterator of a Loader."""
-    return source.gi_frame.f_locals["source"].gi_frame.f_locals["source"]._pool.pids
+from tests.support.batches import N, damage, damage_samples, equal, joined, take
+from tests.support.processes import is_alive, wait_until, workers_of
 
 
 def crash_at(monkeypatch, samples):

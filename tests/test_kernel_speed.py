@@ -9,6 +9,8 @@ from fastmae.config import preset
 
 pytest.importorskip("pytest_benchmark")
 
+pytestmark = pytest.mark.timing
+
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_speed_of(case, device, benchmark):

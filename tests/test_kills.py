@@ -6,9 +6,7 @@ import signal
 import pytest
 
 from fastmae.train.checkpoint import list_checkpoints, verify
-from tests.runs import FLAGS, assert_same_bits, finish, losses, records, start
-
-pytestmark = pytest.mark.slow
+from tests.support.runs import FLAGS, assert_same_bits, finish, losses, records, start
 
 STEPS = 26
 SMALL = ["--blr", "0.01", "--steps", str(STEPS), "--save-every", "1", "--keep", "2"]

@@ -10,8 +10,8 @@ import yaml
 
 from fastmae.train.launch.__main__ import EXAMPLES
 from fastmae.train.launch.__main__ import main as list_examples
-from tests.runs import FLAGS, finish, losses
-from tests.slurm import children_of, log_of, options_of, start, wait_for_a_step, write_program
+from tests.support.runs import FLAGS, finish, losses
+from tests.support.slurm import children_of, log_of, options_of, start, wait_for_a_step, write_program
 
 # What can be read without running it.
 
@@ -128,7 +128,7 @@ def test_flags_reach_every_task_as_they_were_given(cluster):
     assert line.endswith("-m fastmae.train pretrain --requeue-exit --workers 1 base --data a b --workers 3")
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_run_of_two_slurm_tasks_completes(cluster, shard_folder):
     folder, environment = cluster
     flags = ["tiny", "--data", shard_folder, *FLAGS, "--batch-size", "4", "--steps", "3", "--out", folder / "run"]
@@ -138,7 +138,7 @@ def test_a_run_of_two_slurm_tasks_completes(cluster, shard_folder):
     assert len(losses(folder / "run")) == 3 and log_of(folder, "scontrol") == []
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_run_that_slurm_signals_saves_is_requeued_and_goes_on(cluster, shard_folder):
     folder, environment = cluster
     flags = ["tiny", "--data", shard_folder, *FLAGS, "--batch-size", "4", "--steps", "30", "--out", folder / "run"]
@@ -157,7 +157,7 @@ def test_a_run_that_slurm_signals_saves_is_requeued_and_goes_on(cluster, shard_f
 # torchrun.
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_torchrun_on_one_machine_completes(cluster, shard_folder):
     folder, environment = cluster
     flags = ["tiny", "--data", shard_folder, *FLAGS, "--batch-size", "4", "--steps", "2", "--out", folder / "run"]

@@ -7,35 +7,12 @@ import pytest
 import torch
 
 from fastmae import InputError
-from fastmae.data.batch import Batch, LoaderConfig
+from fastmae.data.batch import LoaderConfig
 from fastmae.data.index import Index
 from fastmae.data.loader import Loader
 from fastmae.data.recode import Recode
 from fastmae.data.write import write_shards
-
-N = 37
-
-
-def take(data, batches, *, batch_size=6, rank=0, world_size=1, start=0, **config):
-    config = LoaderConfig(**{"image_size": (16, 16), "workers": 0, **config})
-    place = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
-    state = Loader(data, config, **place).state(start)
-    source = iter(Loader(data, config, **place, state=state))
-    found = [next(source) for _ in range(batches)]
-    source.close()
-    return found
-
-
-def joined(batches, field):
-    return torch.cat([getattr(b, field) for b in batches])
-
-
-def joined_batch(batches):
-    return Batch(*(joined(batches, field) for field in Batch._fields[:4]))
-
-
-def equal(one, two):
-    return all(torch.equal(a, b) for x, y in zip(one, two, strict=True) for a, b in zip(x[:4], y[:4], strict=True))
+from tests.support.batches import N, equal, joined, joined_batch, take
 
 
 def test_every_sample_comes_once_per_epoch_and_epochs_differ(shard_folder):

@@ -11,7 +11,7 @@ from PIL import Image
 from fastmae.benchmarks import loader, pipelines
 from fastmae.benchmarks.cli import main
 from fastmae.data.augment import DRAWS, Augment, draw_crop, resized_crop
-from tests.conftest import make_picture
+from tests.support.pictures import make_picture
 
 
 @pytest.fixture

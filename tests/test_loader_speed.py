@@ -13,6 +13,8 @@ from fastmae.data.read import ShardReader
 from fastmae.data.recode import Recode
 from fastmae.data.write import write_shards
 
+pytestmark = pytest.mark.timing
+
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):

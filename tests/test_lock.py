@@ -16,7 +16,7 @@ import pytest
 from fastmae import InputError
 from fastmae.train.lock import RunLock
 from fastmae.train.pretrain import pretrain
-from tests.runs import FLAGS, RECIPE, TORCHRUN, finish, losses, run_of, start, wait_for
+from tests.support.runs import FLAGS, RECIPE, TORCHRUN, finish, losses, run_of, start, wait_for
 
 HOLDER = """
 import os, sys, time
@@ -154,7 +154,7 @@ def workers_of(process) -> list[int]:
     return [int(n) for p in Path(f"/proc/{process.pid}/task").glob("*/children") for n in p.read_text().split()]
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_second_start_is_refused_until_the_first_is_killed_and_then_goes_on(shard_folder, tmp_path):
     program = ("-c", PROGRAM)
     flags = ["--data", shard_folder, *FLAGS, "--batch-size", "8", "--save-every", "2", "--out", tmp_path]
@@ -181,7 +181,7 @@ def test_a_second_start_is_refused_until_the_first_is_killed_and_then_goes_on(sh
     first.communicate()
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_torchrun_starts_killed_processes_again_and_they_go_on(shard_folder, tmp_path):
     script = tmp_path.with_suffix(".py")
     script.write_text(PROGRAM)

@@ -6,9 +6,8 @@ import torch
 
 from fastmae.train.loss_scale import LossScale
 from fastmae.train.pretrain import pretrain
-from tests.runs import RECIPE, assert_same_bits, losses, run_of, tensors_of
-from tests.test_pretrain import signal_after
-from tests.test_step import batch, make_step, weights
+from tests.support.runs import RECIPE, assert_same_bits, losses, run_of, signal_after, tensors_of
+from tests.support.steps import batch, make_step, weights
 
 GOOD, BAD = torch.tensor(False), torch.tensor(True)
 

@@ -6,7 +6,7 @@ import torch
 import fastmae
 from fastmae import MAE, ModelConfig, random_masking
 from fastmae.kernels.dispatch import mode
-from tests.oracle import oracle
+from tests.support.oracle import oracle
 
 WIDTHS = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 4}
 CASES = [  # channels, (H, W), patch, mask ratio
@@ -222,7 +222,6 @@ def test_training_loss_compiles_into_one_graph_with_equal_gradients(device):
     assert max(relative(found[n], g) for n, g in expected.items()) < 1e-4
 
 
-@pytest.mark.slow
 def test_training_loss_compiles_through_inductor_at_two_batch_sizes():
     model = make(1, 16, 8, depth=1, decoder_depth=1).float()
     compiled = torch.compile(torch.no_grad()(model.training_loss), fullgraph=True, dynamic=True)

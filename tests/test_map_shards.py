@@ -12,7 +12,7 @@ import pytest
 
 from fastmae import DataError, InputError
 from fastmae.data.processes import map_shards
-from tests.test_pool import is_alive, wait_until
+from tests.support.processes import is_alive, wait_until
 
 
 def slower_first(item):

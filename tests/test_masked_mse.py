@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastmae.kernels import masked_mse
-from tests.exactness import assert_as_exact_as_torch
-from tests.test_patches import SHAPES, inputs
+from tests.support.exactness import assert_as_exact_as_torch
+from tests.support.patches import SHAPES, inputs
 
 
 def loss_in(dtype, pred, images, ids, patch, norm_pix, mean, std):

@@ -10,7 +10,6 @@ from pathlib import PosixPath
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -25,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from fastmae import DataError
 from fastmae.train.metadata import METADATA, read_metadata
 from fastmae.train.tensor_files import read_tensors, write_tensors
-from tests.fuzz import FUZZ, MUTATION, bounded_memory, mutate
+from tests.support.fuzz import MUTATION, bounded_memory, every_draw, fuzz, mutate
 
 
 @pytest.fixture(scope="module")
@@ -211,15 +210,14 @@ def test_what_the_writer_says_of_itself_is_not_needed(folder, good):
     assert torch.equal(a, torch.ones(3, 5))
 
 
-@pytest.mark.slow
-def test_damaged_metadata_is_refused_or_says_the_same_kind_of_thing(good, tmp_path_factory):
+@every_draw
+def test_damaged_metadata_is_refused_or_says_the_same_kind_of_thing(draw, good, tmp_path_factory):
     data = (good / METADATA).read_bytes()
     folder = tmp_path_factory.mktemp("fuzzed")
     for path in good.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
 
-    @FUZZ
-    @given(st.lists(MUTATION, min_size=1, max_size=3))
+    @fuzz(draw, st.lists(MUTATION, min_size=1, max_size=3))
     def try_one(mutations):
         (folder / METADATA).write_bytes(mutate(data, mutations))
         try:
@@ -231,16 +229,11 @@ def test_damaged_metadata_is_refused_or_says_the_same_kind_of_thing(good, tmp_pa
             assert all(type(place) is _StorageInfo for place in found.storage_data.values())
             assert all(type(index) is MetadataIndex for index in found.storage_data)
 
-    try_one()
 
-
-@pytest.mark.slow
-def test_random_bytes_are_refused(tmp_path):
-    @FUZZ
-    @given(st.binary(max_size=200))
+@every_draw
+def test_random_bytes_are_refused(draw, tmp_path):
+    @fuzz(draw, st.binary(max_size=200))
     def try_one(data):
         (tmp_path / METADATA).write_bytes(data)
         with pytest.raises(DataError, match="metadata: cannot be read, "):
             read_metadata(tmp_path)
-
-    try_one()

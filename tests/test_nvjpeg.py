@@ -11,8 +11,8 @@ from fastmae.data.decode import decode
 from fastmae.data.loader import Loader
 from fastmae.data.nvjpeg import make_decoder
 from fastmae.errors import SampleError
-from tests.test_hostile import GOOD, REPLACED, dataset
-from tests.test_loader import equal, take
+from tests.support.batches import equal, take
+from tests.support.hostile import GOOD, REPLACED, dataset
 
 
 @pytest.fixture

@@ -5,19 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from fastmae.kernels import gather_patches
-from tests.exactness import assert_as_exact_as_torch
-
-# B, C, H, W, patch, K: squares and not, powers of two and not, one channel to thirteen, one patch to many.
-SHAPES = [(1, 1, 4, 4, 4, 1), (2, 3, 32, 48, 16, 4), (2, 3, 28, 42, 14, 3), (1, 13, 16, 8, 8, 2), (3, 4, 6, 10, 2, 5)]
-
-
-def inputs(B, C, H, W, patch, K, dtype, device):
-    L = (H // patch) * (W // patch)
-    ids = torch.stack([torch.randperm(L)[:K] for _ in range(B)]).to(torch.int32).to(device)
-    if dtype == torch.uint8:
-        images = torch.randint(0, 256, (B, C, H, W), dtype=torch.uint8, device=device)
-        return images, ids, torch.rand(C, device=device), torch.rand(C, device=device) + 0.1
-    return torch.randn(B, C, H, W, device=device).to(dtype), ids, None, None
+from tests.support.exactness import assert_as_exact_as_torch
+from tests.support.patches import SHAPES, inputs
 
 
 def by_loops(images, ids, patch):

@@ -5,7 +5,7 @@ import tarfile
 import pytest
 
 from fastmae.train.cli import main
-from tests.test_pretrain import losses
+from tests.support.runs import losses
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,6 @@ def folder(photos, tmp_path_factory):
     return root
 
 
-@pytest.mark.slow
 def test_two_hundred_steps_on_photographs_lower_the_loss(folder, tmp_path):
     assert main(["shards", "build", str(folder), str(tmp_path / "shards"), "--resize", "256"]) == 0
     run = ["pretrain", "tiny", "--data", str(tmp_path / "shards"), "--out", str(tmp_path / "run"), "--img-size", "64",

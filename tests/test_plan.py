@@ -13,7 +13,7 @@ from fastmae.data.index import Index
 from fastmae.data.plan import UNFINISHED, Plan
 from fastmae.data.recode import Recode
 from fastmae.data.write import write_shards
-from tests.test_write import KEEP, contents
+from tests.support.shards import KEEP, contents
 
 
 def build(source, out, settings=KEEP, *, stop=None, seed=0, samples_per_shard=10, workers=0):

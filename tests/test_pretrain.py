@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 from dataclasses import replace
 
 import pytest
@@ -11,26 +10,11 @@ import pytest
 from fastmae import DivergedError, InputError
 from fastmae.data.write import write_shards
 from fastmae.train.compiled import LossModule
-from fastmae.train.log import RunLog
 from fastmae.train.pretrain import pretrain
 from fastmae.train.recipes import RECIPES
 from fastmae.train.run import accumulation
-from tests.runs import MODEL, RECIPE, assert_same_bits, losses, run_of
-from tests.test_indexed import damage_samples
-
-
-def signal_after(patch, steps, times=1):
-    """Send this process SIGTERMs, as a cluster would, once it has done ``steps`` steps."""
-    advance, done = RunLog.advance, []
-
-    def advance_then_signal(self):
-        advance(self)
-        done.append(1)
-        if len(done) == steps:
-            for _ in range(times):
-                signal.raise_signal(signal.SIGTERM)
-
-    patch.setattr(RunLog, "advance", advance_then_signal)
+from tests.support.batches import damage_samples
+from tests.support.runs import MODEL, RECIPE, assert_same_bits, losses, run_of, signal_after
 
 
 def test_six_steps_equal_three_and_three_resumed_bit_for_bit(shard_folder, tmp_path, monkeypatch):
@@ -56,7 +40,6 @@ def test_accumulation_keeps_the_loss(shard_folder, tmp_path):
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), rel=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compilation_keeps_the_loss(precision, shard_folder, tmp_path):
     for how in ("off", "blocks", "model"):

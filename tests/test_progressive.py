@@ -9,7 +9,7 @@ from fastmae import MAE, InputError, random_masking
 from fastmae.positions import sincos_positions
 from fastmae.train.pretrain import pretrain
 from fastmae.train.settings import PretrainSettings
-from tests.test_pretrain import MODEL, RECIPE, assert_same_bits, losses, run_of, signal_after
+from tests.support.runs import MODEL, RECIPE, assert_same_bits, losses, run_of, signal_after
 
 
 def test_a_finer_grid_lies_at_the_same_places():

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from fastmae.data.decode import DecodeError, decode
 from fastmae.data.recode import Recode, recode
-from tests.conftest import make_picture
+from tests.support.pictures import make_picture
 
 KEEP = Recode(resize=None)
 GREEN = (10, 200, 30)

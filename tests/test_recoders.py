@@ -21,9 +21,8 @@ from fastmae.data.index import Index
 from fastmae.data.recode import Recode
 from fastmae.data.recoders import recode_all
 from fastmae.data.write import write_shards
-from tests.test_write import contents
+from tests.support.shards import contents
 
-slow = pytest.mark.slow
 SETTINGS = {"settings": Recode(resize=64), "samples_per_shard": 7}
 # A process for each line, which builds in a session of its own; torch is imported once for all of them.
 FORGE = """
@@ -142,7 +141,6 @@ def assert_only_whole_shards(out, whole, expected):
     assert all(p.name in known or p.name.endswith(".partial") for p in out.iterdir())
 
 
-@slow
 def test_a_build_that_is_killed_ten_times_gives_the_same_bytes(forge, pictures, whole, tmp_path):
     start = time.monotonic()
     Build(forge, pictures, tmp_path / "timed").wait()
@@ -178,7 +176,6 @@ def test_a_build_that_is_killed_ten_times_gives_the_same_bytes(forge, pictures, 
     assert middle >= 5
 
 
-@slow
 @pytest.mark.parametrize(
     ("workers", "by", "says"),
     [
@@ -199,7 +196,6 @@ def test_a_worker_that_is_killed_is_one_line_and_the_build_goes_on(workers, by, 
     assert contents(tmp_path / "out") == contents(whole)
 
 
-@slow
 def test_a_stuck_worker_of_a_killed_build_keeps_nobody_out(forge, pictures, whole, tmp_path):
     build = begun(forge, pictures, tmp_path / "out")
     workers = [pid for pid in build.processes() if pid != build.pid]
@@ -217,7 +213,6 @@ def test_a_stuck_worker_of_a_killed_build_keeps_nobody_out(forge, pictures, whol
     assert contents(tmp_path / "out") == contents(whole)
 
 
-@slow
 def test_ctrl_c_ends_a_build_at_once_without_a_traceback(forge, pictures, whole, tmp_path):
     build = begun(forge, pictures, tmp_path / "out")
     os.killpg(build.pid, signal.SIGINT)  # as a terminal does: every process of the group
@@ -227,7 +222,6 @@ def test_ctrl_c_ends_a_build_at_once_without_a_traceback(forge, pictures, whole,
     assert contents(tmp_path / "out") == contents(whole)
 
 
-@slow
 def test_a_second_build_is_refused_and_the_first_is_unharmed(forge, pictures, whole, tmp_path):
     build = begun(forge, pictures, tmp_path / "out")
     os.kill(build.pid, signal.SIGSTOP)  # it holds its lock meanwhile

@@ -8,9 +8,9 @@ import torch
 from fastmae import MAE
 from fastmae.train.replicas import check_replicas, checksum
 from fastmae.train.world import World
-from tests import faults
-from tests.crew import Crew
-from tests.runs import MODEL
+from tests.support import faults
+from tests.support.crew import Crew
+from tests.support.runs import MODEL
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -55,7 +55,7 @@ def swap_two(model):
         weight[[0, 1]] = weight[[1, 0]]
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("damage", [flip_a_bit, swap_two])
 def test_a_process_whose_memory_changes_ends_the_run_with_its_name(damage, shard_folder, tmp_path):
     flags = ("--steps", 8, "--check-replicas", 2)

@@ -8,10 +8,10 @@ import pytest
 import xxhash
 
 from fastmae.train import step
-from tests.crew import Crew, run
-from tests.runs import assert_same_bits, losses
+from tests.support.crew import Crew, run
+from tests.support.runs import assert_same_bits, losses
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 STEPS = 10
 FLAGS = ("--steps", STEPS, "--blr", "0.05", "--save-every", "4", "--keep", "9")
 

@@ -11,8 +11,8 @@ from fastmae import MAE, DataError
 from fastmae.convert import save_model
 from fastmae.train.checkpoint import find_checkpoint, verify, write_manifest
 from fastmae.train.pretrain import pretrain
-from tests.runs import MODEL, RECIPE, losses, run_of, tensors_of
-from tests.saves import damages
+from tests.support.runs import MODEL, RECIPE, losses, run_of, tensors_of
+from tests.support.saves import damages
 
 
 def old_form(new, folder, schema):

@@ -8,7 +8,7 @@ import pytest
 from fastmae import DataError, InputError
 from fastmae.train.checkpoint import MODEL, write_manifest
 from fastmae.train.pretrain import pretrain
-from tests.runs import RECIPE, assert_same_bits, records, run_of
+from tests.support.runs import RECIPE, assert_same_bits, records, run_of
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastmae.errors import InputError
 from fastmae.train.report import write_report
-from tests.conftest import make_picture
+from tests.support.pictures import make_picture
 
 HOSTILE = "</td><script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>\"'&\ud800\0\x1b[31m"
 MODEL = {"img_size": [224, 224], "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, "norm_pix_loss": True}
@@ -285,7 +285,6 @@ def browse(tmp_path_factory):
     return open_page
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "background"), [(1, "rgb(255, 255, 255)"), (0, "rgb(14, 17, 22)")])
 def test_a_browser_shows_the_page_at_any_width(rich_run, tmp_path, browse, scheme, background):
     page = page_of(rich_run, out=tmp_path / "page.html")
@@ -303,7 +302,6 @@ def test_a_browser_shows_the_page_at_any_width(rich_run, tmp_path, browse, schem
         assert found["background"] == background
 
 
-@pytest.mark.slow
 def test_the_page_by_itself_says_nothing_on_the_console_and_its_policy_stops_all_else(rich_run, tmp_path, browse):
     page = page_of(rich_run, out=tmp_path / "page.html")
     dom, console = browse(tmp_path / "page.html")

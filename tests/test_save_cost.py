@@ -15,8 +15,8 @@ import torch
 
 from fastmae import ModelConfig
 from fastmae.train.snapshot import random_state, run_tensors
-from tests.saves import WORLD, saver_of, state_at
-from tests.test_step import batch, make_step
+from tests.support.saves import WORLD, saver_of, state_at
+from tests.support.steps import batch, make_step
 
 ROUNDS = 7
 # Two blocks of ViT-B's, 170 MB of weights and moments: a save takes as long as several steps.
@@ -40,10 +40,9 @@ def one_thread():
 
 
 @pytest.fixture
-def measured(device, one_thread, tmp_path, monkeypatch):
+def measured(device, one_thread, tmp_path):
     """Medians over saves: seconds that the step was held, seconds of the save, and by what the steps beside it took longer."""
-    monkeypatch.setattr("tests.test_step.CONFIG", BIG)
-    model, train = make_step(device)
+    model, train = make_step(device, config=BIG)
     world, data = replace(WORLD, device=torch.device(device, 0) if device == "cuda" else WORLD.device), batch(8, device)
     tensors, saver = run_tensors(model, train.optimizer), saver_of(tmp_path, world, asynchronous=True)
 
@@ -68,7 +67,7 @@ def measured(device, one_thread, tmp_path, monkeypatch):
     return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_saving_beside_training_costs_less_than_a_twentieth_of_the_steps_time(measured):
     held, length, slowdown = measured
     cost = (held + length * (1 - 1 / slowdown)) / (10 * length)

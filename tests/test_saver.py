@@ -10,8 +10,8 @@ import torch
 from fastmae.convert import load_model
 from fastmae.train import saver as saver_file
 from fastmae.train.checkpoint import find_checkpoint, list_checkpoints
-from tests.runs import assert_same_bits, tensors_of
-from tests.saves import files_of, save, saver_of, tensors_at
+from tests.support.runs import assert_same_bits, tensors_of
+from tests.support.saves import files_of, save, saver_of, tensors_at
 
 
 @pytest.fixture

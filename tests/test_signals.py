@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 
 from fastmae.train.signals import SIGNALS, StopSignals
-from tests import faults
-from tests.crew import Crew, run
-from tests.runs import FLAGS as TINY
-from tests.runs import TORCHRUN, assert_same_bits, finish, losses, records, start
+from tests.support import faults
+from tests.support.crew import Crew, run
+from tests.support.runs import FLAGS as TINY
+from tests.support.runs import TORCHRUN, assert_same_bits, finish, losses, records, start
 
 STEPS = 30
 FLAGS = ("--steps", STEPS, "--blr", "0.05", "--save-every", "1000")
@@ -90,7 +90,7 @@ def assert_goes_on_to(whole, shards, out):
     assert losses(out) == losses(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     ("number", "ranks", "how"),
     [
@@ -113,7 +113,7 @@ def test_all_stop_after_the_same_step_and_the_next_start_goes_on_with_the_same_b
     assert_goes_on_to(undisturbed, shard_folder, out)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("how", ["--async-save", "--no-async-save"])
 def test_a_signal_during_a_save_waits_for_it(how, undisturbed, shard_folder, tmp_path):
     out = tmp_path / "run"
@@ -126,7 +126,7 @@ def test_a_signal_during_a_save_waits_for_it(how, undisturbed, shard_folder, tmp
     assert_goes_on_to(undisturbed, shard_folder, out)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_signal_during_the_start_stops_before_the_first_step(undisturbed, shard_folder, tmp_path):
     out = tmp_path / "run"
     with Crew(2, shard_folder, out, *FLAGS, fault=partial(faults.slow_start, 0.5)) as crew:
@@ -136,7 +136,7 @@ def test_a_signal_during_the_start_stops_before_the_first_step(undisturbed, shar
     assert_goes_on_to(undisturbed, shard_folder, out)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_run_that_wants_to_go_on_says_so_by_its_exit_code_until_it_is_done(size, shard_folder, tmp_path):
     out, flags = tmp_path / "run", (*FLAGS, "--requeue-exit")
@@ -148,7 +148,7 @@ def test_a_run_that_wants_to_go_on_says_so_by_its_exit_code_until_it_is_done(siz
     run(size, shard_folder, out, *flags)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_second_interrupt_ends_a_process_at_once_and_the_others_with_it(shard_folder, tmp_path):
     with Crew(2, shard_folder, tmp_path / "run", *FLAGS, fault=partial(faults.sleep_at, 3, 0)) as crew:
         crew.wait_for("asleep")
@@ -159,11 +159,11 @@ def test_a_second_interrupt_ends_a_process_at_once_and_the_others_with_it(shard_
         assert "fastmae: rank 0 has failed, KeyboardInterrupt" in crew.text(1)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_torchrun_passes_a_signal_on_and_the_run_is_saved(undisturbed, shard_folder, tmp_path):
     flags = [*FLAGS, "--effective-batch", 12, "--batch-size", 6, "--data", shard_folder, "--out", tmp_path]
     environment = {"TESTS_SLOW_STEPS": "0.1"}
-    process = start([*TINY, *flags], (*TORCHRUN, "2"), program=("-m", "tests.crew"), **environment)
+    process = start([*TINY, *flags], (*TORCHRUN, "2"), program=("-m", "tests.support.crew"), **environment)
     end = time.monotonic() + 60
     while not (tmp_path / "metrics.jsonl").exists() or len(losses(tmp_path)) < 5:
         assert process.poll() is None and time.monotonic() < end

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 
 from fastmae.train.snapshot import make_moments, random_state, run_tensors, set_random_state, share_out, total_bytes
-from tests.saves import WORLD
-from tests.test_step import batch, make_step
+from tests.support.saves import WORLD
+from tests.support.steps import batch, make_step
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

@@ -19,8 +19,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fastmae import DataError, InputError
 from fastmae.data.batch import LoaderConfig
 from fastmae.data.loader import Loader
-from tests.conftest import make_picture
-from tests.test_loader import joined, take
+from tests.support.batches import joined, take
+from tests.support.hostile import Bomb
+from tests.support.pictures import make_picture
 
 
 def test_every_sample_of_a_pass_comes_once_and_passes_differ(foreign):
@@ -63,16 +64,6 @@ def add(tar, name, data):
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
-
-
-class Bomb:
-    """Leaves a mark where it is unpickled."""
-
-    def __init__(self, mark):
-        self.mark = str(mark)
-
-    def __reduce__(self):
-        return (open, (self.mark, "w"))
 
 
 def test_pickles_are_never_run_and_bad_images_are_named(tmp_path):

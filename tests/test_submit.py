@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from fastmae.train.launch import submit
-from tests.runs import FLAGS, finish, losses
-from tests.slurm import children_of, options_of, wait_for_a_step
+from tests.support.runs import FLAGS, finish, losses
+from tests.support.slurm import children_of, options_of, wait_for_a_step
 
 
 def submitted(arguments, folder, environment=None):
@@ -69,7 +69,7 @@ def test_submitit_asks_slurm_for_the_same_as_the_example(cluster, shard_folder):
 LOCAL = ["--cluster", "local", "--gpus", "0", "--hours", "0.05", "--wait"]
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_submitit_runs_two_processes_and_requeues_them(tmp_path, shard_folder):
     """The signal that submitit sends before a time limit, sent by hand: both save, the first one requeues, both go on."""
     pytest.importorskip("submitit", reason="needs the extra `submitit`")
@@ -88,7 +88,7 @@ def test_submitit_runs_two_processes_and_requeues_them(tmp_path, shard_folder):
     assert len(losses(tmp_path / "run")) == 30
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_run_that_fails_fails_its_submitit_job(tmp_path):
     pytest.importorskip("submitit", reason="needs the extra `submitit`")
     flags = ["tiny", "--data", tmp_path / "nothing", "--out", tmp_path / "run", "--device", "cpu"]

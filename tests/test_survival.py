@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from fastmae.train.checkpoint import verify
-from tests import faults
-from tests.crew import Crew, run
-from tests.runs import FLAGS as TINY
-from tests.runs import TORCHRUN, assert_same_bits, finish, losses, records, start, wait_for
+from tests.support import faults
+from tests.support.crew import Crew, run
+from tests.support.runs import FLAGS as TINY
+from tests.support.runs import TORCHRUN, assert_same_bits, finish, losses, records, start, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 STEPS = 30
 FLAGS = ("--steps", STEPS, "--blr", "0.05", "--save-every", "5", "--keep", "9")
 SLOW = partial(faults.slow_steps, 0.1)
@@ -69,7 +69,7 @@ def ranks_of(launcher):
 def test_torchrun_starts_a_killed_run_again_and_it_ends_well(undisturbed, shard_folder, tmp_path):
     flags = [*FLAGS, "--effective-batch", 12, "--batch-size", 6, "--data", shard_folder, "--out", tmp_path]
     launcher = (*TORCHRUN, "2", "--max-restarts", "1")
-    process = start([*TINY, *flags, "--no-async-save"], launcher, program=("-m", "tests.crew"))
+    process = start([*TINY, *flags, "--no-async-save"], launcher, program=("-m", "tests.support.crew"))
     wait_for(tmp_path / "step-0000005", process)
     began = time.monotonic()
     os.kill(ranks_of(process)[1], signal.SIGKILL)
@@ -160,7 +160,7 @@ def _changed(out, before, after):
     """The kinds of tensors that differ between two checkpoints of a run."""
     import torch
 
-    from tests.runs import tensors_of
+    from tests.support.runs import tensors_of
 
     a, b = (tensors_of(out / f"step-{number:07d}") for number in (before, after))
     names = {name for name in a if not torch.equal(a[name], b[name])}

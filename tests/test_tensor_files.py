@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -16,7 +15,7 @@ from fastmae import DataError
 from fastmae.train import tensor_files
 from fastmae.train.metadata import METADATA
 from fastmae.train.tensor_files import describe_tensors, read_tensors, write_tensors
-from tests.fuzz import FUZZ, MUTATION, mutate
+from tests.support.fuzz import MUTATION, every_draw, fuzz, mutate
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool]
 SHAPES = [(), (0,), (1,), (3, 0, 2), (7, 5), (2, 3, 1, 5)]
@@ -123,13 +122,12 @@ def test_parts_of_a_tensor_are_put_together(tmp_path):
     assert torch.equal(back, whole)
 
 
-@pytest.mark.slow
-def test_no_damage_of_a_payload_causes_another_error(folder):
+@every_draw
+def test_no_damage_of_a_payload_causes_another_error(draw, folder):
     data = (folder / "__0_0.distcp").read_bytes()
     read = []
 
-    @settings(FUZZ, max_examples=800)
-    @given(st.lists(MUTATION, min_size=1, max_size=2))
+    @fuzz(draw, st.lists(MUTATION, min_size=1, max_size=2), examples=100)
     def try_one(mutations):
         (folder / "__0_0.distcp").write_bytes(mutate(data, mutations))
         try:
@@ -138,8 +136,7 @@ def test_no_damage_of_a_payload_causes_another_error(folder):
             assert str(folder) in str(error)
         read.append(1)
 
-    try_one()
-    assert len(read) > 500
+    assert len(read) >= 100
 
 
 @pytest.mark.parametrize("hidden", [True, False], ids=["behind torch's RuntimeError", "as it is"])

@@ -5,7 +5,7 @@ import torch
 
 from fastmae import MAE, ModelConfig
 from fastmae.benchmarks.twin import TwinMAE
-from tests.oracle import oracle
+from tests.support.oracle import oracle
 
 
 @pytest.mark.parametrize("fused", [False, True])

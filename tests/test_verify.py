@@ -15,8 +15,8 @@ from fastmae.data.describe import describe
 from fastmae.data.foreign import index_shards
 from fastmae.data.index import Index
 from fastmae.data.verify import verify_shards
-from tests.test_index import write_json
-from tests.test_tar import make_tar
+from tests.support.shards import write_json
+from tests.support.tars import make_tar
 
 
 def flip(path, at, bits=0xFF):
@@ -45,7 +45,6 @@ def test_whole_shards_give_no_line(workers, decode_images, shard_folder, tmp_pat
     assert not verify_shards(tmp_path, decode_images=decode_images, workers=workers)
 
 
-@pytest.mark.slow
 def test_every_damaged_byte_is_reported_with_its_file(small_folder, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(small_folder, folder)

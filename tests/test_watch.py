@@ -11,7 +11,7 @@ import torch
 from fastmae.train import watch
 from fastmae.train.watch import Watch
 from fastmae.train.world import World
-from tests.crew import context, speak_into
+from tests.support.crew import context, speak_into
 
 FOREVER = 60
 

@@ -11,7 +11,7 @@ import torch
 
 from fastmae import InputError
 from fastmae.train.world import World, join_world
-from tests.runs import free_port
+from tests.support.runs import free_port
 
 PROGRAM = """
 import json
@@ -53,7 +53,7 @@ def hear(size: int, local_size: int) -> list[dict]:
     return [json.loads(process.communicate(timeout=120)[0]) for process in processes]
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize(("size", "local_size"), [(2, 2), (4, 2), (3, 1)])
 def test_every_process_hears_the_same(size, local_size):
     for heard in hear(size, local_size):

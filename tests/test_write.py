@@ -14,13 +14,8 @@ from fastmae.data.images import list_images
 from fastmae.data.index import Index
 from fastmae.data.recode import Recode
 from fastmae.data.write import write_shards
-from tests.conftest import make_picture
-
-KEEP = Recode(resize=None)
-
-
-def contents(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+from tests.support.pictures import make_picture
+from tests.support.shards import KEEP, contents
 
 
 def test_the_same_input_gives_the_same_bytes_whatever_the_workers(image_folder, tmp_path):

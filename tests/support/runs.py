@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from fastmae import ModelConfig
 from fastmae.train.checkpoint import TENSORS
+from fastmae.train.log import RunLog
 from fastmae.train.recipes import Recipe
 from fastmae.train.run import Run
 from fastmae.train.tensor_files import describe_tensors, read_tensors
@@ -87,3 +89,17 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
+
+
+def signal_after(patch, steps, times=1):
+    """Send this process SIGTERMs, as a cluster would, once it has done ``steps`` steps."""
+    advance, done = RunLog.advance, []
+
+    def advance_then_signal(self):
+        advance(self)
+        done.append(1)
+        if len(done) == steps:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGTERM)
+
+    patch.setattr(RunLog, "advance", advance_then_signal)

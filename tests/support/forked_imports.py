@@ -5,5 +5,5 @@ import torch.distributed.fsdp
 import torch.utils.tensorboard  # noqa: F401
 
 import fastmae.train.cli  # noqa: F401
-import tests.crew
-import tests.test_killed_saves  # noqa: F401
+import tests.support.crew
+import tests.support.killed_saves  # noqa: F401

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from fastmae.train.launch.__main__ import EXAMPLES
-from tests.runs import losses, wait_for
+from tests.support.runs import losses, wait_for
 
 # Starts as many tasks as FAKE_TASKS says, with the variables that Slurm gives them, passes SIGUSR1 on to each, as --signal
 # does, and ends with the highest exit code of theirs, as srun does. FAKE_CODE ends it at once.

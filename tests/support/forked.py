@@ -15,7 +15,7 @@ from unittest import mock
 def context():
     """The ``multiprocessing`` context of such processes; each computes in one thread."""
     made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["tests.forked_imports"])
+    made.set_forkserver_preload(["tests.support.forked_imports"])
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # read when torch is loaded, which is there or never
         forkserver.ensure_running()
     return made

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from tests.forked import context
-from tests.runs import FLAGS
+from tests.support.forked import context
+from tests.support.runs import FLAGS
 
 # Smaller than tiny, so that a step takes milliseconds.
 SMALLEST = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
@@ -127,7 +127,7 @@ def _main(words: list[str]) -> int:
 
 if __name__ == "__main__":  # for launchers: the same run as a program
     if "TESTS_SLOW_STEPS" in os.environ:
-        from tests.faults import slow_steps
+        from tests.support.faults import slow_steps
 
         slow_steps(float(os.environ["TESTS_SLOW_STEPS"]), 0)
     sys.exit(_main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""What tests share: runs, crews of processes, faults, damaged files, tolerances."""

@@ -13,8 +13,8 @@ import triton
 
 import fastmae
 from fastmae.attention import attention_shapes, resolve
-from fastmae.backends import BACKENDS, why_not
-from fastmae.config import preset
+from fastmae.backends import why_not
+from fastmae.config import BACKENDS, preset
 from fastmae.kernels import dispatch, gather_patches
 from fastmae.train.run import default_workers
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmae.errors import InputError
-from fastmae.train.compiled import COMPILE
 from fastmae.train.environment import read_place
-from fastmae.train.parallel import PARALLEL, REDUCE
 
+COMPILE = ("auto", "off", "blocks", "model")
+PARALLEL = ("ddp", "fsdp", "hsdp")
+REDUCE = ("fp32", "bf16")
 PRECISION = ("auto", "bf16", "fp16", "fp32")
 
 

@@ -111,6 +111,16 @@ def default_workers(local_ranks: int | None = None) -> int:
     return max(1, cores // max(1, ranks) - 1)
 
 
+def check_kernels() -> None:
+    """Raise InputError on a wrong ``FASTMAE_KERNELS`` before any work is done."""
+    from fastmae.kernels import dispatch  # and torch, without which this file can be read
+
+    try:
+        dispatch.mode()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 def accumulation(effective_batch: int, batch_size: int, processes: int) -> int:
     """Micro-batches per step. Raises InputError unless they make up the effective batch exactly."""
     count, rest = divmod(effective_batch, batch_size * processes)

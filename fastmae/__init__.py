@@ -41,14 +41,15 @@ __all__ = [
 _FILES = {"DataError": "errors", "DivergedError": "errors", "InputError": "errors", "Masking": "masking",
           "ModelConfig": "config", "load_model": "convert", "random_masking": "masking"}  # fmt: skip
 
+if not TYPE_CHECKING:  # where a type checker would take any name for one
 
-def __getattr__(name: str) -> object:
-    """A name of ``__all__`` from its file, ``mae`` where ``_FILES`` says no other (PEP 562)."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"{__name__}.{_FILES.get(name, 'mae')}"), name)
-    globals()[name] = found
-    return found
+    def __getattr__(name: str) -> object:
+        """A name of ``__all__`` from its file, ``mae`` where ``_FILES`` says no other (PEP 562)."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(importlib.import_module(f"{__name__}.{_FILES.get(name, 'mae')}"), name)
+        globals()[name] = found
+        return found
 
 
 def __dir__() -> list[str]:

@@ -3,10 +3,9 @@
 import torch
 
 from fastmae.attention import attention_shapes
-from fastmae.backends import BACKENDS, why_not
+from fastmae.backends import why_not
 from fastmae.choice import Shape, fastest, measure
-from fastmae.config import preset
-from fastmae.masking import kept_patches
+from fastmae.config import BACKENDS, kept_patches, preset
 
 _CPU_TOKENS = 3200  # keys in a measured batch; a GPU's default keeps it busy for about a millisecond
 

@@ -1,6 +1,7 @@
 """``fastmae bench``, or ``python -m fastmae.benchmarks``: measure, print a table, end with one JSON document in a line.
 
-Needs torch, triton and numpy; an optional package that is missing costs its rows or its plot, not the run.
+Needs torch, triton and numpy; an optional package that is missing costs its rows or its plot, not the run. Arguments are
+parsed before torch is imported, so that help answers at once: each benchmark imports what it measures.
 """
 
 import argparse
@@ -12,15 +13,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from fastmae.benchmarks import attention, chart, kernels, resources, scaling, scaling_page, step, waterfall
 from fastmae.benchmarks.cluster import Cluster, explained
-from fastmae.benchmarks.equality import LossesDiffer
-from fastmae.benchmarks.machine import environment
 from fastmae.benchmarks.report import align, save, update_readme
 from fastmae.errors import InputError
+from fastmae.train.run import check_kernels
+
+if TYPE_CHECKING:
+    import torch
 
 _ROOT = Path(__file__).resolve().parents[1]
 RESULTS = _ROOT / "benchmarks" / "results"
@@ -32,8 +33,11 @@ Part = tuple[str, dict, Callable[[dict], list[list[str]]]]  # a section's name, 
 def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark; return its exit code: 0 done, 1 losses differ or resources exceed their limits, 2 wrong input."""
     options = parser().parse_args(arguments)
+    from fastmae.benchmarks.equality import LossesDiffer
+
     warnings.simplefilter("ignore")  # torch's hints, which a table's reader cannot act on
     try:
+        check_kernels()
         return options.run(options)
     except InputError as error:
         print(f"fastmae bench: {error}", file=sys.stderr)
@@ -62,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         *common, "batches", "rounds", "minutes", "image-size", "reference")  # fmt: skip
     command = add("kernels", _kernels_or_resources, "each op: Triton, twin, compiled twin", *common, "batch")
     command.add_argument("--resources", action="store_true", help="compile for sm_80, 90, 100 and print what the binaries need")
-    command.add_argument("--save", action="store_true", help=f"with --resources: write {resources.TABLE.name}")
+    command.add_argument("--save", action="store_true", help="with --resources: write resources.json")
     add("attention", partial(_report, _attention), "each attention backend on the shapes of training", *common)
     add("waterfall", partial(_report, _waterfall), "the step with each optimisation switched off alone",
         "device", "out", "model", "batch", "rounds", "minutes", "image-size")  # fmt: skip
@@ -72,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     add("all", partial(_report, _all), "every benchmark, one after the other",
         *common, "model", "batches", "batch", "rounds", "minutes", "image-size", "reference")  # fmt: skip
     command = add("scaling", _scaling, "on paper: step time and efficiency on 8 to 512 GPUs", "models")
-    command.add_argument("--gpus", type=_positive, nargs="+", metavar="N", default=scaling.GPUS, help="8 to 512")
+    command.add_argument("--gpus", type=_positive, nargs="+", metavar="N", help="8 to 512")
     command.add_argument("--effective-batch", type=_positive, default=4096, metavar="N", help="images a step, 4096")
     command.add_argument("--micro-batch", type=_positive, default=128, metavar="N", help="most images of a GPU at once, 128")
     command.add_argument("--docs", action="store_true", help="write docs/scaling.md's tables and its chart")
@@ -108,6 +112,8 @@ _FLAGS: dict[str, dict] = {
 
 def _report(measure: Callable[[argparse.Namespace], Iterator[Part]], options: argparse.Namespace) -> int:
     """Print each part as it is measured, and all of them as one JSON document in the end."""
+    from fastmae.benchmarks.machine import environment
+
     document = {}
     for name, section, table in measure(options):
         section = {"environment": environment(_device(options)), **section}
@@ -126,6 +132,8 @@ def _report(measure: Callable[[argparse.Namespace], Iterator[Part]], options: ar
 
 
 def _step(options: argparse.Namespace) -> Iterator[Part]:
+    from fastmae.benchmarks import step
+
     models = _models(options, ["base", "large", "huge"], ["base"])
     step.check_models(models, options.reference)
     section = step.measure_steps(models, options.batches, _device(options), clone=options.reference, rounds=options.rounds,
@@ -134,16 +142,22 @@ def _step(options: argparse.Namespace) -> Iterator[Part]:
 
 
 def _kernels(options: argparse.Namespace) -> Iterator[Part]:
+    from fastmae.benchmarks import kernels
+
     models = _models(options, ["base", "large", "huge"], ["base"])
     yield "kernels", kernels.measure_kernels(models, options.batch, _device(options)), kernels.table
 
 
 def _attention(options: argparse.Namespace) -> Iterator[Part]:
+    from fastmae.benchmarks import attention
+
     models = _models(options, ["base", "large", "huge"], ["base", "huge"])
     yield "attention", attention.measure_attention(models, _device(options)), attention.table
 
 
 def _waterfall(options: argparse.Namespace) -> Iterator[Part]:
+    from fastmae.benchmarks import step, waterfall
+
     step.check_models([options.model], None)
     section = waterfall.measure_waterfall(options.model, options.batch, _device(options), options.rounds, options.image_size,
                                           options.minutes)  # fmt: skip
@@ -151,6 +165,8 @@ def _waterfall(options: argparse.Namespace) -> Iterator[Part]:
 
 
 def _loader(options: argparse.Namespace) -> Iterator[Part]:
+    from fastmae.benchmarks import step
+
     device = _device(options)
     if options.gpu and device.type != "cuda":
         raise InputError("--gpu needs a CUDA device; `fastmae doctor` tells why there is none")
@@ -177,6 +193,8 @@ def _kernels_or_resources(options: argparse.Namespace) -> int:
 
 
 def _resources(options: argparse.Namespace) -> int:
+    from fastmae.benchmarks import resources
+
     found = resources.measure()
     if options.save:
         resources.TABLE.parent.mkdir(exist_ok=True)
@@ -189,11 +207,13 @@ def _resources(options: argparse.Namespace) -> int:
 
 
 def _scaling(options: argparse.Namespace) -> int:
+    from fastmae.benchmarks import chart, scaling, scaling_page, step
+
     models = options.models or list(scaling.MODELS)
     step.check_models(models, None)
     cluster = Cluster(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Cluster)})
-    section = scaling.predict_scaling(models, options.gpus, cluster, RESULTS, effective_batch=options.effective_batch,
-                                      micro_batch=options.micro_batch)  # fmt: skip
+    section = scaling.predict_scaling(models, options.gpus or scaling.GPUS, cluster, RESULTS,
+                                      effective_batch=options.effective_batch, micro_batch=options.micro_batch)  # fmt: skip
     for name, rows in scaling_page.tables(section).items():
         print(f"{name}\n\n{align(rows)}\n")
     for note in section["notes"]:
@@ -210,7 +230,9 @@ def _readme(options: argparse.Namespace) -> int:
     return 0
 
 
-def _device(options: argparse.Namespace) -> torch.device:
+def _device(options: argparse.Namespace) -> "torch.device":
+    import torch
+
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was asked for, but torch sees no CUDA device; `fastmae doctor` tells more")
     on_gpu = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
@@ -218,6 +240,8 @@ def _device(options: argparse.Namespace) -> torch.device:
 
 
 def _models(options: argparse.Namespace, on_gpu: list[str], on_cpu: list[str]) -> list[str]:
+    from fastmae.benchmarks import step
+
     models = options.models or (on_gpu if _device(options).type == "cuda" else on_cpu)
     step.check_models(models, None)
     return models

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastmae.config import ModelConfig
 from fastmae.errors import InputError
 from fastmae.mae import MAE
-from fastmae.train.parallel import PARALLEL, REDUCE
+from fastmae.train.run import PARALLEL, REDUCE
 
 _VOTES = 2  # words of ``World.any`` before a step: has somebody failed, has somebody been told to stop
 

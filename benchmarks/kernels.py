@@ -16,9 +16,9 @@ from fastmae import kernels
 from fastmae.benchmarks.equality import LossesDiffer
 from fastmae.benchmarks.machine import copy_bytes
 from fastmae.benchmarks.timing import device_seconds
-from fastmae.config import ModelConfig, preset
+from fastmae.config import ModelConfig, kept_patches, preset
 from fastmae.kernels.dispatch import use_triton
-from fastmae.masking import kept_patches, random_masking
+from fastmae.masking import random_masking
 
 _CPU_CACHE = 64 * 2**20  # bytes, assumed
 _MOST_SETS = 32

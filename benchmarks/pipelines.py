@@ -17,13 +17,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastmae.data.augment import DRAWS, Augment, crop_box, resized_crop
+from fastmae.data.augment import DRAWS, Augment, crop_box
 from fastmae.data.batch import LoaderConfig
 from fastmae.data.foreign import index_shards
 from fastmae.data.index import JSON_NAME, Index
 from fastmae.data.indexed import IndexedBatches
 from fastmae.data.order import Order
 from fastmae.data.read import ShardReader
+from fastmae.data.resize import resized_crop
 from fastmae.optional import require
 
 BATCH = 256

@@ -16,10 +16,9 @@ from functools import cache
 
 from fastmae.benchmarks.cluster import Cluster
 from fastmae.benchmarks.collectives import Collective, Layout, step_collectives, trained_elements
-from fastmae.config import ModelConfig
+from fastmae.config import ModelConfig, kept_patches
 from fastmae.errors import InputError
 from fastmae.flops import training_flops
-from fastmae.masking import kept_patches
 
 # Bytes of memory traffic per parameter in the update: AdamW reads weight, gradient and two moments and writes all but the
 # gradient; the gradient's norm reads it once more. All float32.

@@ -1,16 +1,24 @@
-"""fastmae: high-throughput masked-autoencoder pretraining on exactly the reference's arithmetic."""
+"""fastmae: high-throughput masked-autoencoder pretraining on exactly the reference's arithmetic.
 
-from fastmae.config import ModelConfig
-from fastmae.errors import DataError, DivergedError, InputError
-from fastmae.mae import (
-    MAE,
-    mae_vit_base_patch16,
-    mae_vit_huge_patch14,
-    mae_vit_large_patch16,
-    mae_vit_small_patch16,
-    mae_vit_tiny_patch16,
-)
-from fastmae.masking import Masking, random_masking
+Names are imported from their files when they are first used: `import fastmae` costs nothing, and no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what type checkers and editors read
+    from fastmae.config import ModelConfig
+    from fastmae.convert import load_model
+    from fastmae.errors import DataError, DivergedError, InputError
+    from fastmae.mae import (
+        MAE,
+        mae_vit_base_patch16,
+        mae_vit_huge_patch14,
+        mae_vit_large_patch16,
+        mae_vit_small_patch16,
+        mae_vit_tiny_patch16,
+    )
+    from fastmae.masking import Masking, random_masking
 
 __version__ = "0.1.0"
 
@@ -21,6 +29,7 @@ __all__ = [
     "InputError",
     "Masking",
     "ModelConfig",
+    "load_model",
     "mae_vit_base_patch16",
     "mae_vit_huge_patch14",
     "mae_vit_large_patch16",
@@ -28,3 +37,20 @@ __all__ = [
     "mae_vit_tiny_patch16",
     "random_masking",
 ]
+
+_FILES = {"DataError": "errors", "DivergedError": "errors", "InputError": "errors", "Masking": "masking",
+          "ModelConfig": "config", "load_model": "convert", "random_masking": "masking"}  # fmt: skip
+
+if not TYPE_CHECKING:  # where a type checker would take any name for one
+
+    def __getattr__(name: str) -> object:
+        """A name of ``__all__`` from its file, ``mae`` where ``_FILES`` says no other (PEP 562)."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(importlib.import_module(f"{__name__}.{_FILES.get(name, 'mae')}"), name)
+        globals()[name] = found
+        return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

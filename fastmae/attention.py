@@ -9,9 +9,9 @@ on these shapes finds fastest on a GPU (``fastmae.choice``), and torch's own cho
 import torch
 from torch import Tensor
 
-from fastmae.backends import BACKENDS, attend, prepare
+from fastmae.backends import attend, prepare
 from fastmae.choice import Shape, fastest
-from fastmae.config import ModelConfig
+from fastmae.config import BACKENDS, ModelConfig
 from fastmae.errors import InputError
 
 MEASURED = ("cuda",)  # device types on which auto measures; elsewhere torch's own choice is the only fast one
@@ -40,10 +40,14 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype, shape: Shape) ->
     return backend
 
 
-@torch.compiler.assume_constant_result  # measured, and xformers imported, while a graph is made and not in it
 def _resolve_outside_graph(backend: str, device_type: str, dtype: torch.dtype, N: int, M: int, H: int, d: int) -> str:
     # Plain numbers: dynamo hands a named tuple over empty.
     return resolve(backend, device_type, dtype, Shape(N, M, H, d))
+
+
+# Measured, and xformers imported, while a graph is made and not in it. This is all that torch.compiler.assume_constant_result
+# does, which imports torch's whole compiler for it: a second.
+_resolve_outside_graph._dynamo_marked_constant = True
 
 
 def attention_shapes(config: ModelConfig, kept: int, predicted: int) -> list[Shape]:

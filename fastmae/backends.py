@@ -12,9 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmae.optional import require
 
-BACKENDS = ("xformers", "sdpa", "flash", "cudnn", "efficient", "math")
-"""``sdpa`` leaves the choice to torch; ``flash``, ``cudnn``, ``efficient`` and ``math`` are its kernels by name."""
-
 _SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmae.backends import BACKENDS, attend, prepare, why_not
+from fastmae.backends import attend, prepare, why_not
+from fastmae.config import BACKENDS
 from fastmae.errors import InputError
 from fastmae.files import write_atomically
 

@@ -1,4 +1,4 @@
-"""What a masked autoencoder is made of: one frozen record, checked when it is made.
+"""What a masked autoencoder is made of: one frozen record, checked when it is made. Knows nothing of torch.
 
 Sizes are those of He et al. 2021 (arXiv 2111.06377), section 4 and appendix A.1, with the reference's names.
 """
@@ -8,9 +8,10 @@ import json
 import math
 from dataclasses import dataclass
 
-from fastmae.backends import BACKENDS
 from fastmae.errors import InputError
 
+BACKENDS = ("xformers", "sdpa", "flash", "cudnn", "efficient", "math")
+"""Of attention. ``sdpa`` leaves the choice to torch; ``flash``, ``cudnn``, ``efficient`` and ``math`` are its kernels."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -48,7 +49,7 @@ class ModelConfig:
 
     # What changes speed and memory, and the result by rounding at most.
     attention: str = "auto"
-    """Attention backend: auto, or one of ``fastmae.backends.BACKENDS``."""
+    """Attention backend: auto, or one of ``BACKENDS``."""
     residual: str = "fp32"
     """The residual stream's dtype under autocast: fp32, the reference's, or bf16, which halves its memory and traffic and
     rounds every block's sum to 8 bits. Without autocast it changes nothing."""
@@ -139,6 +140,19 @@ class ModelConfig:
             raise
         except (TypeError, ValueError) as error:  # a word where a number belongs
             raise InputError(f"model config is damaged, {error}: {text[:40]!r}") from error
+
+
+def kept_patches(patches: int, mask_ratio: float) -> int:
+    """K, how many of ``patches`` stay visible. Raises InputError unless some stay and some go."""
+    if not 0 < mask_ratio < 1:
+        raise InputError(f"mask ratio must lie strictly between 0 and 1, got {mask_ratio}; the paper's is 0.75")
+    K = int(patches * (1 - mask_ratio))
+    if not 0 < K < patches:
+        raise InputError(
+            f"mask ratio {mask_ratio} keeps {K} of {patches} patches; at least one must stay and one must go: "
+            "choose another ratio, a larger image or a smaller patch"
+        )
+    return K
 
 
 def nearest_multiples(sizes: tuple[int, ...], patch_size: int) -> list[int]:

@@ -36,6 +36,8 @@ class Weights:
     """None where the file does not state it and shapes cannot tell."""
     knows_target: bool
     """Whether the file itself says if the target was normalised pixels."""
+    knows_config: bool = False
+    """Whether the file itself states all of the config; else it is told from shapes."""
 
     @property
     def is_encoder_only(self) -> bool:
@@ -51,6 +53,8 @@ class Weights:
 def read_weights(path: str | Path) -> Weights:
     """Read a ``.safetensors`` file of ours or a ``.pth`` of the reference. Raises DataError that names the file."""
     path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; give a .safetensors or .pth file, such as a checkpoint's model.safetensors")
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a .safetensors or .pth file")
     if path.suffix == ".safetensors":
@@ -108,10 +112,14 @@ def save_pth(weights: Weights, path: str | Path) -> None:
             raise OSError(hidden.errno, hidden.strerror, str(path)) from error
 
 
-def load_model(path: str | Path, *, norm_pix_loss: bool | None = None) -> MAE:
-    """The autoencoder in ``path``, on the CPU. ``norm_pix_loss`` states the target where the file does not.
+def load_model(path: str | Path, heads: int | None = None, decoder_heads: int | None = None,
+               norm_pix_loss: bool | None = None) -> MAE:  # fmt: skip
+    """The autoencoder in ``path``, a ``.safetensors`` or ``.pth`` file, on the CPU.
 
-    Raises InputError on an encoder-only file, an unknown architecture, or a target that neither file nor caller states.
+    ``heads``, ``decoder_heads`` and ``norm_pix_loss`` state what the shapes of a file that does not hold its config cannot
+    show: attention heads of the encoder's and the decoder's blocks, and whether the target was normalised pixels. Raises
+    InputError on an encoder-only file, an unknown architecture, heads that do not divide the width or contradict the file, or a
+    target that neither file nor caller states.
     """
     weights = read_weights(path)
     if weights.is_encoder_only:
@@ -119,16 +127,17 @@ def load_model(path: str | Path, *, norm_pix_loss: bool | None = None) -> MAE:
             f"{weights.path}: holds an encoder only, and pixels need the decoder too; use a full pretraining checkpoint "
             "(the reference publishes them as mae_visualize_*.pth)"
         )
-    if weights.config is None:
+    config = _with_heads(weights, heads, decoder_heads)
+    if config is None:
         raise InputError(
-            f"{weights.path}: cannot tell the architecture from its shapes; build the model by its ModelConfig in Python and "
-            "save it with fastmae.convert.save_model"
+            f"{weights.path}: cannot tell the architecture from its shapes; give fastmae.load_model heads and decoder_heads, "
+            "or build the model by its ModelConfig in Python and save it with fastmae.convert.save_model"
         )
     if norm_pix_loss is None and not weights.knows_target:
         raise InputError(f"{weights.path}: does not say what it predicts; add --norm-pix-loss True or --norm-pix-loss False")
-    target = weights.config.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
+    target = config.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
     # Attention, residual dtype and checkpointing are matters of how it was trained, not of the weights.
-    model = MAE(ModelConfig(**{**weights.config.architecture, "norm_pix_loss": target}))
+    model = MAE(ModelConfig(**{**config.architecture, "norm_pix_loss": target}))
     load_strictly(model, weights)
     return model
 
@@ -148,23 +157,27 @@ def load_strictly(model: MAE, weights: Weights) -> None:
     model.load_state_dict(weights.tensors)
 
 
-def infer_config(tensors: dict[str, Tensor], norm_pix_loss: bool = False) -> ModelConfig | None:
+def infer_config(tensors: dict[str, Tensor], norm_pix_loss: bool = False, heads: int | None = None,
+                 decoder_heads: int | None = None) -> ModelConfig | None:  # fmt: skip
     """The config of a full state dict from its shapes, for square images; None if they fit no known width.
 
-    Heads cannot be seen in shapes: the encoder's follow from its width, the decoder's are 32 channels each.
+    Heads cannot be seen in shapes: if not given, the encoder's follow from its width, the decoder's are 32 channels each.
+    Raises InputError on heads that do not divide the width.
     """
     if tensors["patch_embed.proj.weight"].ndim != 4 or tensors["pos_embed"].ndim != 3:
         return None
     dim, in_chans, patch_size, _ = tensors["patch_embed.proj.weight"].shape
     side = math.isqrt(tensors["pos_embed"].shape[1] - 1)
-    if dim not in _HEADS or side**2 != tensors["pos_embed"].shape[1] - 1:
+    heads = _HEADS.get(dim) if heads is None else heads
+    if heads is None or side**2 != tensors["pos_embed"].shape[1] - 1:
         return None
     decoder = {}
     if "mask_token" in tensors:
         decoder_dim = tensors["mask_token"].shape[-1]
-        if decoder_dim % 32:
+        if decoder_heads is None and decoder_dim % 32:
             return None
-        decoder = {"decoder_embed_dim": decoder_dim, "decoder_num_heads": decoder_dim // 32,
+        decoder_heads = decoder_dim // 32 if decoder_heads is None else decoder_heads
+        decoder = {"decoder_embed_dim": decoder_dim, "decoder_num_heads": decoder_heads,
                    "decoder_depth": _count(tensors, "decoder_blocks")}  # fmt: skip
     return ModelConfig(
         img_size=side * patch_size,
@@ -172,11 +185,26 @@ def infer_config(tensors: dict[str, Tensor], norm_pix_loss: bool = False) -> Mod
         in_chans=in_chans,
         embed_dim=dim,
         depth=_count(tensors, "blocks"),
-        num_heads=_HEADS[dim],
+        num_heads=heads,
         mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / dim,
         norm_pix_loss=norm_pix_loss,
         **decoder,
     )
+
+
+def _with_heads(weights: Weights, heads: int | None, decoder_heads: int | None) -> ModelConfig | None:
+    """The config of ``weights`` if its heads are those given. Raises InputError where they cannot be."""
+    given = {n: h for n, h in (("num_heads", heads), ("decoder_num_heads", decoder_heads)) if h is not None}
+    if weights.knows_config:
+        for name, number in given.items():
+            if number != (own := getattr(weights.config, name)):
+                raise InputError(f"{weights.path}: states {name} {own}, got {number}; leave it to the file")
+    elif given:
+        try:
+            return infer_config(weights.tensors, bool(weights.config and weights.config.norm_pix_loss), heads, decoder_heads)
+        except InputError as error:
+            raise InputError(f"{weights.path}: {error}") from error
+    return weights.config
 
 
 def _count(tensors: dict[str, Tensor], prefix: str) -> int:
@@ -191,7 +219,7 @@ def _read_safetensors(path: Path) -> Weights:
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: damaged or no safetensors file, {error}") from error
     if _CONFIG in metadata:
-        return Weights(path, tensors, ModelConfig.from_json(metadata[_CONFIG]), knows_target=True)
+        return Weights(path, tensors, ModelConfig.from_json(metadata[_CONFIG]), knows_target=True, knows_config=True)
     return _without_config(path, tensors, None)
 
 
@@ -207,7 +235,7 @@ def _read_pth(path: Path) -> Weights:
         raise DataError(f"{path}: holds no state dict; expected {{'model': {{name: tensor}}}}")
     arguments = document.get("args") if tensors is not document else None
     if isinstance(text := getattr(arguments, _NAMESPACE_FIELD, None), str):
-        return Weights(path, tensors, ModelConfig.from_json(text), knows_target=True)
+        return Weights(path, tensors, ModelConfig.from_json(text), knows_target=True, knows_config=True)
     norm_pix_loss = getattr(arguments, "norm_pix_loss", None)
     return _without_config(path, tensors, norm_pix_loss)
 

@@ -9,8 +9,7 @@ model FLOP/s utilisation compares like with like. Elementwise work is not counte
 appendix B.
 """
 
-from fastmae.config import ModelConfig
-from fastmae.masking import kept_patches
+from fastmae.config import ModelConfig, kept_patches
 
 
 def training_flops(config: ModelConfig, mask_ratio: float) -> int:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmae.config import kept_patches
 from fastmae.errors import InputError
 from fastmae.kernels import random_masking as random_ids
 
@@ -26,19 +27,6 @@ class Masking(NamedTuple):
     """(B, Q): the patches to predict, in the order of the prediction's rows."""
     ids_restore: Tensor
     """(B, L): where each patch stands in the shuffled order; below K means visible."""
-
-
-def kept_patches(patches: int, mask_ratio: float) -> int:
-    """K, how many of ``patches`` stay visible. Raises InputError unless some stay and some go."""
-    if not 0 < mask_ratio < 1:
-        raise InputError(f"mask ratio must lie strictly between 0 and 1, got {mask_ratio}; the paper's is 0.75")
-    K = int(patches * (1 - mask_ratio))
-    if not 0 < K < patches:
-        raise InputError(
-            f"mask ratio {mask_ratio} keeps {K} of {patches} patches; at least one must stay and one must go: "
-            "choose another ratio, a larger image or a smaller patch"
-        )
-    return K
 
 
 def random_masking(

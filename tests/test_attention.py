@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from fastmae import attention as attention_file
 from fastmae import backends
 from fastmae.attention import attention, attention_shapes, resolve
-from fastmae.backends import BACKENDS, why_not
+from fastmae.backends import why_not
 from fastmae.choice import Shape
-from fastmae.config import preset
+from fastmae.config import BACKENDS, preset
 from fastmae.errors import InputError
 
 SHAPES = [(2, 50, 50, 3, 64), (1, 65, 65, 2, 80), (2, 7, 23, 2, 32), (1, 1, 1, 1, 32)]  # B, N, M, H, d
@@ -102,3 +103,13 @@ def test_backends_chosen_apart_compile_into_one_graph(backends, monkeypatch):
 def test_the_shapes_of_a_training_step_are_known_beforehand():
     assert attention_shapes(preset("huge"), 64, 192) == [(65, 65, 16, 80), (257, 257, 16, 32), (192, 257, 16, 32)]
     assert attention_shapes(preset("base", decoder_depth=1), 49, 147) == [(50, 50, 12, 64), (147, 197, 16, 32)]
+
+
+def test_a_choice_outside_the_graph_is_marked_as_torchs_own_decorator_would():
+    """Which is not used, because it imports torch's compiler."""
+
+    def function():
+        return "math"
+
+    marked = vars(torch.compiler.assume_constant_result(function))
+    assert marked and vars(attention_file._resolve_outside_graph) == marked

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fastmae import InputError
-from fastmae.data.augment import DRAWS, Augment, center_box, crop_box, resized_crop
+from fastmae.data.augment import DRAWS, Augment, center_box, crop_box
+from fastmae.data.resize import resized_crop
 from fastmae.kernels.philox import CROPS, uniform
 from tests.support.pictures import make_picture
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fastmae import choice
-from fastmae.backends import BACKENDS, why_not
+from fastmae.backends import why_not
 from fastmae.choice import Shape, adopt, cache_file, fastest, measure
+from fastmae.config import BACKENDS
 
 SHAPE = Shape(7, 9, 2, 16)
 

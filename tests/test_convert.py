@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+import fastmae
 from fastmae import MAE, DataError, InputError, ModelConfig
 from fastmae.config import PRESETS, preset
 from fastmae.convert import Weights, infer_config, load_model, load_strictly, read_weights, save_model, save_pth, save_weights
@@ -87,6 +88,40 @@ def test_a_pth_carries_the_whole_config_back(tmp_path):
     assert load_model(tmp_path / "n.safetensors").config == config
     images = torch.randn(1, 3, 16, 32)
     assert torch.equal(load_model(tmp_path / "m.pth").encode(images), model.encode(images))
+
+
+def test_heads_are_told_where_shapes_cannot_show_them(tmp_path):
+    config = replace(CONFIG, embed_dim=40, num_heads=5, decoder_embed_dim=24, decoder_num_heads=3)
+    model = MAE(config)
+    torch.save({"model": model.state_dict()}, tmp_path / "m.pth")
+    with pytest.raises(InputError, match=r"m\.pth: cannot tell the architecture .* give fastmae.load_model heads"):
+        fastmae.load_model(tmp_path / "m.pth", norm_pix_loss=True)
+    back = fastmae.load_model(tmp_path / "m.pth", 5, 3, True)
+    assert back.config == config
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(back.encode(images), model.encode(images))
+    for heads, decoder_heads in ((3, 3), (5, 5), (0, 3)):
+        with pytest.raises(InputError, match=r"m\.pth: .*num_heads"):
+            fastmae.load_model(tmp_path / "m.pth", heads=heads, decoder_heads=decoder_heads, norm_pix_loss=True)
+
+
+def test_heads_override_a_guess_and_never_what_a_file_states(tmp_path):
+    model = MAE(replace(CONFIG, num_heads=4))
+    torch.save({"model": model.state_dict()}, tmp_path / "m.pth")
+    assert fastmae.load_model(tmp_path / "m.pth", norm_pix_loss=True).config.num_heads == 3
+    assert fastmae.load_model(tmp_path / "m.pth", heads=4, norm_pix_loss=True).config == model.config
+    for name in ("n.safetensors", "n.pth"):
+        save_weights(Weights(tmp_path, model.state_dict(), model.config, True), tmp_path / name)
+        assert fastmae.load_model(tmp_path / name, heads=4).config == model.config
+        with pytest.raises(InputError, match=r"states num_heads 4, got 3"):
+            fastmae.load_model(tmp_path / name, heads=3)
+        with pytest.raises(InputError, match=r"states decoder_num_heads 2, got 1"):
+            fastmae.load_model(tmp_path / name, decoder_heads=1)
+
+
+def test_a_folder_is_no_file_of_weights(tmp_path):
+    with pytest.raises(InputError, match="is a folder; give a"):
+        fastmae.load_model(tmp_path)
 
 
 def test_the_attention_backend_of_the_training_machine_is_not_kept(tmp_path):

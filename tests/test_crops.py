@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from fastmae.data.augment import DRAWS, Augment, crop_box, resized_crop
+from fastmae.data.augment import DRAWS, Augment, crop_box
 from fastmae.data.batch import LoaderConfig
 from fastmae.data.decode import decode
 from fastmae.data.index import Index
 from fastmae.data.loader import Loader
 from fastmae.data.read import ShardReader
+from fastmae.data.resize import resized_crop
 from fastmae.kernels.philox import CROPS, uniform
 from tests.support.batches import equal, joined, take
 from tests.support.processes import workers_of

@@ -10,7 +10,8 @@ from PIL import Image
 
 from fastmae.benchmarks import loader, pipelines
 from fastmae.benchmarks.cli import main
-from fastmae.data.augment import DRAWS, Augment, draw_crop, resized_crop
+from fastmae.data.augment import DRAWS, Augment, draw_crop
+from fastmae.data.resize import resized_crop
 from tests.support.pictures import make_picture
 
 

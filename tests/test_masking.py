@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmae import InputError, random_masking
-from fastmae.masking import kept_patches
+from fastmae.config import kept_patches
 
 
 @pytest.mark.parametrize(

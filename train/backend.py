@@ -8,9 +8,8 @@ import torch
 from fastmae.attention import attention_shapes, resolve
 from fastmae.backends import why_not
 from fastmae.choice import Shape, adopt
-from fastmae.config import ModelConfig
+from fastmae.config import ModelConfig, kept_patches
 from fastmae.errors import InputError
-from fastmae.masking import kept_patches
 from fastmae.train.world import World
 
 

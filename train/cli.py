@@ -1,31 +1,31 @@
-"""The command line. One line and an exit code for what a user can mend (``fastmae.errors``); a traceback for our own faults."""
+"""The command line. One line and an exit code for what a user can mend (``fastmae.errors``); a traceback for our own faults.
 
+Arguments are parsed before torch is imported, so that help and wrong arguments answer at once: commands import what they run.
+"""
+
+import functools
 import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import tyro
 
-from fastmae.convert import read_weights, save_weights
 from fastmae.errors import CheckpointError, DivergedError, InputError, LostProcessError, RequeueError
-from fastmae.kernels import dispatch
-from fastmae.train.demo import demo as run_demo
-from fastmae.train.doctor import report as describe_machine
 from fastmae.train.environment import read_place
-from fastmae.train.pretrain import pretrain as run_pretraining
-from fastmae.train.reconstruct import reconstruct_images
-from fastmae.train.report import write_report
+from fastmae.train.run import check_kernels
 from fastmae.train.settings import PretrainSettings
 from fastmae.train.shards import build, index, info, verify
-from fastmae.train.world import in_group
 
 Positional = tyro.conf.Positional
 
 
 def pretrain(settings: tyro.conf.OmitArgPrefixes[PretrainSettings]) -> None:
     """Pretrain a masked autoencoder on shards."""
+    from fastmae.train.pretrain import pretrain as run_pretraining
+
     run = settings.run()
     run_pretraining(settings.resolve(world_size=read_place().size), run)
 
@@ -50,6 +50,8 @@ def reconstruct(
         seed: Of the masks.
         norm_pix_loss: Whether the model predicts normalised pixels, for files that do not say so.
     """
+    from fastmae.train.reconstruct import reconstruct_images
+
     print(
         reconstruct_images(checkpoint, images, out, mask_ratio=mask_ratio, count=count, seed=seed, norm_pix_loss=norm_pix_loss)
     )
@@ -62,6 +64,8 @@ def report(run: Positional[Path], out: Path | None = None) -> None:
         run: A run's folder.
         out: Page to write; RUN/report.html by default.
     """
+    from fastmae.train.report import write_report
+
     print(write_report(run, out))
 
 
@@ -73,6 +77,8 @@ def convert(src: Positional[Path], dst: Positional[Path], encoder_only: bool = F
         dst: File to write, .safetensors or .pth.
         encoder_only: Leave the decoder out: a ViT under timm's names.
     """
+    from fastmae.convert import read_weights, save_weights
+
     weights = read_weights(src)
     if encoder_only:
         weights = weights.encoder()
@@ -82,6 +88,8 @@ def convert(src: Positional[Path], dst: Positional[Path], encoder_only: bool = F
 
 def doctor() -> None:
     """Print versions, devices, and which kernels and attention are used and why not faster ones."""
+    from fastmae.train.doctor import report as describe_machine
+
     print("\n".join(describe_machine()))
 
 
@@ -93,6 +101,8 @@ def demo(out: Path = Path("runs/demo"), steps: int = 1400, workers: int = 1) -> 
         steps: Optimizer steps.
         workers: Loader processes.
     """
+    from fastmae.train.demo import demo as run_demo
+
     run_demo(out, steps=steps, workers=workers)
 
 
@@ -110,14 +120,6 @@ SHARDS = {f.__name__: f for f in (build, verify, info, index)}
 COMMANDS = {f.__name__: f for f in (shards, pretrain, reconstruct, report, convert, bench, doctor, demo)}
 
 
-def check_mode() -> None:
-    """Raise InputError on a wrong ``FASTMAE_KERNELS`` before any work is done."""
-    try:
-        dispatch.mode()
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 2 wrong input, 3 diverged, 4 a process lost or stuck, 5 no checkpoint
     could be written, 85 stopped and to be started again, 130 interrupted.
@@ -127,11 +129,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = _run(sys.argv[1:] if arguments is None else arguments)
     except Exception:
-        if not in_group():
+        if not _in_group():
             raise
         traceback.print_exc()
         code = 1
-    if in_group():
+    if _in_group():
         # Torch's threads may still wait for a lost process, or abort this one while the interpreter ends (exit code 134, seen
         # with torch 2.13).
         sys.stdout.flush()
@@ -142,15 +144,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     try:
-        check_mode()
         if arguments[:1] == ["bench"]:
             return _run_benchmarks(arguments[1:])
         if arguments[:1] == ["shards"]:
             _run_shards(arguments[1:])
         else:
-            tyro.extras.subcommand_cli_from_dict(
-                COMMANDS, prog="fastmae", description="Masked-autoencoder pretraining.", args=arguments
-            )
+            _run_one(COMMANDS, "fastmae", "Masked-autoencoder pretraining.", arguments)
     except (InputError, DivergedError, LostProcessError, CheckpointError, RequeueError) as error:
         print(f"fastmae: {error}", file=sys.stderr)
         return error.exit_code
@@ -163,8 +162,30 @@ def _run(arguments: list[str]) -> int:
 
 
 def _run_shards(arguments: list[str]) -> None:
-    description = "Shards of images, and their index."
-    tyro.extras.subcommand_cli_from_dict(SHARDS, prog="fastmae shards", description=description, args=arguments)
+    _run_one(SHARDS, "fastmae shards", "Shards of images, and their index.", arguments)
+
+
+def _run_one(commands: dict[str, Callable], prog: str, description: str, arguments: list[str]) -> None:
+    """Parse ``arguments``, and run the one of ``commands`` that they name."""
+    checked = {name: _checked(command) for name, command in commands.items()}
+    tyro.extras.subcommand_cli_from_dict(checked, prog=prog, description=description, args=arguments)
+
+
+def _checked(command: Callable) -> Callable:
+    """``command``, after ``check_kernels``."""
+
+    @functools.wraps(command)
+    def run(*args, **kwargs):
+        check_kernels()
+        return command(*args, **kwargs)
+
+    return run
+
+
+def _in_group() -> bool:
+    """Whether this process has joined a run of several: not if it has never imported what joins one."""
+    world = sys.modules.get("fastmae.train.world")
+    return world is not None and world.in_group()
 
 
 def _run_benchmarks(arguments: list[str]) -> int:

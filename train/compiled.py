@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from fastmae.mae import MAE
 from fastmae.masking import Masking
 
-COMPILE = ("auto", "off", "blocks", "model")
 _COMPILED = 64  # variants of one function that torch.compile keeps before it gives up
 
 
@@ -23,7 +22,7 @@ class LossModule(nn.Module):
 
 
 def compiled(module: LossModule, how: str, processes: int = 1) -> nn.Module:
-    """``module``, compiled as ``how`` says, one of ``COMPILE``, for a run of so many processes.
+    """``module``, compiled as ``how`` says, one of ``run.COMPILE``, for a run of so many processes.
 
     ``model``: one graph of the whole loss, so that work fuses across blocks. ``blocks``: one small graph that all blocks of
     a kind share, compiled in seconds. ``auto``: ``off`` on CPUs, where torch's own kernels are faster; on GPUs ``model``, or

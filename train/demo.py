@@ -51,7 +51,8 @@ def demo_recipe(steps: int) -> Recipe:
 def demo(out: Path, *, steps: int = 1400, workers: int = 1) -> None:
     """Write shards, checkpoints, logs, ``loss.png``, ``reconstruction.png`` and ``report.html`` under ``out``.
 
-    Replaces an earlier demo. Raises InputError if the photographs' packages are missing or ``out`` cannot be written.
+    Replaces an earlier demo; without matplotlib there is no ``loss.png``. Raises InputError if the photographs' packages are
+    missing or ``out`` cannot be written.
     """
     photographs = find_photographs()
     recipe = demo_recipe(steps)
@@ -65,6 +66,7 @@ def demo(out: Path, *, steps: int = 1400, workers: int = 1) -> None:
         "tensorboard",
         "reconstructions",
         "metrics.jsonl",
+        "loss.png",
         *(p.name for p in out.glob("step-*")),
     ):
         path = out / old
@@ -86,12 +88,16 @@ def demo(out: Path, *, steps: int = 1400, workers: int = 1) -> None:
             draw_every=350,
         ),
     )
-    plot_loss(out / "metrics.jsonl", out / "loss.png")
+    try:
+        plot_loss(out / "metrics.jsonl", out / "loss.png")
+    except InputError as error:
+        print(f"{error}; the demo goes on without loss.png", file=sys.stderr)
     write_report(out)
     model = load_model(checkpoint / MODEL).to("cuda" if torch.cuda.is_available() else "cpu")
     images = load_images(folder, model, len(photographs))
     draw_strip(model, images, out / "reconstruction.png", mask_ratio=recipe.mask_ratio, seed=1)
-    print(f"look at {out / 'reconstruction.png'}, {out / 'loss.png'} and {out / 'report.html'}", file=sys.stderr)
+    made = [str(path) for name in ("reconstruction.png", "loss.png", "report.html") if (path := out / name).is_file()]
+    print(f"look at {', '.join(made[:-1])} and {made[-1]}", file=sys.stderr)
 
 
 def find_photographs() -> list[Path]:

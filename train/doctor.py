@@ -13,15 +13,16 @@ import triton
 
 import fastmae
 from fastmae.attention import attention_shapes, resolve
-from fastmae.backends import BACKENDS, why_not
-from fastmae.config import preset
+from fastmae.backends import why_not
+from fastmae.config import BACKENDS, preset
 from fastmae.kernels import dispatch, gather_patches
 from fastmae.train.run import default_workers
 
 _SHARED = 8 << 30  # bytes of /dev/shm that a node's streams and collectives can fill
 _FILES = 4096  # open files that let a reader keep a thousand shards open
 _PACKAGES = ("torch", "triton", "numpy", "xformers", "webdataset", "fsspec", "simplejpeg", "pillow", "safetensors", "xxhash",
-             "tyro", "tqdm", "tensorboard", "matplotlib")  # fmt: skip
+             "tyro", "tqdm")  # fmt: skip
+_OPTIONAL = {"tensorboard": "a run's TensorBoard log", "matplotlib": "the demo's loss.png, plots of benchmarks"}
 
 
 def report() -> list[str]:
@@ -41,11 +42,12 @@ def report() -> list[str]:
 
 def _packages() -> list[str]:
     lines = ["packages:"]
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *_OPTIONAL):
+        optional = f" (optional: {_OPTIONAL[name]})" if name in _OPTIONAL else ""
         try:
-            lines.append(f"  {name} {importlib.metadata.version(name)}")
+            lines.append(f"  {name} {importlib.metadata.version(name)}{optional}")
         except importlib.metadata.PackageNotFoundError:
-            lines.append(f"  {name} missing: pip install {name}")
+            lines.append(f"  {name} missing: pip install {name}{optional}")
     return lines
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from fastmae.errors import InputError
 from fastmae.files import write_atomically
 from fastmae.optional import require
 
@@ -25,19 +26,19 @@ class RunLog:
     """The log of one run, kept by its main process; on other processes every call does nothing."""
 
     def __init__(self, out: Path, *, is_main: bool, first_step: int, total_steps: int, wandb: str | None = None):
-        """``wandb``: a project. Raises InputError, on every process, if its package is missing."""
+        """``wandb``: a project. Raises InputError, on every process, if its package is missing; without TensorBoard's the log
+        goes on, and says so."""
         self.is_main, self.out = is_main, out
         self._has_failed = False
         package = require("wandb", "--wandb") if wandb is not None else None
         if not is_main:
             return
-        events = require("torch.utils.tensorboard", "the log", "tensorboard")  # slow to import
         self.total_steps = total_steps
         self._wandb = None
         if wandb is not None:
             self._wandb = package.init(project=wandb, dir=str(out), name=out.name, id=_run_id(out), resume="allow")
         self._jsonl = _open_for_lines(out / "metrics.jsonl")
-        self._events = events.SummaryWriter(str(out / "tensorboard"), purge_step=first_step or None)
+        self._events = _open_tensorboard(out / "tensorboard", first_step)
         # A terminal gets a bar; a file or a cluster's log gets a line per interval.
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
@@ -69,7 +70,8 @@ class RunLog:
             with write_atomically(path) as file:
                 strip.save(file, "PNG")
             self.event("reconstruction", step=step, file=f"{DRAWINGS}/{path.name}")
-            self._events.add_image("reconstruction", np.asarray(strip), step, dataformats="HWC")
+            if self._events is not None:
+                self._events.add_image("reconstruction", np.asarray(strip), step, dataformats="HWC")
         if self._wandb is not None:
             self._wandb.log({"reconstruction": require("wandb", "--wandb").Image(strip)}, step=step)
 
@@ -90,7 +92,7 @@ class RunLog:
         self._write({"step": step, "time": time.time(), **values})
         known = {f"train/{name}": value for name, value in values.items() if value is not None}
         with self._tolerantly():
-            for name, value in known.items():
+            for name, value in known.items() if self._events is not None else ():
                 self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(known, step=step)
@@ -110,7 +112,8 @@ class RunLog:
         if self.is_main:
             self._bar.close()
             with self._tolerantly():
-                self._events.close()
+                if self._events is not None:
+                    self._events.close()
                 self._jsonl.close()
             if self._wandb is not None:
                 self._wandb.finish()
@@ -121,6 +124,16 @@ class RunLog:
         with self._tolerantly():
             self._jsonl.write(json.dumps(finite, allow_nan=False) + "\n")
             self._jsonl.flush()
+
+
+def _open_tensorboard(folder: Path, first_step: int):
+    """TensorBoard's writer into ``folder``, or None where its package is missing, which is said."""
+    try:
+        events = require("torch.utils.tensorboard", "TensorBoard's log", "tensorboard")  # slow to import
+    except InputError as error:
+        print(f"{error}; training goes on, with metrics.jsonl", file=sys.stderr)
+        return None
+    return events.SummaryWriter(str(folder), purge_step=first_step or None)
 
 
 def _open_for_lines(path: Path) -> TextIO:

@@ -23,10 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastmae.errors import InputError
 from fastmae.train.compiled import LossModule, compiled
+from fastmae.train.run import PARALLEL, REDUCE
 from fastmae.train.world import World
-
-PARALLEL = ("ddp", "fsdp", "hsdp")
-REDUCE = ("fp32", "bf16")
 
 
 def parallelize(

@@ -7,10 +7,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fastmae.config import ModelConfig, preset
+from fastmae.config import ModelConfig, kept_patches, preset
 from fastmae.data.augment import Augment
 from fastmae.errors import InputError
-from fastmae.masking import kept_patches
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,18 +5,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastmae.config import kept_patches
 from fastmae.convert import load_model
-from fastmae.data.augment import center_box, resized_crop
+from fastmae.data.augment import center_box
 from fastmae.data.decode import DecodeError, decode
 from fastmae.data.images import list_images
 from fastmae.data.index import JSON_NAME, Index
 from fastmae.data.read import ShardReader
 from fastmae.data.recode import Recode, recode
+from fastmae.data.resize import resized_crop
 from fastmae.errors import DataError, InputError, SampleError
 from fastmae.files import write_atomically
 from fastmae.kernels.philox import MASKS, uniform
 from fastmae.mae import MAE
-from fastmae.masking import kept_patches
 from fastmae.pictures import reconstruct, strip
 from fastmae.train.checkpoint import MODEL, find_checkpoint, verify
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmae.errors import InputError
-from fastmae.train.compiled import COMPILE
 from fastmae.train.environment import read_place
-from fastmae.train.parallel import PARALLEL, REDUCE
 
+COMPILE = ("auto", "off", "blocks", "model")
+PARALLEL = ("ddp", "fsdp", "hsdp")
+REDUCE = ("fp32", "bf16")
 PRECISION = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -108,6 +109,16 @@ def default_workers(local_ranks: int | None = None) -> int:
     if local_ranks is None and place.launcher == "slurm" and cores < int(os.environ.get("SLURM_CPUS_ON_NODE", 0)):
         ranks = 1  # srun has bound the task to its own share already
     return max(1, cores // max(1, ranks) - 1)
+
+
+def check_kernels() -> None:
+    """Raise InputError on a wrong ``FASTMAE_KERNELS`` before any work is done."""
+    from fastmae.kernels import dispatch  # and torch, without which this file can be read
+
+    try:
+        dispatch.mode()
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def accumulation(effective_batch: int, batch_size: int, processes: int) -> int:

@@ -1,4 +1,4 @@
-"""The commands of ``fastmae shards``: build, verify, info, index."""
+"""The commands of ``fastmae shards``: build, verify, info, index. Each imports what it runs, after arguments are parsed."""
 
 import os
 import sys
@@ -9,12 +9,6 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from fastmae.data.describe import describe
-from fastmae.data.foreign import index_shards
-from fastmae.data.index import JSON_NAME
-from fastmae.data.recode import Recode
-from fastmae.data.verify import verify_shards
-from fastmae.data.write import write_shards
 from fastmae.errors import DataError, InputError
 
 Positional = tyro.conf.Positional
@@ -42,6 +36,9 @@ def build(
         seed: Of the global shuffle.
         workers: Processes that decode and encode, by default one per core; the result does not depend on it.
     """
+    from fastmae.data.recode import Recode
+    from fastmae.data.write import write_shards
+
     if resize.lower() != "none" and not (resize.isdecimal() and int(resize) > 0):
         raise InputError(f"resize must be a positive number of pixels or none, got {resize!r}")
     if not 1 <= quality <= 95:
@@ -68,6 +65,9 @@ def verify(folder: Positional[Path], decode: bool = False, workers: int | None =
         decode: Decode every image too.
         workers: Processes, by default one per core.
     """
+    from fastmae.data.index import JSON_NAME
+    from fastmae.data.verify import verify_shards
+
     with _bar("shard") as progress:
         damage = verify_shards(folder, decode_images=decode, workers=_processes(workers), progress=progress)
     for line in damage:
@@ -86,6 +86,8 @@ def info(folder: Positional[Path]) -> None:
     Args:
         folder: Folder with index.json.
     """
+    from fastmae.data.describe import describe
+
     print("\n".join(describe(folder)))
 
 
@@ -98,6 +100,8 @@ def index(folder: Positional[Path], out: Path | None = None, classes: Path | Non
         classes: Text file with a class name per line, in the order of the numbers in .cls members.
         workers: Processes, by default one per core.
     """
+    from fastmae.data.foreign import index_shards
+
     try:
         names = tuple(classes.read_text("utf-8").splitlines()) if classes else ()
     except UnicodeDecodeError as error:

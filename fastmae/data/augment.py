@@ -1,7 +1,7 @@
 """Random resized crop and horizontal flip, drawn from numbers that are given, not from a generator's state.
 
 A box covers a uniform share ``scale`` of the image's area at a log-uniform aspect ratio, ten tries, else the largest centred
-box of an allowed ratio; it is resized with an antialiased bicubic filter. Source: Szegedy et al. 2014 (arXiv 1409.4842),
+box of an allowed ratio; ``resize`` and ``kernels/resized_crop.py`` cut it out. Source: Szegedy et al. 2014 (arXiv 1409.4842),
 section 6, with the limits of He et al. 2021 (arXiv 2111.06377), appendix A.1.
 """
 
@@ -9,8 +9,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fastmae.errors import InputError
 
@@ -63,21 +61,3 @@ def center_box(height: int, width: int, size: tuple[int, int]) -> tuple[int, int
     ratio = size[1] / size[0]
     w, h = max(1, min(width, round(height * ratio))), max(1, min(height, round(width / ratio)))
     return (height - h) // 2, (width - w) // 2, h, w
-
-
-def resized_crop(
-    image: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int], flip: bool = False, out: Tensor | None = None
-) -> Tensor:
-    """The box of ``image`` (H, W, C) uint8, resized to ``size`` (height, width) and perhaps mirrored: (C, h, w) uint8.
-
-    ``out`` (C, h, w): where to write it, fastest into memory with channels last. The filter is torch's, 66 dB from Pillow's.
-    """
-    top, left, h, w = box
-    crop = torch.from_numpy(image[top : top + h, left : left + w]).permute(2, 0, 1)[None]
-    if out is None:
-        out = torch.empty(*size, image.shape[2], dtype=torch.uint8).permute(2, 0, 1)
-    resized = torch.empty(1, *size, image.shape[2], dtype=torch.uint8).permute(0, 3, 1, 2) if flip else out[None]
-    # What F.interpolate calls; it has no ``out``, and would turn the result to channels first, a third of its time (on two
-    # EPYC cores).
-    torch.ops.aten._upsample_bicubic2d_aa.out(crop, size, False, None, None, out=resized)
-    return out.copy_(resized[0].flip(2)) if flip else out

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastmae.data.augment import DRAWS, draw_crop, resized_crop
+from fastmae.data.augment import DRAWS, draw_crop
 from fastmae.data.batch import LoaderConfig
 from fastmae.data.decode import decode, jpeg_sides
 from fastmae.data.read import ShardReader
+from fastmae.data.resize import resized_crop
 from fastmae.data.slots import Field, Slots
 from fastmae.errors import SampleError
 from fastmae.kernels.philox import CROPS, uniform

@@ -8,6 +8,10 @@ EXAMPLES = {p.name: p for p in sorted(Path(__file__).parent.iterdir()) if p.suff
 
 def main(arguments: list[str]) -> int:
     """Print one path, or all of them with what they are for. Returns the exit code, 2 for a name that is none."""
+    if arguments in (["--help"], ["-h"]):
+        print("usage: python -m fastmae.train.launch [NAME]\n")
+        print(f"List the examples that come with fastmae, or print the path of one, for cp: {', '.join(EXAMPLES)}")
+        return 0
     if not arguments:
         for path in EXAMPLES.values():
             lines = path.read_text().splitlines()

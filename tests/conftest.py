@@ -13,6 +13,13 @@ from tests.support.pictures import make_picture
 # Pillow and what reads data are imported where they are used: kernels are tested where only torch and triton are.
 
 
+def pytest_configure():
+    """One thread for each process of pytest-xdist: two that wait for each other's cores take many times as long."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+        torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items):
     """``gpu`` tests come last, those worth most first; where there is no CUDA device they are skipped, with the reason."""
     items.sort(key=_worth)

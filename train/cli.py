@@ -5,6 +5,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import tyro
 
@@ -14,6 +15,7 @@ from fastmae.kernels import dispatch
 from fastmae.train.demo import demo as run_demo
 from fastmae.train.doctor import report as describe_machine
 from fastmae.train.environment import read_place
+from fastmae.train.interrupt import interrupts
 from fastmae.train.pretrain import pretrain as run_pretraining
 from fastmae.train.reconstruct import reconstruct_images
 from fastmae.train.report import write_report
@@ -125,7 +127,13 @@ def main(arguments: list[str] | None = None) -> int:
     A process of a run of several that fails does not return: it ends here with that code, or with 1.
     """
     try:
-        code = _run(sys.argv[1:] if arguments is None else arguments)
+        with interrupts(is_last=arguments is None):
+            code = _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt as interrupt:
+        print(f"fastmae: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        code = 130
+        if arguments is None:  # to take torch's modules apart may take the interpreter seconds
+            _end(code)
     except Exception:
         if not in_group():
             raise
@@ -134,10 +142,14 @@ def main(arguments: list[str] | None = None) -> int:
     if in_group():
         # Torch's threads may still wait for a lost process, or abort this one while the interpreter ends (exit code 134, seen
         # with torch 2.13).
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _end(code)
     return code
+
+
+def _end(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(arguments: list[str]) -> int:
@@ -157,8 +169,6 @@ def _run(arguments: list[str]) -> int:
     except OSError as error:  # a full disk, a file without permission: the user's to mend, and named
         print(f"fastmae: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return InputError.exit_code
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

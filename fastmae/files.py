@@ -20,10 +20,10 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        opened = partial.open("w+b")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written, {error.strerror}; choose another place") from error
-    try:
+        try:
+            opened = partial.open("w+b")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written, {error.strerror}; choose another place") from error
         with opened as file:
             yield file
             mode = os.fstat(file.fileno()).st_mode
@@ -31,8 +31,9 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
         sync(partial)
         partial.replace(path)
         sync(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException:  # an interrupt may come while the file is being opened
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from fastmae.data.fork import SIGNALS, fork, kill, readable, reap
+from fastmae.data.fork import SIGNALS, fork, kill, readable, reap, uninterrupted
 from tests.support.processes import is_alive
 
 
@@ -19,6 +19,18 @@ def test_a_child_begins_with_its_signals_blocked_and_the_parent_keeps_its_own():
         os._exit(0 if set(SIGNALS) <= blocked and gc.get_freeze_count() > 0 and gc.isenabled() else 1)
     assert reap(pid, 0) == 0
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before and gc.isenabled()
+
+
+def test_an_interrupt_waits_for_the_end_of_a_fork_and_is_the_parents_alone():
+    pids = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        pids.append(fork())
+        if pids == [0]:
+            signal.raise_signal(signal.SIGINT)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which runs the handler
+            os._exit(0)
+    assert reap(pids[0], 0) == 0
 
 
 def test_collection_that_was_off_stays_off():

@@ -12,6 +12,7 @@ import pytest
 
 from fastmae import DataError, InputError
 from fastmae.data.processes import map_shards
+from fastmae.train.interrupt import interrupts
 from tests.support.processes import is_alive, wait_until
 
 
@@ -30,6 +31,11 @@ def die_at_three(item):
     if item == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return item
+
+
+def interrupt_the_parent(item):
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(60)
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +71,13 @@ def test_an_error_is_raised_in_its_place(workers):
 def test_a_process_that_is_killed_is_one_clear_error():
     with pytest.raises(DataError, match=r"^a worker process was killed; start again, with fewer --workers"):
         list(map_shards(die_at_three, range(50), 2))
+
+
+def test_an_interrupt_does_not_wait_for_the_work_at_hand():
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), interrupts(is_last=False):  # two signals are one interrupt
+        list(map_shards(interrupt_the_parent, range(2), 2))
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -11,7 +11,6 @@ from fastmae.train.cli import main
 sys.exit(main(sys.argv[1:]))"""
 
 
-@pytest.mark.slow
 def test_the_demo_goes_its_way_without_tensorboard_and_matplotlib(tmp_path):
     pytest.importorskip("skimage")
     command = [sys.executable, "-c", WITHOUT, "demo", "--out", str(tmp_path), "--steps", "2", "--workers", "0"]

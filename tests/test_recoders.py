@@ -213,13 +213,38 @@ def test_a_stuck_worker_of_a_killed_build_keeps_nobody_out(forge, pictures, whol
     assert contents(tmp_path / "out") == contents(whole)
 
 
-def test_ctrl_c_ends_a_build_at_once_without_a_traceback(forge, pictures, whole, tmp_path):
-    build = begun(forge, pictures, tmp_path / "out")
+@pytest.mark.parametrize("moment", ["first worker", "first shard"])
+def test_ctrl_c_ends_a_build_at_once_without_a_traceback(moment, forge, pictures, whole, tmp_path):
+    if moment == "first worker":
+        build = Build(forge, pictures, tmp_path / "out")
+        wait_until(lambda: len(build.processes()) > 1, 30)
+    else:
+        build = begun(forge, pictures, tmp_path / "out")
     os.killpg(build.pid, signal.SIGINT)  # as a terminal does: every process of the group
     assert build.wait(seconds=5) == "interrupted\n"
     assert not list(build.out.glob(".*.partial"))
     assert Build(forge, pictures, tmp_path / "out", workers=0).wait() == ""
     assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_ctrl_c_during_a_fork_ends_the_command_with_one_line(pictures, tmp_path):
+    code = """
+import os, signal, sys, time
+from fastmae.train.cli import main
+
+def interrupt():
+    os.killpg(0, signal.SIGINT)
+    time.sleep(0.1)  # until a thread has taken it
+
+os.register_at_fork(before=interrupt)
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", code, "shards", "build", pictures, tmp_path / "out", "--workers", "2"]
+    build = subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=60)
+    assert build.returncode == 130 and build.stdout == ""
+    line = f"fastmae: {tmp_path}/out: interrupted; the same command goes on from the shards that are finished"
+    assert build.stderr.splitlines()[-1] == line
+    assert "Traceback" not in build.stderr and "ignored" not in build.stderr
 
 
 def test_a_second_build_is_refused_and_the_first_is_unharmed(forge, pictures, whole, tmp_path):

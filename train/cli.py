@@ -10,11 +10,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import tyro
 
 from fastmae.errors import CheckpointError, DivergedError, InputError, LostProcessError, RequeueError
 from fastmae.train.environment import read_place
+from fastmae.train.interrupt import interrupts
 from fastmae.train.run import check_kernels
 from fastmae.train.settings import PretrainSettings
 from fastmae.train.shards import build, index, info, verify
@@ -127,7 +129,13 @@ def main(arguments: list[str] | None = None) -> int:
     A process of a run of several that fails does not return: it ends here with that code, or with 1.
     """
     try:
-        code = _run(sys.argv[1:] if arguments is None else arguments)
+        with interrupts(is_last=arguments is None):
+            code = _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt as interrupt:
+        print(f"fastmae: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        code = 130
+        if arguments is None:  # to take torch's modules apart may take the interpreter seconds
+            _end(code)
     except Exception:
         if not _in_group():
             raise
@@ -136,10 +144,14 @@ def main(arguments: list[str] | None = None) -> int:
     if _in_group():
         # Torch's threads may still wait for a lost process, or abort this one while the interpreter ends (exit code 134, seen
         # with torch 2.13).
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _end(code)
     return code
+
+
+def _end(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(arguments: list[str]) -> int:
@@ -156,8 +168,6 @@ def _run(arguments: list[str]) -> int:
     except OSError as error:  # a full disk, a file without permission: the user's to mend, and named
         print(f"fastmae: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return InputError.exit_code
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

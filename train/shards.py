@@ -46,10 +46,13 @@ def build(
     side = None if resize.lower() == "none" else int(resize)
     settings = Recode(resize=side, quality=quality, exif_rotate=exif_rotate)
     processes = _processes(workers)
-    with _bar("image") as progress:
-        found, bad = write_shards(
-            src, out, settings, samples_per_shard=samples_per_shard, seed=seed, workers=processes, progress=progress
-        )
+    try:
+        with _bar("image") as progress:
+            found, bad = write_shards(
+                src, out, settings, samples_per_shard=samples_per_shard, seed=seed, workers=processes, progress=progress
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{out}: interrupted; the same command goes on from the shards that are finished") from None
     for line in bad:
         print(f"left out: {line}", file=sys.stderr)
     size = sum(s.bytes for s in found.shards)

@@ -5,16 +5,41 @@ import gc
 import os
 import select
 import signal
+import threading
 import time
 import warnings
+from collections.abc import Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """Those that a forked process begins with blocked."""
 _PATIENCE = 5.0  # seconds to wait for a killed process; one that hangs in a dead file system outlives that
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the block has ended; a process that is forked in it does without.
+
+    Around forks: their hooks would drop a KeyboardInterrupt. Blocking the signal does not keep it out of them: another thread
+    takes it then, and Python still runs the handler in the main one.
+    """
+    owner, handler, held = os.getpid(), signal.getsignal(signal.SIGINT), []
+    is_ours = callable(handler) and threading.current_thread() is threading.main_thread()
+    if is_ours:
+        signal.signal(signal.SIGINT, lambda number, frame: held.append(frame))
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, handler)
+            if held and os.getpid() == owner:
+                handler(signal.SIGINT, held[0])
+
+
 def fork() -> int:
-    """``os.fork``; the child has the signals blocked, and never finalises what the parent made. Raises OSError like it."""
+    """``os.fork``; the child has the signals blocked, and never finalises what the parent made. Raises OSError like it.
+
+    To be called inside ``uninterrupted``, else an interrupt may lose the child's id.
+    """
     was_blocked, was_collecting = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS), gc.isenabled()
     gc.disable()
     pid = -1

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastmae.data.fork import SIGNALS, fork, kill, readable, reap
+from fastmae.data.fork import SIGNALS, fork, kill, readable, reap, uninterrupted
 from fastmae.errors import DataError
 
 _IN_FLIGHT = 128  # tasks in the socket; its buffer holds some 270 small messages
@@ -164,16 +164,17 @@ class WorkerPool:
         self._in_flight = 0
         self._at[:] = -1
         parent = os.getpid()
-        for worker in range(self._count):
-            end, kept = os.pipe()
-            pid = fork()
-            if pid == 0:
-                try:
-                    self._serve(worker, parent, tasks, results)
-                finally:
-                    os._exit(1)
-            os.close(kept)  # now the worker alone holds it
-            self._processes[end] = pid
+        with uninterrupted():
+            for worker in range(self._count):
+                end, kept = os.pipe()
+                pid = fork()
+                if pid == 0:
+                    try:
+                        self._serve(worker, parent, tasks, results)
+                    finally:
+                        os._exit(1)
+                os.close(kept)  # now the worker alone holds it
+                self._processes[end] = pid
         tasks.close()
         results.close()
 

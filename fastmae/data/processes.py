@@ -2,12 +2,15 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from fastmae.data.fork import uninterrupted
 from fastmae.errors import DataError
 
 
@@ -19,13 +22,26 @@ def map_shards(work: Callable, items: Iterable, workers: int) -> Iterator:
     try:
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(workers, context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
-            yield from pool.map(work, items)
+            before = set(multiprocessing.active_children())
+            with uninterrupted():
+                results = deque(pool.submit(work, item) for item in items)  # the first forks them all
+            try:
+                while results:
+                    yield results.popleft().result()
+            except BaseException:  # an interrupt above all: a shard may take minutes, and the pool would wait for it
+                for process in set(multiprocessing.active_children()) - before:
+                    process.kill()
+                raise
     except BrokenProcessPool as error:
         raise DataError("a worker process was killed; start again, with fewer --workers if memory ran out") from error
 
 
 def _end_with(parent: int) -> None:
-    """Have this worker end when its parent is gone, whose siblings hold the pipe open that it waits at."""
+    """Have this worker end when its parent is gone, whose siblings hold the pipe open that it waits at.
+
+    Ctrl-C is for the parent, which ends its workers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,8 +1,9 @@
 """The processes that recode images: results come in the order of the images, and few of them wait in memory.
 
 A task is a handful of images, so that one shard alone keeps every process at work. A thread for each process hands it tasks and
-waits for the answers. Of each connection either end is open in one process only: when one side dies, however it does, the other
-reads an end of file and never waits for the rest of a message.
+waits for the answers, in queues that an interrupt leaves usable at every moment; futures hold locks of their own meanwhile. Of
+each connection either end is open in one process only: when one side dies, however it does, the other reads an end of file and
+never waits for the rest of a message.
 """
 
 import contextlib
@@ -10,13 +11,14 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.context import ForkProcess
 from queue import SimpleQueue
 
+from fastmae.data.fork import uninterrupted
 from fastmae.data.images import Source
 from fastmae.data.recode import Recode, recode
 
@@ -38,27 +40,19 @@ def recode_all(sources: Iterable[Source], settings: Recode, workers: int, lock: 
     if workers == 0:
         yield from ((source, _recode_one(source, settings)) for source in sources)
         return
-    recoders = _start(workers, settings, lock)
-    free: SimpleQueue[tuple[ForkProcess, Connection]] = SimpleQueue()
-    for recoder in recoders:
-        free.put(recoder)
-
-    def work(task: list[Source]) -> list[bytes | str]:
-        process, connection = recoder = free.get()
-        try:
-            connection.send(task)
-            return connection.recv()
-        except (EOFError, OSError):
-            process.join()
-            raise RecoderError(_cause(process, task)) from None
-        finally:
-            free.put(recoder)
-
-    threads = ThreadPoolExecutor(workers)
-    waiting: deque[tuple[list[Source], Future]] = deque()
+    recoders: list[tuple[ForkProcess, Connection]] = []
+    threads: list[threading.Thread] = []
+    todo: SimpleQueue[tuple[list[Source], SimpleQueue] | None] = SimpleQueue()
+    waiting: deque[tuple[list[Source], SimpleQueue]] = deque()
     try:
+        with uninterrupted():
+            _start(recoders, workers, settings, lock)
+            for recoder in recoders:
+                threads.append(threading.Thread(target=_ask, args=(todo, *recoder), daemon=True))
+                threads[-1].start()
         for task in _tasks(sources):
-            waiting.append((task, threads.submit(work, task)))
+            waiting.append((task, SimpleQueue()))
+            todo.put(waiting[-1])
             if len(waiting) >= _AHEAD * workers:
                 yield from _take(waiting)
         while waiting:
@@ -66,10 +60,27 @@ def recode_all(sources: Iterable[Source], settings: Recode, workers: int, lock: 
     finally:
         for process, _ in recoders:
             process.kill()  # it only reads: there is nothing to finish, and its thread gets an end of file
-        threads.shutdown(cancel_futures=True)
+        for _ in threads:
+            todo.put(None)
+        for thread in threads:
+            thread.join()
         for process, connection in recoders:
             process.join()
             connection.close()
+
+
+def _ask(todo: SimpleQueue, process: ForkProcess, connection: Connection) -> None:
+    """The life of a worker's thread: until there is nothing to do. Each task has a queue for its answer."""
+    while item := todo.get():
+        task, answer = item
+        try:
+            connection.send(task)
+            answer.put(connection.recv())
+        except (EOFError, OSError):
+            process.join()
+            answer.put(RecoderError(_cause(process, task)))
+        except Exception as error:  # raised where the answer is waited for
+            answer.put(error)
 
 
 def _tasks(sources: Iterable[Source]) -> Iterator[list[Source]]:
@@ -85,29 +96,26 @@ def _tasks(sources: Iterable[Source]) -> Iterator[list[Source]]:
         yield task
 
 
-def _take(waiting: deque[tuple[list[Source], Future]]) -> Iterator[tuple[Source, bytes | str]]:
-    task, future = waiting.popleft()
-    yield from zip(task, future.result(), strict=True)
+def _take(waiting: deque[tuple[list[Source], SimpleQueue]]) -> Iterator[tuple[Source, bytes | str]]:
+    task, answer = waiting.popleft()
+    results = answer.get()
+    if isinstance(results, Exception):
+        raise results
+    yield from zip(task, results, strict=True)
 
 
-def _start(workers: int, settings: Recode, lock: int) -> list[tuple[ForkProcess, Connection]]:
-    recoders: list[tuple[ForkProcess, Connection]] = []
-    # Ctrl-C is for this process, which ends its workers: they inherit the signal blocked, from their first moment on.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        for _ in range(workers):
-            ours, theirs = Pipe()
-            not_theirs = [ours, *(connection for _, connection in recoders)]
-            # Forked on every Python: from a fork server, a worker would not be this process's child.
-            process = multiprocessing.get_context("fork").Process(
-                target=_serve, args=(theirs, settings, not_theirs, lock, os.getpid()), daemon=True
-            )
-            process.start()
-            theirs.close()
-            recoders.append((process, ours))
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return recoders
+def _start(recoders: list[tuple[ForkProcess, Connection]], workers: int, settings: Recode, lock: int) -> None:
+    """Fork the workers and add them to ``recoders``."""
+    for _ in range(workers):
+        ours, theirs = Pipe()
+        not_theirs = [ours, *(connection for _, connection in recoders)]
+        # Forked on every Python: from a fork server, a worker would not be this process's child.
+        process = multiprocessing.get_context("fork").Process(
+            target=_serve, args=(theirs, settings, not_theirs, lock, os.getpid()), daemon=True
+        )
+        process.start()
+        theirs.close()
+        recoders.append((process, ours))
 
 
 def _cause(process: ForkProcess, task: list[Source]) -> str:
@@ -126,6 +134,7 @@ def _serve(connection: Connection, settings: Recode, not_mine: list[Connection],
     for other in not_mine:
         other.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     with contextlib.suppress(EOFError, OSError):
         while True:
             # A fork that somebody else made meanwhile may hold the parent's end open.

@@ -1,0 +1,65 @@
+"""Ctrl-C: one KeyboardInterrupt that reaches the command line, wherever the program was.
+
+Python drops an exception that is raised in a hook around a fork, in a finaliser or in a callback of a weak reference; it prints
+"Exception ignored in" and goes on. Code in C may drop one too, or make it an ImportError. A dropped interrupt is raised again.
+"""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+_AGAIN = 1.0  # seconds after which a process that is still at work is interrupted once more; cleaning up takes less
+_SOON = 0.01  # seconds until one that was seen to be dropped is raised again, outside whatever dropped it
+
+
+@contextlib.contextmanager
+def interrupts(*, is_last: bool) -> Iterator[None]:
+    """A block that SIGINT ends with KeyboardInterrupt, repeated until it has; a second SIGINT meanwhile changes nothing.
+
+    ``is_last``: the process does nothing after it; a later SIGINT prints nothing, and ends it only if it was interrupted.
+    Nothing changes outside the main thread, nor where the process was started to ignore SIGINT or has a handler of its own.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _is_main_thread():
+        yield
+        return
+    on_unraisable, on_alarm, came, is_over = sys.unraisablehook, None, False, False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal came, on_alarm
+        if number == signal.SIGINT:
+            if came:  # the timer is at it; a terminal and a launcher may both have sent one
+                return
+            came, on_alarm = True, signal.signal(signal.SIGALRM, interrupt)
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)
+        if not is_over:
+            raise KeyboardInterrupt
+
+    def dropped(unraisable: "sys.UnraisableHookArgs") -> None:
+        if came and issubclass(unraisable.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, _SOON, _AGAIN)
+        else:
+            on_unraisable(unraisable)
+
+    sys.unraisablehook = dropped
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if came:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        is_over = True
+        if came:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, on_alarm)
+        at_end = signal.SIG_DFL if came else signal.SIG_IGN
+        signal.signal(signal.SIGINT, at_end if is_last else signal.default_int_handler)
+        sys.unraisablehook = on_unraisable
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 PYTEST = $(BIN)/python -m pytest -m
 # Two processes, whatever the number of cores: many tests start processes of their own. A file is one process's, with what its
 # tests share. What measures time comes afterwards and alone.
-BESIDE := --numprocesses 2 --dist loadfile
+BESIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # What every change must pass, in less than ten minutes on two cores: every kind of test that needs no GPU, each kind of case once.
 test: $(VENV)/.installed

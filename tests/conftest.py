@@ -14,15 +14,21 @@ from tests.support.pictures import make_picture
 
 
 def pytest_configure():
-    """One thread for each process of pytest-xdist: two that wait for each other's cores take many times as long."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+    """What the processes of tests inherit."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's script starts what it puts in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with two threads each wait for each other's cores
+        os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """``gpu`` tests come last, those worth most first; where there is no CUDA device they are skipped, with the reason."""
-    items.sort(key=_worth)
+    """Files that start processes come first, the longest among them; ``gpu`` tests come last, those worth most first.
+
+    Where there is no CUDA device these are skipped, with the reason.
+    """
+    of_processes = {item.path for item in items if item.get_closest_marker("cluster")}
+    items.sort(key=lambda item: (_worth(item), item.path not in of_processes))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -162,7 +162,7 @@ def test_the_waterfall_measures_each_switch_against_the_whole(monkeypatch):
 
 
 @pytest.mark.parametrize("switch", [s for s in waterfall.SWITCHES if "cpu" in s.devices], ids=lambda s: s.name)
-def test_every_switch_keeps_the_loss(switch, monkeypatch):
+def test_every_switch_keeps_the_loss(switch, compiler, monkeypatch):
     monkeypatch.setattr("fastmae.benchmarks.contenders.keep_freed_memory", lambda: None)
     monkeypatch.setattr(linear, "_by_onednn", linear._by_onednn)  # undone at the end
     expected, found = make("fastmae", workload()), switch.build(workload())

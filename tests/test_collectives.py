@@ -8,7 +8,6 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
 from fastmae.benchmarks.collectives import Layout, sent_bytes, step_collectives, trained_elements, units
@@ -20,6 +19,7 @@ from fastmae.train.optimizer import make_optimizer
 from fastmae.train.parallel import parallelize
 from fastmae.train.step import MicroBatch, Step
 from fastmae.train.world import World, machine_groups
+from tests.support.forked import context
 from tests.support.wire import Wire, gloo_calls, socket_bytes
 
 SMALL = preset("small", img_size=32, patch_size=8, depth=4, decoder_depth=2)  # 36 MB of gradients: three buckets
@@ -79,6 +79,16 @@ def real_process(rank, size, port, folder):
     dist.destroy_process_group()
 
 
+def spawn(target, arguments, count):
+    """Run ``target(rank, *arguments)`` in as many processes, which must end well."""
+    processes = [context().Process(target=target, args=(rank, *arguments)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * count
+
+
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
 def real(request, tmp_path_factory):
     """The layout and the micro-batches of each case, and what rank 0 of so many processes sent."""
@@ -86,7 +96,7 @@ def real(request, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(real_process, (request.param, port, folder), nprocs=request.param)
+    spawn(real_process, (request.param, port, folder), request.param)
     cases = [(layout_of(how, request.param, local, reduce), n) for how, local, reduce, n in CASES[request.param]]
     return list(zip(cases, json.loads((folder / "found.json").read_text()), strict=True))
 
@@ -173,7 +183,7 @@ def fake_process(_, config, folder):
 def fake(request, tmp_path_factory):
     """A model, and what rank 0 of 512 processes, eight to a machine, sent and holds of it."""
     folder = tmp_path_factory.mktemp("fake")
-    mp.spawn(fake_process, (request.param, folder), nprocs=1)
+    spawn(fake_process, (request.param, folder), 1)
     return request.param, json.loads((folder / "found.json").read_text())
 
 

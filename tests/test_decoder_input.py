@@ -93,6 +93,7 @@ def test_non_contiguous_inputs_are_read_rightly(device):
     assert torch.equal(decoder_input(*strided, ids_keep.T.contiguous().T, ids_predict), expected)
 
 
+@pytest.mark.twin
 def test_op_passes_opcheck(device):
     x, token, positions, ids_keep, ids_predict = inputs(2, 3, 4, 7, 5, torch.float32, device)
     arguments = (x.requires_grad_(), token.requires_grad_(), positions, ids_keep, ids_predict, torch.float32)

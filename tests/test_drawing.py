@@ -11,7 +11,8 @@ from fastmae import MAE
 from fastmae.train.drawing import Drawing
 from fastmae.train.world import World
 from tests.support.batches import damage_samples
-from tests.support.runs import FLAGS, MODEL, TORCHRUN, finish, start
+from tests.support.crew import run
+from tests.support.runs import MODEL
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -56,13 +57,11 @@ def test_where_the_first_images_cannot_be_had_those_of_a_batch_are_drawn(shard_f
     assert [(step, picture.height) for step, picture in album.pictures] == [(3, 18 + 4 * 132)]
 
 
+@pytest.mark.cluster
 def test_a_cut_model_is_drawn_as_a_whole_one(shard_folder, tmp_path):
-    flags = ["--data", shard_folder, *FLAGS, "--steps", "2", "--batch-size", "4", "--draw-every", "1"]
-    for how in ("ddp", "fsdp"):
-        code, text = finish(start([*flags, "--parallel", how, "--out", tmp_path / how], (*TORCHRUN, "2")))
-        assert code == 0, text
     drawn = []
     for how in ("ddp", "fsdp"):
+        run(2, shard_folder, tmp_path / how, "--steps", 2, "--draw-every", 1, "--parallel", how)
         with Image.open(tmp_path / how / "reconstructions" / "step-0000002.png") as picture:
             drawn.append(np.asarray(picture).astype(int))
     assert np.abs(drawn[0] - drawn[1]).max() <= 2  # grey levels; sums are rounded in another order

@@ -181,6 +181,7 @@ def test_a_second_start_is_refused_until_the_first_is_killed_and_then_goes_on(sh
     first.communicate()
 
 
+@pytest.mark.all  # test_survival kills the other process of such a run
 @pytest.mark.cluster
 def test_torchrun_starts_killed_processes_again_and_they_go_on(shard_folder, tmp_path):
     script = tmp_path.with_suffix(".py")

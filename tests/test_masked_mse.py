@@ -78,6 +78,7 @@ def test_two_runs_give_equal_bits(device):
     assert torch.equal(first, second) and torch.equal(gradient(first, pred), gradient(second, pred))
 
 
+@pytest.mark.twin
 def test_ops_pass_opcheck(device):
     images, ids, mean, std = inputs(2, 3, 8, 12, 4, 2, torch.uint8, device)
     pred = torch.randn(2, 2, 48, device=device, requires_grad=True)

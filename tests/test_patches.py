@@ -73,6 +73,7 @@ def test_image_gradient_equals_that_of_indexing(shape, device):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.twin
 def test_op_passes_opcheck(device):
     images, ids, mean, std = inputs(2, 3, 8, 12, 4, 2, torch.uint8, device)
     torch.library.opcheck(torch.ops.fastmae.gather_patches.default, (images, ids, 4, mean, std, torch.float32))

@@ -40,7 +40,7 @@ def test_accumulation_keeps_the_loss(shard_folder, tmp_path):
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), rel=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.all)])
 def test_compilation_keeps_the_loss(precision, shard_folder, tmp_path):
     for how in ("off", "blocks", "model"):
         pretrain(replace(RECIPE, steps=3), run_of(shard_folder, tmp_path / how, compile=how, precision=precision))

@@ -42,6 +42,7 @@ def test_an_empty_batch_gives_empty_ids(device):
     assert [tuple(ids.shape) for ids in random_masking(0, empty, empty, 8, 2, 3)] == [(0, 2), (0, 3), (0, 8)]
 
 
+@pytest.mark.twin
 def test_op_passes_opcheck(device):
     epochs, samples = counters(2, device)
     torch.library.opcheck(torch.ops.fastmae.random_masking.default, (3, epochs, samples, 9, 2, 5))

@@ -154,7 +154,7 @@ def test_gradients_that_travel_in_bf16_keep_the_loss(two, shard_folder, tmp_path
     assert rounded == pytest.approx(exact, abs=3 * 2**-9 * (max(exact.values()) - min(exact.values())))
 
 
-@pytest.mark.parametrize("how", ["blocks", "model"])
+@pytest.mark.parametrize("how", ["blocks", pytest.param("model", marks=pytest.mark.all)])
 def test_a_compiled_run_of_two_keeps_the_loss(how, two, shard_folder, tmp_path):
     with Crew(2, shard_folder, tmp_path / how, *FLAGS, "--compile", how) as crew:
         assert crew.end(400) == [0, 0], crew.text()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastmae.kernels import gather_patches_ref, resized_crop, resized_crop_patches
+from tests.support.twins import twin
 
 POISON = 255  # the bytes around every image
 HALF = 0.51  # levels between a rounded value and the exact one: a half, and float32's own error
@@ -90,7 +91,8 @@ def assert_is_the_filter(images, boxes, flips, size, device):
 
 # Crops of one tile and of several, whole and not; together 200 boxes, longer and shorter than their crops.
 @pytest.mark.parametrize(
-    ("C", "size", "count"), [(3, (9, 13), 25), (1, (16, 16), 148), (1, (20, 37), 10), (1, (1, 5), 15), (13, (7, 8), 2)]
+    ("C", "size", "count"),
+    [(3, (9, 13), 25), twin(1, (16, 16), 148), (1, (20, 37), 10), twin(1, (1, 5), 15), twin(13, (7, 8), 2)],
 )
 def test_random_boxes_are_filtered_as_the_formula_says(C, size, count, device):
     images = [noise(24, 31, C), noise(40, 17, C), noise(11, 52, C)]
@@ -98,7 +100,7 @@ def test_random_boxes_are_filtered_as_the_formula_says(C, size, count, device):
     assert_is_the_filter(images, random_boxes(images, count), flips, size, device)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 3000), (3000, 1), (2, 2), (150, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3000), twin((3000, 1)), (2, 2), (150, 3)], ids=str)
 def test_images_of_any_shape_are_filtered_as_the_formula_says(shape, device):
     assert_is_the_filter([noise(*shape, 1)], [(0, 0, 0, *shape)], [True], (6, 10), device)
 
@@ -185,6 +187,7 @@ def test_no_images_give_no_crops(device):
     assert resized_crop_patches(pixels, *rest, (8, 12), ids.new_zeros(1, 0), 4).shape == (1, 0, 48)
 
 
+@pytest.mark.twin
 def test_op_passes_opcheck(device):
     images = [noise(9, 7, 3)]
     arguments = batch(images, random_boxes(images, 2), [True, False], device)
@@ -193,6 +196,7 @@ def test_op_passes_opcheck(device):
     torch.library.opcheck(torch.ops.fastmae.resized_crop.default, (*arguments, 8, 12, 3, ids, 4))
 
 
+@pytest.mark.twin
 def test_both_forms_compile_into_one_graph(device):
     images = [noise(9, 7, 3)]
     ids = torch.tensor([[0, 5]], dtype=torch.int32, device=device)

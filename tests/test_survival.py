@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fastmae.train import pretrain
 from fastmae.train.checkpoint import verify
 from tests.support import faults
 from tests.support.crew import Crew, run
@@ -198,3 +199,18 @@ def test_wrong_input_ends_with_two_on_every_process(shard_folder, tmp_path):
     with Crew(2, tmp_path / "nowhere", tmp_path / "run", *FLAGS) as crew:
         assert crew.end() == [2, 2], crew.text()
         assert crew.text(1).count("fastmae: ") == 1 and "Traceback" not in crew.text()
+
+
+def work_apart(folder, rank):
+    os.chdir(folder / str(rank))
+    pretrain._APPEARS = 3
+
+
+def test_a_folder_that_machines_do_not_share_is_refused_by_all(shard_folder, tmp_path):
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+    flags, fault = (*FLAGS, "--out", "run"), partial(work_apart, tmp_path)
+    with Crew(2, shard_folder, tmp_path / "run", *flags, local=1, fault=fault) as crew:
+        assert crew.end() == [2, 2], crew.text()
+        assert all("fastmae: run: is not the same folder on " in crew.text(rank) for rank in (0, 1)), crew.text()
+    assert not list(tmp_path.rglob(".shared-*"))

@@ -89,6 +89,7 @@ def test_non_contiguous_rows_are_taken_rightly(device):
     assert torch.equal(take_rows(x, ids_keep, ids_restore), take_rows(x.contiguous(), ids_keep, ids_restore))
 
 
+@pytest.mark.twin
 def test_op_passes_opcheck(device):
     ids_keep, ids_restore = indices(2, 3, 7, device)
     x, fill = torch.randn(2, 3, 4, device=device, requires_grad=True), torch.randn(4, device=device, requires_grad=True)

@@ -3,60 +3,58 @@
 import json
 import os
 import resource
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastmae import InputError
-from fastmae.train.world import World, join_world
+from fastmae.train.world import World, join_world, leave_world
+from tests.support.forked import context
 from tests.support.runs import free_port
 
-PROGRAM = """
-import json
-import resource
-from fastmae.errors import InputError
-from fastmae.train.world import join_world, leave_world
 
-world = join_world("cpu", 60)
-world.set_timeout(30)
-heard = {"machine": world.machine is not None, "room": resource.getrlimit(resource.RLIMIT_NOFILE)[0]}
-heard["any"] = [world.any(world.rank == r, world.rank != r, False) for r in range(world.size)]
-heard["gather"] = world.gather([f"from {world.rank}"] * (world.rank % 2))
-heard["main"] = world.from_main(f"rank {world.rank}")
-heard["by_main"] = world.by_main(lambda: f"done by {world.rank}")
+def hear_process(environment: dict[str, str], out: Path) -> None:
+    """What one process hears, written to ``out``."""
+    os.environ |= environment
+    world = join_world("cpu", 60)
+    world.set_timeout(30)
+    heard = {"machine": world.machine is not None, "room": resource.getrlimit(resource.RLIMIT_NOFILE)[0]}
+    heard["any"] = [world.any(world.rank == r, world.rank != r, False) for r in range(world.size)]
+    heard["gather"] = world.gather([f"from {world.rank}"] * (world.rank % 2))
+    heard["main"] = world.from_main(f"rank {world.rank}")
+    heard["by_main"] = world.by_main(lambda: f"done by {world.rank}")
+    try:
+        world.by_main(refuse)
+    except InputError as error:
+        heard["refused"] = str(error)
+    out.write_text(json.dumps(heard))
+    leave_world()
 
 
 def refuse():
     raise InputError("no")
 
 
-try:
-    world.by_main(refuse)
-except InputError as error:
-    heard["refused"] = str(error)
-print(json.dumps(heard))
-leave_world()
-"""
-
-
-def hear(size: int, local_size: int) -> list[dict]:
+def hear(size: int, local_size: int, folder: Path) -> list[dict]:
     """What each of ``size`` processes hears, as if ``local_size`` of them shared a machine."""
-    port = str(free_port())
-    processes = []
+    port, processes = free_port(), []
     for rank in range(size):
-        place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local_size, "LOCAL_WORLD_SIZE": local_size}
-        environment = {**os.environ, **{k: str(v) for k, v in place.items()}, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes.append(subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True,
-                                          env={**environment, "OMP_NUM_THREADS": "1"}))  # fmt: skip
-    return [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+        place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local_size, "LOCAL_WORLD_SIZE": local_size,
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        environment = {name: str(value) for name, value in place.items()}
+        processes.append(context().Process(target=hear_process, args=(environment, folder / str(rank))))
+        processes[-1].start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(size)]
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize(("size", "local_size"), [(2, 2), (4, 2), (3, 1)])
-def test_every_process_hears_the_same(size, local_size):
-    for heard in hear(size, local_size):
+def test_every_process_hears_the_same(size, local_size, tmp_path):
+    for heard in hear(size, local_size, tmp_path):
         assert heard["machine"] == (1 < local_size < size)
         assert heard["any"] == [[True, True, False]] * size
         assert heard["gather"] == [f"from {r}" for r in range(1, size, 2)]

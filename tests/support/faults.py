@@ -6,6 +6,7 @@ Bind all but the rank by ``functools.partial``. Steps count from 1, in each proc
 import ctypes
 import os
 import resource
+import signal
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from fastmae.data.crops import Cropper
 from fastmae.train import pretrain, saver, vitals, watch
 from fastmae.train.compiled import LossModule
+from fastmae.train.log import RunLog
 from fastmae.train.step import Step
 
 FOREVER = 3600  # seconds
@@ -154,6 +156,19 @@ def all_of(faults, rank):
 def load():
     """Seconds that a busy machine may take longer."""
     return 5 * os.getloadavg()[0]
+
+
+def kill_after(steps, seconds, rank):
+    """kill -9, so many seconds after so many steps."""
+    advance, count = RunLog.advance, []
+
+    def noted(self):
+        advance(self)
+        count.append(1)
+        if len(count) == steps:
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    RunLog.advance = noted
 
 
 def damage_weights(damage, step, on, rank):

@@ -1,5 +1,6 @@
 """What forked processes need, imported once by the one that they are forked from."""
 
+import torch._dynamo  # which torch.optim imports when an optimizer is made
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.utils.tensorboard  # noqa: F401

@@ -23,9 +23,9 @@ def map_shards(work: Callable, items: Iterable, workers: int) -> Iterator:
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(workers, context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
             before = set(multiprocessing.active_children())
-            with uninterrupted():
-                results = deque(pool.submit(work, item) for item in items)  # the first forks them all
             try:
+                with uninterrupted():
+                    results = deque(pool.submit(work, item) for item in items)  # the first forks them all
                 while results:
                     yield results.popleft().result()
             except BaseException:  # an interrupt above all: a shard may take minutes, and the pool would wait for it

@@ -12,6 +12,8 @@ from fastmae.config import BACKENDS, preset
 from fastmae.errors import InputError
 from tests.support.exactness import assert_as_exact_as_torch
 
+pytestmark = pytest.mark.worth(2)
+
 SHAPES = [(2, 50, 50, 3, 64), (1, 65, 65, 2, 80), (2, 7, 23, 2, 32), (1, 1, 1, 1, 32)]  # B, N, M, H, d
 
 

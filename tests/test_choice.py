@@ -10,6 +10,8 @@ from fastmae.backends import why_not
 from fastmae.choice import Shape, adopt, cache_file, fastest, measure
 from fastmae.config import BACKENDS
 
+pytestmark = pytest.mark.worth(2)
+
 SHAPE = Shape(7, 9, 2, 16)
 
 

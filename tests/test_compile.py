@@ -5,6 +5,8 @@ import torch
 
 from fastmae import kernels
 
+pytestmark = pytest.mark.worth(1)
+
 L, K, p = 16, 4, 4
 
 

@@ -14,6 +14,8 @@ from fastmae.data.recode import Recode
 from fastmae.data.write import write_shards
 from tests.support.batches import N, equal, joined, joined_batch, take
 
+pytestmark = pytest.mark.worth(3)
+
 
 def test_every_sample_comes_once_per_epoch_and_epochs_differ(shard_folder):
     batches = take(shard_folder, 19)  # three epochs and a bit

@@ -8,6 +8,8 @@ from fastmae import MAE, ModelConfig, random_masking
 from fastmae.kernels.dispatch import mode
 from tests.support.oracle import oracle
 
+pytestmark = pytest.mark.worth(1)
+
 WIDTHS = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 4}
 CASES = [  # channels, (H, W), patch, mask ratio
     (1, (32, 32), 8, 0.75),

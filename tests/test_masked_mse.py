@@ -7,6 +7,8 @@ from fastmae.kernels import masked_mse
 from tests.support.exactness import assert_as_exact_as_torch
 from tests.support.patches import SHAPES, inputs
 
+pytestmark = pytest.mark.worth(1)
+
 
 def loss_in(dtype, pred, images, ids, patch, norm_pix, mean, std):
     """The loss written out in plain torch, everything in ``dtype``."""

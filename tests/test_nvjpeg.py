@@ -14,6 +14,8 @@ from fastmae.errors import SampleError
 from tests.support.batches import equal, take
 from tests.support.hostile import GOOD, REPLACED, dataset
 
+pytestmark = pytest.mark.worth(3)
+
 
 @pytest.fixture
 def decoder(monkeypatch):

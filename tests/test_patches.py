@@ -8,6 +8,8 @@ from fastmae.kernels import gather_patches
 from tests.support.exactness import assert_as_exact_as_torch
 from tests.support.patches import SHAPES, inputs
 
+pytestmark = pytest.mark.worth(1)
+
 
 def by_loops(images, ids, patch):
     columns = images.shape[3] // patch

@@ -16,6 +16,8 @@ from fastmae.train.run import accumulation
 from tests.support.batches import damage_samples
 from tests.support.runs import MODEL, RECIPE, assert_same_bits, losses, run_of, signal_after
 
+pytestmark = pytest.mark.worth(3)
+
 
 def test_six_steps_equal_three_and_three_resumed_bit_for_bit(shard_folder, tmp_path, monkeypatch):
     whole = pretrain(RECIPE, run_of(shard_folder, tmp_path / "whole"))

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from fastmae.kernels import gather_patches_ref, resized_crop, resized_crop_patches
 from tests.support.twins import twin
 
+pytestmark = pytest.mark.worth(2)
+
 POISON = 255  # the bytes around every image
 HALF = 0.51  # levels between a rounded value and the exact one: a half, and float32's own error
 

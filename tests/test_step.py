@@ -9,6 +9,8 @@ from fastmae.train.spikes import SpikeDetector
 from fastmae.train.step import MicroBatch, Step
 from tests.support.steps import batch, make_step, weights
 
+pytestmark = pytest.mark.worth(2)
+
 
 def test_training_lowers_the_loss(device):
     _, step = make_step(device)

@@ -7,6 +7,8 @@ from fastmae.kernels import take_rows, take_rows_ref
 from fastmae.kernels.take_rows import sum_holes_ref
 from tests.support.twins import twin
 
+pytestmark = pytest.mark.worth(1)
+
 SHAPES = [twin(1, 1, 1, 2), twin(2, 3, 7, 5), (3, 4, 12, 33), twin(1, 5, 9, 192)]  # B, K, L, D
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from fastmae.benchmarks.cluster import Cluster, explained
 from fastmae.benchmarks.report import align, save, update_readme
 from fastmae.errors import InputError
+from fastmae.train.interrupt import end, interrupts
 from fastmae.train.run import check_kernels
 
 if TYPE_CHECKING:
@@ -31,7 +32,19 @@ Part = tuple[str, dict, Callable[[dict], list[list[str]]]]  # a section's name, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one benchmark; return its exit code: 0 done, 1 losses differ or resources exceed their limits, 2 wrong input."""
+    """Run one benchmark; return its exit code: 0 done, 1 losses differ or resources exceed their limits, 2 wrong input, 130
+    interrupted."""
+    try:
+        with interrupts(is_last=arguments is None):
+            return _run(arguments)
+    except KeyboardInterrupt:
+        print("fastmae bench: interrupted", file=sys.stderr)
+        if arguments is None:
+            end(130)
+        return 130
+
+
+def _run(arguments: list[str] | None) -> int:
     options = parser().parse_args(arguments)
     from fastmae.benchmarks.equality import LossesDiffer
 

@@ -41,10 +41,14 @@ __all__ = [
 _FILES = {"DataError": "errors", "DivergedError": "errors", "InputError": "errors", "Masking": "masking",
           "ModelConfig": "config", "load_model": "convert", "random_masking": "masking"}  # fmt: skip
 
+_MODULES = ("config", "errors", "kernels", "mae", "masking")  # attributes, too, without an import of their own
+
 if not TYPE_CHECKING:  # where a type checker would take any name for one
 
     def __getattr__(name: str) -> object:
-        """A name of ``__all__`` from its file, ``mae`` where ``_FILES`` says no other (PEP 562)."""
+        """A name of ``__all__`` from its file, ``mae`` where ``_FILES`` says no other, or a module (PEP 562)."""
+        if name in _MODULES:
+            return importlib.import_module(f"{__name__}.{name}")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         found = getattr(importlib.import_module(f"{__name__}.{_FILES.get(name, 'mae')}"), name)

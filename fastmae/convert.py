@@ -37,7 +37,9 @@ class Weights:
     knows_target: bool
     """Whether the file itself says if the target was normalised pixels."""
     knows_config: bool = False
-    """Whether the file itself states all of the config; else it is told from shapes."""
+    """Whether the file itself states all of the config, which otherwise follows from shapes."""
+    norm_pix_loss: bool = False
+    """What the file says of the target, if it does."""
 
     @property
     def is_encoder_only(self) -> bool:
@@ -134,7 +136,7 @@ def load_model(path: str | Path, heads: int | None = None, decoder_heads: int | 
             "or build the model by its ModelConfig in Python and save it with fastmae.convert.save_model"
         )
     if norm_pix_loss is None and not weights.knows_target:
-        raise InputError(f"{weights.path}: does not say what it predicts; add --norm-pix-loss True or --norm-pix-loss False")
+        raise InputError(f"{weights.path}: does not say what it predicts; add --norm-pix-loss True or False (norm_pix_loss=)")
     target = config.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
     # Attention, residual dtype and checkpointing are matters of how it was trained, not of the weights.
     model = MAE(ModelConfig(**{**config.architecture, "norm_pix_loss": target}))
@@ -201,7 +203,7 @@ def _with_heads(weights: Weights, heads: int | None, decoder_heads: int | None) 
                 raise InputError(f"{weights.path}: states {name} {own}, got {number}; leave it to the file")
     elif given:
         try:
-            return infer_config(weights.tensors, bool(weights.config and weights.config.norm_pix_loss), heads, decoder_heads)
+            return infer_config(weights.tensors, weights.norm_pix_loss, heads, decoder_heads)
         except InputError as error:
             raise InputError(f"{weights.path}: {error}") from error
     return weights.config
@@ -245,4 +247,4 @@ def _without_config(path: Path, tensors: dict[str, Tensor], norm_pix_loss: bool 
     if missing:
         raise DataError(f"{path}: no masked autoencoder, {missing[0]} is missing")
     config = infer_config(tensors, bool(norm_pix_loss))
-    return Weights(path, tensors, config, knows_target=norm_pix_loss is not None)
+    return Weights(path, tensors, config, knows_target=norm_pix_loss is not None, norm_pix_loss=bool(norm_pix_loss))

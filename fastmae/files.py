@@ -19,10 +19,12 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
     a full disk, stays an OSError.
     """
     partial = path.with_name(f".{path.name}.partial")
+    is_refused = False
     try:
         try:
             opened = partial.open("w+b")
         except OSError as error:
+            is_refused = True
             raise InputError(f"{path}: cannot be written, {error.strerror}; choose another place") from error
         with opened as file:
             yield file
@@ -32,8 +34,9 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
         sync(path.parent)
     except BaseException:  # an interrupt may come while the file is being opened
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        if not is_refused:
+            with contextlib.suppress(OSError):
+                partial.unlink()
         raise
 
 

@@ -23,7 +23,7 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(items):
-    """Files that start processes come first, the longest among them; ``gpu`` tests come last, those worth most first.
+    """Files that start processes come first: they are the longest. ``gpu`` tests come last, those worth most first.
 
     Where there is no CUDA device these are skipped, with the reason.
     """
@@ -136,8 +136,7 @@ def cluster(tmp_path) -> tuple[Path, dict[str, str]]:
 @pytest.fixture(scope="session")
 def photos() -> Path:
     """The folder of real photographs (webdataset tars): ``photos`` in the folder that FASTMAE_TEST_DATA names."""
-    if "FASTMAE_TEST_DATA" not in os.environ:
-        pytest.skip("no real photographs: FASTMAE_TEST_DATA names no folder")
-    folder = Path(os.environ["FASTMAE_TEST_DATA"]) / "photos"
-    assert folder.is_dir(), f"FASTMAE_TEST_DATA: {folder} is no folder"
+    root = os.environ.get("FASTMAE_TEST_DATA")
+    if not root or not (folder := Path(root) / "photos").is_dir():
+        pytest.skip(f"no real photographs: FASTMAE_TEST_DATA is {root!r}, and names no folder with photos in it")
     return folder

@@ -274,9 +274,10 @@ def test_doctor_warns_of_what_is_short(capsys, monkeypatch):
     assert "set OMP_NUM_THREADS=1" in text
 
 
-def test_a_wrong_choice_of_kernels_stops_every_command(capsys, monkeypatch):
+@pytest.mark.parametrize("command", [["doctor"], ["shards", "info", "x"], ["pretrain", "tiny", "--data", "x", "--out", "y"]])
+def test_a_wrong_choice_of_kernels_stops_every_command(command, capsys, monkeypatch):
     monkeypatch.setenv("FASTMAE_KERNELS", "cuda")
-    assert main(["doctor"]) == 2
+    assert main(command) == 2
     assert "FASTMAE_KERNELS must be one of auto, triton, torch, got 'cuda'" in capsys.readouterr().err
 
 

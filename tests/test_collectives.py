@@ -19,7 +19,7 @@ from fastmae.train.optimizer import make_optimizer
 from fastmae.train.parallel import parallelize
 from fastmae.train.step import MicroBatch, Step
 from fastmae.train.world import World, machine_groups
-from tests.support.forked import context
+from tests.support.forked import run_together
 from tests.support.wire import Wire, gloo_calls, socket_bytes
 
 SMALL = preset("small", img_size=32, patch_size=8, depth=4, decoder_depth=2)  # 36 MB of gradients: three buckets
@@ -79,16 +79,6 @@ def real_process(rank, size, port, folder):
     dist.destroy_process_group()
 
 
-def spawn(target, arguments, count):
-    """Run ``target(rank, *arguments)`` in as many processes, which must end well."""
-    processes = [context().Process(target=target, args=(rank, *arguments)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * count
-
-
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
 def real(request, tmp_path_factory):
     """The layout and the micro-batches of each case, and what rank 0 of so many processes sent."""
@@ -96,7 +86,7 @@ def real(request, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(real_process, (request.param, port, folder), request.param)
+    run_together(real_process, [(rank, request.param, port, folder) for rank in range(request.param)])
     cases = [(layout_of(how, request.param, local, reduce), n) for how, local, reduce, n in CASES[request.param]]
     return list(zip(cases, json.loads((folder / "found.json").read_text()), strict=True))
 
@@ -156,7 +146,7 @@ def answered(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     return future
 
 
-def fake_process(_, config, folder):
+def fake_process(config, folder):
     """Rank 0 of 512: its group answers at once and moves nothing, everything else is real."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -183,7 +173,7 @@ def fake_process(_, config, folder):
 def fake(request, tmp_path_factory):
     """A model, and what rank 0 of 512 processes, eight to a machine, sent and holds of it."""
     folder = tmp_path_factory.mktemp("fake")
-    spawn(fake_process, (request.param, folder), 1)
+    run_together(fake_process, [(request.param, folder)], 600)
     return request.param, json.loads((folder / "found.json").read_text())
 
 

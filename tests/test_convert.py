@@ -100,6 +100,8 @@ def test_heads_are_told_where_shapes_cannot_show_them(tmp_path):
     assert back.config == config
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(back.encode(images), model.encode(images))
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(norm_pix_loss=True)}, tmp_path / "told.pth")
+    assert fastmae.load_model(tmp_path / "told.pth", 5, 3).config == config
     for heads, decoder_heads in ((3, 3), (5, 5), (0, 3)):
         with pytest.raises(InputError, match=r"m\.pth: .*num_heads"):
             fastmae.load_model(tmp_path / "m.pth", heads=heads, decoder_heads=decoder_heads, norm_pix_loss=True)

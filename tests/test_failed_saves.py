@@ -140,6 +140,7 @@ def big_state():
     return {**tensors_at(9), "optimizer/exp_avg/big": torch.ones(40 << 18)}  # 40 MB
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("lies", [False, True], ids=["told beforehand", "found while writing"])
 def test_a_disk_that_is_really_full_harms_no_older_checkpoint(lies, small_disk, monkeypatch):
     saver = saver_of(small_disk, asynchronous=True)
@@ -165,6 +166,7 @@ _LYING = "import shutil, sys; shutil.disk_usage = lambda _: shutil._ntuple_disku
 _MAIN = "from fastmae.train.cli import main; sys.exit(main())"
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("lies", [False, True], ids=["told beforehand", "found while writing"])
 def test_a_run_on_a_full_disk_goes_on_to_its_end_and_says_that_it_is_not_saved(lies, small_disk, shard_folder):
     flags = ["--data", shard_folder, *FLAGS, "--steps", "3", "--batch-size", "8", "--save-every", "2", "--out", small_disk]

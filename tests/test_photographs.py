@@ -24,13 +24,18 @@ def folder(photos, tmp_path_factory):
     return root
 
 
-def test_two_hundred_steps_on_photographs_lower_the_loss(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", {**PRESETS["tiny"], "depth": 2})
+@pytest.mark.parametrize(
+    ("depth", "decoder"),
+    [(2, ["--decoder-depth", "1", "--decoder-embed-dim", "64", "--decoder-num-heads", "4"]),
+     pytest.param(12, ["--decoder-depth", "2"], marks=pytest.mark.all)],
+    ids=["shallow", "tiny"],
+)  # fmt: skip
+def test_two_hundred_steps_on_photographs_lower_the_loss(depth, decoder, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", {**PRESETS["tiny"], "depth": depth})
     assert main(["shards", "build", str(folder), str(tmp_path / "shards"), "--resize", "256"]) == 0
     run = ["pretrain", "tiny", "--data", str(tmp_path / "shards"), "--out", str(tmp_path / "run"), "--img-size", "64",
            "--patch-size", "8", "--batch-size", "16", "--steps", "200", "--blr", "2e-2", "--norm-pix-loss", "False",
-           "--decoder-embed-dim", "64", "--decoder-depth", "1", "--decoder-num-heads", "4", "--device", "cpu",
-           "--log-every", "10", "--workers", "1"]  # fmt: skip
+           "--device", "cpu", "--log-every", "10", "--workers", "1", *decoder]  # fmt: skip
     assert main(run) == 0
     found = losses(tmp_path / "run")
     first, last = (sum(found[s] for s in steps) / 3 for steps in ((10, 20, 30), (180, 190, 200)))

@@ -9,7 +9,7 @@ from tests.support.twins import twin
 
 pytestmark = pytest.mark.worth(1)
 
-SHAPES = [twin(1, 2, 1, 1), twin(3, 16, 4, 12), (2, 49, 12, 20), twin(5, 196, 49, 147)]  # B, L, K, Q
+SHAPES = [(1, 2, 1, 1), twin(3, 16, 4, 12), (2, 49, 12, 20), twin(5, 196, 49, 147)]  # B, L, K, Q
 
 
 def counters(B, device):

@@ -35,6 +35,7 @@ fastmae.ModelConfig(), fastmae.InputError, fastmae.DivergedError, fastmae.DataEr
 assert set(fastmae.__all__) <= set(dir(fastmae))
 print([m for m in {HEAVY} if m in sys.modules])
 fastmae.random_masking, fastmae.load_model
+assert fastmae.config.ModelConfig is fastmae.ModelConfig and fastmae.kernels.take_rows
 print("torch" in sys.modules)"""
     assert python(code).splitlines() == ["[]", "True"]
 

@@ -10,7 +10,7 @@ import torch
 
 from fastmae import InputError
 from fastmae.train.world import World, join_world, leave_world
-from tests.support.forked import context
+from tests.support.forked import run_together
 from tests.support.runs import free_port
 
 
@@ -38,16 +38,12 @@ def refuse():
 
 def hear(size: int, local_size: int, folder: Path) -> list[dict]:
     """What each of ``size`` processes hears, as if ``local_size`` of them shared a machine."""
-    port, processes = free_port(), []
+    port, arguments = free_port(), []
     for rank in range(size):
-        place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local_size, "LOCAL_WORLD_SIZE": local_size,
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-        environment = {name: str(value) for name, value in place.items()}
-        processes.append(context().Process(target=hear_process, args=(environment, folder / str(rank))))
-        processes[-1].start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+        variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local_size, "LOCAL_WORLD_SIZE": local_size,
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        arguments.append(({name: str(value) for name, value in variables.items()}, folder / str(rank)))
+    run_together(hear_process, arguments)
     return [json.loads((folder / str(rank)).read_text()) for rank in range(size)]
 
 

@@ -4,19 +4,18 @@ Arguments are parsed before torch is imported, so that help and wrong arguments 
 """
 
 import functools
-import os
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import tyro
 
 from fastmae.errors import CheckpointError, DivergedError, InputError, LostProcessError, RequeueError
 from fastmae.train.environment import read_place
-from fastmae.train.interrupt import interrupts
+from fastmae.train.interrupt import end, interrupts
 from fastmae.train.run import check_kernels
 from fastmae.train.settings import PretrainSettings
 from fastmae.train.shards import build, index, info, verify
@@ -134,8 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"fastmae: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         code = 130
-        if arguments is None:  # to take torch's modules apart may take the interpreter seconds
-            _end(code)
+        if arguments is None:
+            end(code)
     except Exception:
         if not _in_group():
             raise
@@ -144,14 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
     if _in_group():
         # Torch's threads may still wait for a lost process, or abort this one while the interpreter ends (exit code 134, seen
         # with torch 2.13).
-        _end(code)
+        end(code)
     return code
-
-
-def _end(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _run(arguments: list[str]) -> int:
@@ -200,4 +193,9 @@ def _in_group() -> bool:
 
 def _run_benchmarks(arguments: list[str]) -> int:
     # A program of its own: benchmarks stand above this layer, and measure best in a process that has done nothing else.
-    return subprocess.run([sys.executable, "-m", "fastmae.benchmarks", *arguments], check=False).returncode
+    with subprocess.Popen([sys.executable, "-m", "fastmae.benchmarks", *arguments]) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # it says so itself
+            process.send_signal(signal.SIGINT)
+            return process.wait()

@@ -48,8 +48,9 @@ def recode_all(sources: Iterable[Source], settings: Recode, workers: int, lock: 
         with uninterrupted():
             _start(recoders, workers, settings, lock)
             for recoder in recoders:
-                threads.append(threading.Thread(target=_ask, args=(todo, *recoder), daemon=True))
-                threads[-1].start()
+                thread = threading.Thread(target=_ask, args=(todo, *recoder), daemon=True)
+                thread.start()
+                threads.append(thread)
         for task in _tasks(sources):
             waiting.append((task, SimpleQueue()))
             todo.put(waiting[-1])

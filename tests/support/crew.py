@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,10 @@ from tests.support.runs import FLAGS
 # Smaller than tiny, so that a step takes milliseconds.
 SMALLEST = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 BATCH = 12  # images per step, over all processes: of 1, 2, 3 or 4
+
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Held while a process is started or looked at: multiprocessing looks at all of them then, and each may be asked once."""
 
 
 class Crew:
@@ -44,7 +49,8 @@ class Crew:
             for rank in range(size)
         ]
         for process in self.processes:
-            process.start()
+            with _ONE_AT_A_TIME:
+                process.start()
 
     def __enter__(self) -> "Crew":
         return self
@@ -53,8 +59,10 @@ class Crew:
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-            process.join()
+            with _ONE_AT_A_TIME:
+                process.kill()
+            while self._code(process) is None:
+                time.sleep(0.01)
 
     def send(self, number: int, *ranks: int, group: bool = False) -> float:
         """Send a signal to ``ranks``, or to all; ``group``: to their loader's workers too. Returns the time."""
@@ -67,10 +75,10 @@ class Crew:
         """Wait for ``ranks``, or all; their exit codes, minus the signal for those that were killed."""
         until = time.monotonic() + timeout
         waited = [self.processes[r] for r in ranks or range(len(self.processes))]
-        for process in waited:
-            process.join(max(0.0, until - time.monotonic()))
-            assert process.exitcode is not None, f"still there after {timeout} s\n{self.text()}"
-        return [process.exitcode for process in waited]
+        while (codes := [self._code(process) for process in waited]).count(None):
+            assert time.monotonic() < until, f"still there after {timeout} s\n{self.text()}"
+            time.sleep(0.01)
+        return codes
 
     def text(self, *ranks: int) -> str:
         """What ``ranks``, or all, have said."""
@@ -81,9 +89,14 @@ class Crew:
         """Until the processes have said ``what``, or it holds."""
         end = time.monotonic() + seconds
         while not (what in self.text() if isinstance(what, str) else what()):
-            assert any(p.exitcode is None for p in self.processes), f"ended before {what}\n{self.text()}"
+            assert any(self._code(p) is None for p in self.processes), f"ended before {what}\n{self.text()}"
             assert time.monotonic() < end, f"{what} did not come\n{self.text()}"
             time.sleep(0.01)
+
+    @staticmethod
+    def _code(process) -> int | None:
+        with _ONE_AT_A_TIME:
+            return process.exitcode
 
     def _path(self, rank: int) -> Path:
         return self.console / f"rank-{rank}.{self.number}"

@@ -17,7 +17,7 @@ _PLACE = st.floats(0, 1, exclude_max=True)
 MUTATION = st.tuples(st.sampled_from(["flip", "cut", "insert", "splice", "random"]), _PLACE, _PLACE, NEW)
 
 
-def fuzz(draw: int, *strategies, examples: int = 300):
+def fuzz(draw: int, *strategies, examples: int = 313):
     """Call the decorated function at once, with ``examples`` of ``strategies``: others for each ``draw``, equal in each run."""
 
     def call(function):

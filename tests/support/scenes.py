@@ -28,5 +28,8 @@ class Scenes:
         """What a fixture of the file yields: by name, the ends of the scenes whose tests were selected."""
         names = [item.callspec.params["scene"] for item in request.session.items
                  if item.path == request.path and "scene" in item.fixturenames]  # fmt: skip
-        with ThreadPoolExecutor(_AT_ONCE) as stage:
+        stage = ThreadPoolExecutor(_AT_ONCE)
+        try:
             yield {name: stage.submit(self._known[name], shards, folders.mktemp(name), undisturbed) for name in names}
+        finally:
+            stage.shutdown(cancel_futures=True)

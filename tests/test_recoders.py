@@ -21,78 +21,9 @@ from fastmae.data.index import Index
 from fastmae.data.recode import Recode
 from fastmae.data.recoders import recode_all
 from fastmae.data.write import write_shards
+from tests.support.builds import FORGE, SETTINGS, Build, begun
+from tests.support.processes import wait_until
 from tests.support.shards import contents
-
-SETTINGS = {"settings": Recode(resize=64), "samples_per_shard": 7}
-# A process for each line, which builds in a session of its own; torch is imported once for all of them.
-FORGE = """
-import os, signal, sys, time
-from fastmae.data.recode import Recode
-from fastmae.data.write import write_shards
-from fastmae.errors import InputError
-
-def build(source, out, log, workers):
-    os.setsid()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    try:
-        write_shards(source, out, Recode(resize=64), samples_per_shard=7, workers=int(workers))
-    except InputError as error:
-        print(error, file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the dead
-    for line in sys.stdin:
-        if (pid := os.fork()) == 0:
-            build(*line.rstrip("\\n").split("\\t"))
-            sys.stderr.flush()
-            os._exit(0)
-        print(pid, flush=True)
-"""
-
-
-class Build:
-    """A running build."""
-
-    def __init__(self, forge, source, out, workers=2):
-        self.out, self.log = out, out.with_name(f"{out.name}.log")
-        forge.stdin.write(f"{source}\t{out}\t{self.log}\t{workers}\n")
-        forge.stdin.flush()
-        self.pid = int(forge.stdout.readline())
-
-    def processes(self):
-        """Process ids of the build and of whatever it started."""
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-            except OSError:  # ended meanwhile
-                continue
-            if int(session) == self.pid and state != "Z":
-                found.append(int(stat.parent.name))
-        return found
-
-    def is_running(self):
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
-
-    def wait(self, seconds=60):
-        """Wait for its end and return what it said; nobody may be left after it."""
-        wait_until(lambda: not self.is_running(), seconds)
-        wait_until(lambda: not self.processes(), 5)
-        return self.log.read_text()
-
-
-def wait_until(holds, seconds):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +54,6 @@ def whole(pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     write_shards(pictures, out, **SETTINGS)
     return out
-
-
-def begun(*arguments):
-    """A build that has finished a shard."""
-    build = Build(*arguments)
-    wait_until(lambda: any(build.out.glob("*.tar")), 30)
-    return build
 
 
 def assert_only_whole_shards(out, whole, expected):
@@ -202,7 +126,7 @@ def test_a_stuck_worker_of_a_killed_build_keeps_nobody_out(forge, pictures, whol
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)
     os.kill(build.pid, signal.SIGKILL)
-    wait_until(lambda: not build.is_running(), 5)
+    assert wait_until(lambda: not build.is_running(), 5)
     try:
         assert sorted(build.processes()) == sorted(workers)
         write_shards(pictures, tmp_path / "out", **SETTINGS)
@@ -217,7 +141,7 @@ def test_a_stuck_worker_of_a_killed_build_keeps_nobody_out(forge, pictures, whol
 def test_ctrl_c_ends_a_build_at_once_without_a_traceback(moment, forge, pictures, whole, tmp_path):
     if moment == "first worker":
         build = Build(forge, pictures, tmp_path / "out")
-        wait_until(lambda: len(build.processes()) > 1, 30)
+        assert wait_until(lambda: len(build.processes()) > 1, 30)
     else:
         build = begun(forge, pictures, tmp_path / "out")
     os.killpg(build.pid, signal.SIGINT)  # as a terminal does: every process of the group

@@ -14,7 +14,7 @@ def is_alive(pid):
 def wait_until(condition, seconds=10.0):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
+        time.sleep(0.005)
     return condition()
 
 

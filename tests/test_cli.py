@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -326,3 +328,10 @@ def test_a_damaged_checkpoint_is_not_drawn(shard_folder, tmp_path, capsys):
 def test_a_picture_smaller_than_the_model_is_enlarged(world, tmp_path):
     make_picture(0, (5, 9)).save(tmp_path / "small.png")
     assert main(["reconstruct", str(world["full"]), str(tmp_path / "small.png"), "--out", str(tmp_path / "s.png")]) == 0
+
+
+def test_a_console_that_cannot_be_written_does_not_change_the_exit_code(tmp_path):
+    """As of a run whose console is a file on a full disk."""
+    code = "import sys; from fastmae.train import cli, interrupt; interrupt.end(cli.main(['shards', 'info', '/nowhere']))"
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run([sys.executable, "-c", code], stderr=full, check=False).returncode == 2

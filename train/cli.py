@@ -3,6 +3,7 @@
 Arguments are parsed before torch is imported, so that help and wrong arguments answer at once: commands import what they run.
 """
 
+import contextlib
 import functools
 import signal
 import subprocess
@@ -131,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         with interrupts(is_last=arguments is None):
             code = _run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt as interrupt:
-        print(f"fastmae: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        _say(str(interrupt) or "interrupted")
         code = 130
         if arguments is None:
             end(code)
@@ -147,6 +148,12 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
+def _say(text: str) -> None:
+    """One line on the console. One that cannot be written, on a full disk say, does not change the exit code."""
+    with contextlib.suppress(OSError):
+        print(f"fastmae: {text}", file=sys.stderr)
+
+
 def _run(arguments: list[str]) -> int:
     try:
         if arguments[:1] == ["bench"]:
@@ -156,10 +163,10 @@ def _run(arguments: list[str]) -> int:
         else:
             _run_one(COMMANDS, "fastmae", "Masked-autoencoder pretraining.", arguments)
     except (InputError, DivergedError, LostProcessError, CheckpointError, RequeueError) as error:
-        print(f"fastmae: {error}", file=sys.stderr)
+        _say(str(error))
         return error.exit_code
     except OSError as error:  # a full disk, a file without permission: the user's to mend, and named
-        print(f"fastmae: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        _say(f"{error.filename or 'input or output'}: {error.strerror or error}")
         return InputError.exit_code
     return 0
 

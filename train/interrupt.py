@@ -70,8 +70,9 @@ def interrupts(*, is_last: bool) -> Iterator[None]:
 
 def end(code: int) -> NoReturn:
     """End the process at once: to take torch's modules apart may take the interpreter seconds."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 

@@ -64,6 +64,14 @@ def test_gradients_are_the_rows_and_their_sum(shape, x_dtype, dtype, device):
     assert error <= 2 * (torch_says.double() - exact).abs().max() + torch.finfo(torch.float32).eps * scale
 
 
+def test_gradients_are_made_in_the_dtypes_asked_for(device):
+    """Asked of the op itself: autograd would change another dtype without a word, after it has taken its memory."""
+    grad = torch.randn(2, 8, 33, device=device)
+    for x_dtype, token_dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        found = torch.ops.fastmae.decoder_input_bwd(grad, 4, x_dtype, token_dtype)
+        assert [gradient.dtype for gradient in found] == [x_dtype, token_dtype]
+
+
 def test_the_same_gradient_comes_twice(device):
     grads = []
     x, token, positions, ids_keep, ids_predict = inputs(3, 4, 8, 12, 33, torch.float32, device)

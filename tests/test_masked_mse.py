@@ -80,6 +80,23 @@ def test_two_runs_give_equal_bits(device):
     assert torch.equal(first, second) and torch.equal(gradient(first, pred), gradient(second, pred))
 
 
+def test_channels_last_images_give_the_same_loss_and_gradient(device):
+    images, ids, mean, std = inputs(2, 3, 32, 48, 16, 4, torch.uint8, device)
+    pred = torch.randn(2, 4, 768, device=device, requires_grad=True)
+    found, other = (masked_mse(pred, images.to(memory_format=f), ids, 16, True, mean, std)
+                    for f in (torch.channels_last, torch.contiguous_format))  # fmt: skip
+    assert torch.equal(found, other) and torch.equal(gradient(found, pred), gradient(other, pred))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gradient_is_made_in_the_predictions_dtype(dtype, device):
+    """Asked of the op itself: autograd would change another dtype without a word, after it has taken its memory."""
+    images, ids, mean, std = inputs(2, 3, 8, 12, 4, 2, torch.uint8, device)
+    rows = [torch.rand(2, 2, device=device) for _ in range(3)]
+    pred = torch.randn(2, 2, 48, device=device).to(dtype)
+    assert torch.ops.fastmae.masked_mse_bwd(rows[0], pred, images, ids, rows[1], rows[2], 4, mean, std).dtype == dtype
+
+
 @pytest.mark.twin
 def test_ops_pass_opcheck(device):
     images, ids, mean, std = inputs(2, 3, 8, 12, 4, 2, torch.uint8, device)

@@ -55,6 +55,14 @@ def test_strip_has_a_tile_for_every_picture(in_chans):
     assert tile.std() > 10
 
 
+def test_a_strips_tiles_have_the_colours_of_their_pictures():
+    pictures = torch.rand(2, len(COLUMNS), 3, 16, 32)
+    drawn = np.asarray(strip(pictures)).astype(int)
+    tiles = [drawn[18 + 132 * row :, 4 + 260 * column :][:128:8, :256:8] for row in (0, 1) for column in range(len(COLUMNS))]
+    expected = (pictures * 255).round().flatten(0, 1).permute(0, 2, 3, 1).int().numpy()
+    assert np.array_equal(np.stack(tiles), expected)
+
+
 def test_loss_plot_is_a_picture_of_the_last_values(tmp_path):
     records = [{"step": s, "loss": 1 / s, "lr": 0.1} for s in (1, 2, 3, 2, 4)] + [{"event": "end"}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))

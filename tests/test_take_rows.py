@@ -100,6 +100,13 @@ def test_op_passes_opcheck(device):
     torch.library.opcheck(torch.ops.fastmae.sum_holes.default, (torch.randn(2, 7, 4, device=device), ids_restore, 3))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_fills_gradient_is_made_in_the_dtype_of_what_comes_back(dtype, device):
+    """Asked of the op itself: autograd would change another dtype without a word, after it has taken its memory."""
+    _, ids_restore = indices(2, 3, 7, device)
+    assert torch.ops.fastmae.sum_holes(torch.randn(2, 7, 4, device=device).to(dtype), ids_restore, 3).dtype == dtype
+
+
 def test_fill_gradient_of_no_holes_is_zero():
     assert torch.equal(sum_holes_ref(torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.int32), 3), torch.zeros(4))
 

@@ -59,7 +59,7 @@ gpu:
 	$(if $(DATA),run $(BENCH) loader --gpu --data $(DATA) $(GPU) $(if $(QUICK),--rounds 2);) \
 	exit $$failed
 
-# A hundred faults of all kinds in one run, whose end must have the bits of a run without any: about a quarter of an hour on two cores.
+# A hundred faults of all kinds in one run, whose end must have the bits of a run without any: about ten minutes on two cores.
 soak: $(VENV)/.installed
 	$(BIN)/python -m tests.soak --faults 100 --out runs/soak
 

@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from fastmae.errors import InputError
-from fastmae.files import write_atomically
+from fastmae.files import digest, write_atomically
 
 
 def test_bytes_are_flushed_before_the_name_is_there_and_the_name_after_it(tmp_path, monkeypatch):
@@ -41,3 +42,10 @@ def test_a_file_that_cannot_be_opened_is_named_and_what_stands_in_its_way_stays(
     with pytest.raises(InputError, match="a: cannot be written, Is a directory"), write_atomically(tmp_path / "a"):
         pass
     assert (tmp_path / ".a.partial").is_dir()
+
+
+def test_a_digest_is_of_all_bytes(tmp_path):
+    data = os.urandom((2 << 20) + 5)
+    (tmp_path / "a").write_bytes(data)
+    with (tmp_path / "a").open("rb") as file:
+        assert digest(file) == xxhash.xxh3_64_hexdigest(data)

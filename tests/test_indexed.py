@@ -136,6 +136,18 @@ def test_workers_killed_ten_times_at_random_moments_change_nothing(shard_folder)
     assert all(f"(pid {pid})" in note and "was killed by SIGKILL" in note for pid, note in zip(killed, notes, strict=True))
 
 
+def test_workers_killed_together_are_each_told(shard_folder):
+    source = iter(Loader(shard_folder, LoaderConfig(image_size=(16, 16), workers=3), batch_size=16))
+    next(source)
+    pids = workers_of(source)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: not any(map(is_alive, pids)))
+    notes = [note for _ in range(12) for note in next(source).notes]
+    source.close()
+    assert len(notes) == 3 and all(any(f"(pid {pid})" in note for note in notes) for pid in pids)
+
+
 def test_workers_that_go_on_dying_end_the_run_with_a_reason(shard_folder, monkeypatch):
     monkeypatch.setattr(ShardReader, "view", lambda self, sample: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(

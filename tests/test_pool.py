@@ -32,7 +32,8 @@ def run(pool, tasks, between=lambda: None):
         pool.submit([task])
     replies, deaths = [], []
     while len(replies) < len(tasks):
-        done, died = pool.collect(5.0)
+        done, died = pool.collect(30.0)
+        assert done or died, "no task came back"
         replies += [(task[0], reply) for task, reply in done]
         if died:
             deaths += died

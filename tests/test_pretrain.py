@@ -3,18 +3,21 @@
 import json
 import os
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastmae import DivergedError, InputError
+from fastmae.data.crops import Cropper
 from fastmae.data.write import write_shards
 from fastmae.train.compiled import LossModule
 from fastmae.train.pretrain import pretrain
 from fastmae.train.recipes import RECIPES
 from fastmae.train.run import accumulation
 from tests.support.batches import damage_samples
-from tests.support.runs import MODEL, RECIPE, assert_same_bits, losses, run_of, signal_after
+from tests.support.runs import MODEL, RECIPE, assert_same_bits, losses, records, run_of, signal_after
 
 pytestmark = pytest.mark.worth(3)
 
@@ -29,6 +32,41 @@ def test_six_steps_equal_three_and_three_resumed_bit_for_bit(shard_folder, tmp_p
     assert resumed.name == whole.name == "step-0000006"
     assert_same_bits(whole, resumed)
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["at once", "resumed"])
+def test_each_update_is_made_at_its_own_learning_rate(stopped, shard_folder, tmp_path, monkeypatch):
+    """Three steps of warm-up from 0, then three of half a cosine, also where a run goes on."""
+    used, recipe = [], replace(RECIPE, warmup_epochs=5)
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: used.append([float(g["lr"]) for g in optimizer.param_groups]))
+    try:
+        if stopped:
+            with monkeypatch.context() as patch:
+                signal_after(patch, 2)
+                pretrain(recipe, run_of(shard_folder, tmp_path))
+        pretrain(recipe, run_of(shard_folder, tmp_path))
+    finally:
+        hook.remove()
+    peak = 0.05 * 8 / 256
+    expected = [share * peak for share in (0, 1 / 3, 2 / 3, 1, 0.75, 0.25)]
+    assert [rates[0] for rates in used] == pytest.approx(expected, rel=1e-6) and all(a == b for a, b in used)
+    assert [r["lr"] for r in records(tmp_path) if "loss" in r] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_worker_that_dies_is_told_and_changes_nothing(shard_folder, tmp_path, monkeypatch, capsys):
+    whole = pretrain(RECIPE, run_of(shard_folder, tmp_path / "whole", workers=1))
+    crop, parent, mark = Cropper.__call__, os.getpid(), tmp_path / "died"
+
+    def die_once(self, *arguments):
+        if os.getpid() != parent and not mark.exists():
+            mark.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return crop(self, *arguments)
+
+    monkeypatch.setattr(Cropper, "__call__", die_once)
+    assert_same_bits(whole, pretrain(RECIPE, run_of(shard_folder, tmp_path / "killed", workers=1)))
+    (death,) = [r["worker"] for r in records(tmp_path / "killed") if r.get("event") == "worker_died"]
+    assert f"(pid {mark.read_text()}) was killed by SIGKILL" in death and death in capsys.readouterr().out
 
 
 def test_two_identical_runs_have_identical_bits(shard_folder, tmp_path):

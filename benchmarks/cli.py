@@ -7,7 +7,6 @@ parsed before torch is imported, so that help answers at once: each benchmark im
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from fastmae.benchmarks.cluster import Cluster, explained
 from fastmae.benchmarks.report import align, save, update_readme
+from fastmae.cores import usable_cores
 from fastmae.errors import InputError
 from fastmae.train.interrupt import end, interrupts
 from fastmae.train.run import check_kernels
@@ -118,7 +118,7 @@ _FLAGS: dict[str, dict] = {
     "image-size": {"type": _positive, "default": 224, "metavar": "PIXELS", "help": "side of an image, 224"},
     "data": {"type": Path, "metavar": "SHARDS", "required": True, "help": "a folder of shards of 256 px, say"},
     "originals": {"type": Path, "metavar": "SHARDS", "help": "shards of the untouched images, for the reference's pipeline"},
-    "workers": {"type": _positive, "metavar": "N", "default": len(os.sched_getaffinity(0)), "help": "processes, one per core"},
+    "workers": {"type": _positive, "metavar": "N", "default": usable_cores(), "help": "processes, one per core"},
     "reference": {"type": Path, "metavar": "CLONE", "help": "a clone of facebookresearch/mae (needs timm)"},
 }
 

@@ -15,6 +15,7 @@ import fastmae
 from fastmae.attention import attention_shapes, resolve
 from fastmae.backends import why_not
 from fastmae.config import BACKENDS, preset
+from fastmae.cores import usable_cores
 from fastmae.kernels import dispatch, gather_patches
 from fastmae.train.run import default_workers
 
@@ -52,7 +53,7 @@ def _packages() -> list[str]:
 
 
 def _devices(has_gpu: bool) -> list[str]:
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     lines = ["devices:", f"  cpu: {cores} cores, torch uses {torch.get_num_threads()} threads"]
     if not has_gpu:
         reason = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no device: is the driver loaded?"
@@ -65,7 +66,7 @@ def _devices(has_gpu: bool) -> list[str]:
 
 def _loading() -> list[str]:
     """What loader processes need of the machine, and what of it is short."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     shared = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
     lines = ["loading data:"]
     if shared is None:

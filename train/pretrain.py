@@ -1,12 +1,16 @@
 """Pretrain: shards in, checkpoints out; stopped and resumed at any step, on CPUs with the same bits."""
 
+import math
+import os
 import socket
 import time
 import uuid
 from pathlib import Path
 
+import torch
 from torch.distributed import DistError
 
+from fastmae.cores import cpu_quota
 from fastmae.errors import InputError, LostProcessError, RequeueError
 from fastmae.files import make_folder
 from fastmae.train.lock import RunLock
@@ -30,6 +34,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     make_folder(run.out)
     with StopSignals() as signals:
         world = join_world(run.device, run.first_timeout)
+        _keep_to_quota(world)
         lock = RunLock(run.out)
         try:
             warning = world.by_main(lock.acquire)
@@ -52,6 +57,14 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     if trainer.stopped_by and run.requeue_exit:
         raise RequeueError(f"stopped by {trainer.stopped_by}; {folder} is saved, and the run wants to go on")
     return folder
+
+
+def _keep_to_quota(world: World) -> None:
+    """As many of torch's threads as the container's CPU quota, shared among its processes, unless OMP_NUM_THREADS is set: more
+    would be stopped, all together, for the rest of each period."""
+    quota = cpu_quota()
+    if quota is not None and not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, math.ceil(quota) // world.local_size)))
 
 
 def _name_the_lost(error: BaseException, watch: Watch) -> None:

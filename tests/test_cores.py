@@ -9,7 +9,7 @@ from fastmae import cores
 from fastmae.cores import affinity_cores, cpu_quota, usable_cores
 from fastmae.train import pretrain, run
 from fastmae.train.world import World
-from tests.test_run import STEP_OF_TWO
+from tests.support.slurm import STEP_OF_TWO
 
 POD = "/kubepods.slice/pod7/main"
 DOCKER = "3:cpu,cpuacct:/docker/1f\n2:cpuset:/docker/1f\n0::/docker/1f\n"  # of the host, seen from inside

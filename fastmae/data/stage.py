@@ -71,8 +71,8 @@ class Copy:
         for partial in folder.glob(".*.partial"):
             partial.unlink()
         self._check_space(index, folder, names)
-        with (folder / NOTES).open("a") as notes, ThreadPoolExecutor(self.threads) as pool:
-            notes.write("\n")  # a line that a kill has cut stays alone
+        notes = _Notes(folder)
+        with ThreadPoolExecutor(self.threads) as pool:
             jobs = [
                 pool.submit(self._shard, index.folder / shard.name, folder / name, shard, noted.get(name))
                 for name, shard in zip(names, index.shards, strict=True)
@@ -80,11 +80,12 @@ class Copy:
             try:
                 for job in as_completed(jobs):
                     if note := job.result():
-                        notes.write(json.dumps(note) + "\n")
-                        notes.flush()
+                        notes.add(note)
             except BaseException:
                 self._stop.set()
                 raise
+            finally:
+                notes.close()
         if not self._stop.is_set():
             shards = tuple(replace(shard, name=name) for name, shard in zip(names, index.shards, strict=True))
             with _explaining_a_full_disk(folder, index.table.nbytes):
@@ -161,6 +162,25 @@ class Copy:
 
 class _StoppedError(Exception):
     """The copy was asked to stop."""
+
+
+class _Notes:
+    """The file of notes, added to. A full disk takes none: shards without one are hashed by the next start."""
+
+    def __init__(self, folder: Path):
+        with _explaining_a_full_disk(folder / NOTES, 0):
+            self._file = (folder / NOTES).open("ab", buffering=0)
+        self._write("\n")  # a line that a kill has cut stays alone
+
+    def add(self, note: list) -> None:
+        self._write(json.dumps(note) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._file.write(text.encode())
 
 
 def _blocks(source: Path) -> Iterator[memoryview]:

@@ -17,6 +17,7 @@ from fastmae.train.lock import RunLock
 from fastmae.train.recipes import Recipe
 from fastmae.train.run import Run
 from fastmae.train.signals import StopSignals
+from fastmae.train.staging import stage_data
 from fastmae.train.trainer import Trainer
 from fastmae.train.watch import Watch
 from fastmae.train.world import World, is_of_collective, join_world, leave_world
@@ -41,8 +42,9 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
             _check_shared(run.out, world)
             watch = Watch(world, run.out, first=run.first_timeout, later=run.timeout)
             try:
-                trainer = Trainer(recipe, run, world, watch, signals)
-                trainer.notes += [warning] if warning else []
+                data, lines = stage_data(run, world, watch, signals)
+                trainer = Trainer(recipe, run, world, watch, signals, data)
+                trainer.notes += [warning, *lines] if warning else lines
                 folder = trainer.train()
             except BaseException as error:
                 _name_the_lost(error, watch)

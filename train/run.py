@@ -22,6 +22,9 @@ class Run:
 
     data: str
     """A folder of shards, or paths or URLs of tars with {000..999} in them."""
+    stage: Path | None = None
+    """Folder on each machine's own disk that indexed shards are copied to before they are read: once per machine, hashes
+    checked; complete copies are used again."""
     out: Path
     """Folder of checkpoints and logs; a run that is there already is continued."""
     batch_size: int = 64

@@ -45,7 +45,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 class Trainer:
     """One process of a run: model, optimizer, data and logs, and the loop over them."""
 
-    def __init__(self, recipe: Recipe, run: Run, world: World, watch: Watch, signals: StopSignals):
+    def __init__(self, recipe: Recipe, run: Run, world: World, watch: Watch, signals: StopSignals, source: str):
         self.recipe, self.run, self.world, self.watch, self.signals = recipe, run, world, watch, signals
         self.accumulate = accumulation(recipe.effective_batch, run.batch_size, world.size)
         self.precision = ("bf16" if world.device.type == "cuda" else "fp32") if run.precision == "auto" else run.precision
@@ -79,11 +79,11 @@ class Trainer:
         self.checkpoint, self.notes = choose_checkpoint(run, world)
         state = self._resume() if self.checkpoint else None
         self.first_step = state["step"] if state else 0
-        self.data, self.total_steps = open_data(recipe, run, world, state and state["data"])
+        self.data, self.total_steps = open_data(recipe, run, world, source, state and state["data"])
         for size in sizes:
             self.model.add_size(size)
         self.warmup_steps = self.total_steps * recipe.warmup_epochs / recipe.epochs
-        self.drawing = Drawing(run.data, self.model, world, recipe.mask_ratio) if run.draw_every else None
+        self.drawing = Drawing(source, self.model, world, recipe.mask_ratio) if run.draw_every else None
         self.saver = Saver(run.out, recipe.model, world, keep=run.keep, keep_every=run.keep_every, asynchronous=run.async_save)
         self.saver.newest = self.checkpoint
         self.stopped_by: str | None = None

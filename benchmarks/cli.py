@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastmae.benchmarks.cluster import Cluster, explained
+from fastmae.benchmarks.cluster import Cluster
+from fastmae.benchmarks.flags import FLAGS, add_scaling_flags
 from fastmae.benchmarks.report import align, save, update_readme
-from fastmae.cores import usable_cores
 from fastmae.errors import InputError
 from fastmae.train.interrupt import end, interrupts
 from fastmae.train.run import check_kernels
@@ -64,63 +64,39 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     description = "Measure fastmae against the reference: a table, and one JSON document as the last line."
     top = argparse.ArgumentParser(prog="fastmae bench", description=description)
-    names = "step | kernels | attention | waterfall | loader | all | scaling | readme"
+    names = "step | kernels | attention | waterfall | loader | fed-step | all | scaling | readme"
     commands = top.add_subparsers(required=True, metavar=names)
 
     def add(name: str, run: Callable, help: str, *flags: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(run=run)
         for flag in flags:
-            command.add_argument(f"--{flag}", **_FLAGS[flag])
+            command.add_argument(f"--{flag}", **FLAGS[flag])
         return command
 
     common = ("device", "out", "models")
     add("step", partial(_report, _step), "a training step: the reference, its best rival, fastmae",
-        *common, "batches", "rounds", "minutes", "image-size", "reference")  # fmt: skip
+        *common, "batches", "rounds", "minutes", "image-size", "reference", "contenders", "compile",
+        "profile")  # fmt: skip
     command = add("kernels", _kernels_or_resources, "each op: Triton, twin, compiled twin", *common, "batch")
     command.add_argument("--resources", action="store_true", help="compile for sm_80, 90, 100 and print what the binaries need")
     command.add_argument("--save", action="store_true", help="with --resources: write resources.json")
     add("attention", partial(_report, _attention), "each attention backend on the shapes of training", *common)
     add("waterfall", partial(_report, _waterfall), "the step with each optimisation switched off alone",
-        "device", "out", "model", "batch", "rounds", "minutes", "image-size")  # fmt: skip
+        "device", "out", "model", "batch", "rounds", "minutes", "image-size", "only", "together")  # fmt: skip
     command = add("loader", partial(_report, _loader), "images per second from shards to batches, against other pipelines",
                   "device", "out", "data", "originals", "workers", "rounds", "model", "batch")  # fmt: skip
-    command.add_argument("--gpu", action="store_true", help="also the training step fed from the shards")
+    command.add_argument("--gpu", action="store_true", help="also fed-step")
+    command.set_defaults(steps=FLAGS["steps"]["default"], image_size=FLAGS["image-size"]["default"])
+    add("fed-step", partial(_report, _fed_step), "the training step from shards beside the same step from memory",
+        "device", "out", "data", "workers", "model", "batch", "image-size", "steps")  # fmt: skip
     add("all", partial(_report, _all), "every benchmark, one after the other",
-        *common, "model", "batches", "batch", "rounds", "minutes", "image-size", "reference")  # fmt: skip
+        *common, "model", "batches", "batch", "rounds", "minutes", "image-size", "reference", "contenders", "compile",
+        "profile", "only", "together")  # fmt: skip
     command = add("scaling", _scaling, "on paper: step time and efficiency on 8 to 512 GPUs", "models")
-    command.add_argument("--gpus", type=_positive, nargs="+", metavar="N", help="8 to 512")
-    command.add_argument("--effective-batch", type=_positive, default=4096, metavar="N", help="images a step, 4096")
-    command.add_argument("--micro-batch", type=_positive, default=128, metavar="N", help="most images of a GPU at once, 128")
-    command.add_argument("--docs", action="store_true", help="write docs/scaling.md's tables and its chart")
-    for field in dataclasses.fields(Cluster):
-        name, text = field.name.replace("_", "-"), explained(Cluster)[field.name].replace("%", "%%")
-        command.add_argument(f"--{name}", type=field.type, default=field.default, metavar="X", help=text)
+    add_scaling_flags(command)
     add("readme", _readme, "write README's table from benchmarks/results")
     return top
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
-    return int(text)
-
-
-_FLAGS: dict[str, dict] = {
-    "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "a GPU if there is one"},
-    "out": {"type": Path, "metavar": "FOLDER", "help": "write <device>-<date>.json, .md and plots there"},
-    "models": {"nargs": "+", "metavar": "MODEL", "help": "tiny, small, base, large, huge"},
-    "model": {"default": "base", "metavar": "MODEL", "help": "of the waterfall, base"},
-    "batches": {"type": _positive, "nargs": "+", "metavar": "N", "help": "images a step; a GPU's default is a sweep"},
-    "batch": {"type": _positive, "metavar": "N", "help": "images, of kernels and waterfall; 256 on a GPU, 16 on a CPU"},
-    "rounds": {"type": _positive, "metavar": "N", "default": 5, "help": "turns that each contender gets, 5"},
-    "minutes": {"type": float, "default": 9.0, "help": "begin nothing further that would end later, 9"},
-    "image-size": {"type": _positive, "default": 224, "metavar": "PIXELS", "help": "side of an image, 224"},
-    "data": {"type": Path, "metavar": "SHARDS", "required": True, "help": "a folder of shards of 256 px, say"},
-    "originals": {"type": Path, "metavar": "SHARDS", "help": "shards of the untouched images, for the reference's pipeline"},
-    "workers": {"type": _positive, "metavar": "N", "default": usable_cores(), "help": "processes, one per core"},
-    "reference": {"type": Path, "metavar": "CLONE", "help": "a clone of facebookresearch/mae (needs timm)"},
-}
 
 
 def _report(measure: Callable[[argparse.Namespace], Iterator[Part]], options: argparse.Namespace) -> int:
@@ -145,13 +121,19 @@ def _report(measure: Callable[[argparse.Namespace], Iterator[Part]], options: ar
 
 
 def _step(options: argparse.Namespace) -> Iterator[Part]:
-    from fastmae.benchmarks import step
+    from fastmae.benchmarks import kinds, step
 
     models = _models(options, ["base", "large", "huge"], ["base"])
     step.check_models(models, options.reference)
     section = step.measure_steps(models, options.batches, _device(options), clone=options.reference, rounds=options.rounds,
-                                 minutes=options.minutes, image_size=options.image_size)  # fmt: skip
-    yield " ".join(["step", *models, *_size(options)]), section, step.table
+                                 minutes=options.minutes, image_size=options.image_size, contenders=options.contenders,
+                                 compile=options.compile, profile=options.profile)  # fmt: skip
+    batches = ["batch", *map(str, options.batches)] if options.batches else []  # other batches of the day stay
+    name = [*models, *_size(options), *batches, *([options.compile] if options.compile != "auto" else [])]
+    profiles = step.profiles(section)
+    yield " ".join(["step", *name]), section, step.table
+    if options.profile:
+        yield " ".join(["profile", *name]), profiles, kinds.table
 
 
 def _kernels(options: argparse.Namespace) -> Iterator[Part]:
@@ -173,7 +155,7 @@ def _waterfall(options: argparse.Namespace) -> Iterator[Part]:
 
     step.check_models([options.model], None)
     section = waterfall.measure_waterfall(options.model, options.batch, _device(options), options.rounds, options.image_size,
-                                          options.minutes)  # fmt: skip
+                                          options.minutes, options.only, options.together)  # fmt: skip
     yield " ".join(["waterfall", options.model, *_size(options)]), section, waterfall.table
 
 
@@ -188,8 +170,20 @@ def _loader(options: argparse.Namespace) -> Iterator[Part]:
 
     yield "loader", loader.measure_loader(options.data, options.originals, options.workers, options.rounds), loader.table
     if options.gpu:
-        section = loader.measure_fed_step(options.model, options.data, options.batch or 256, options.workers, device)
-        yield f"fed step {options.model}", section, loader.fed_table
+        yield from _fed_step(options)
+
+
+def _fed_step(options: argparse.Namespace) -> Iterator[Part]:
+    from fastmae.benchmarks import step
+
+    device = _device(options)
+    step.check_models([options.model], None)
+    from fastmae.benchmarks import loader
+
+    batch = options.batch or (256 if device.type == "cuda" else 16)
+    section = loader.measure_fed_step(options.model, options.data, batch, options.workers, device, steps=options.steps,
+                                      image_size=options.image_size)  # fmt: skip
+    yield " ".join(["fed step", options.model, *_size(options)]), section, loader.fed_table
 
 
 def _size(options: argparse.Namespace) -> list[str]:

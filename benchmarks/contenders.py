@@ -5,9 +5,12 @@
 (b) rival       the same arithmetic with what a careful user adds: bf16 autocast, torch's fused attention, fused AdamW,
                 torch.compile on a GPU (on CPUs it is slower), no waiting
 (c) fastmae     the trainer's own step: ``fastmae.train.step``
+
+All of them train under the same masks: those that (c) derives from sample ids. (a) and (b) draw and sort noise of their own
+for it, as the reference does, and the noise that they sort is one whose order gives those masks.
 """
 
-import os
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 import fastmae.linear
-from fastmae.benchmarks.reference import load_reference
+from fastmae.benchmarks.reference import Draw, load_reference
 from fastmae.benchmarks.twin import TwinMAE
 from fastmae.config import ModelConfig
 from fastmae.errors import InputError
 from fastmae.mae import MAE
-from fastmae.masking import Masking, random_masking
+from fastmae.masking import random_masking
 from fastmae.train.compiled import LossModule, compiled
 from fastmae.train.graph import GraphedStep
 from fastmae.train.memory import keep_freed_memory
@@ -44,8 +47,8 @@ class Contender:
     """The loss of uint8 images under the noise of a seed, by the uncompiled model."""
     images: Tensor
     """Four uint8 images to compare ``loss`` on."""
-    timed_loss: Callable[[int], Tensor]
-    """The loss of the workload's images under the noise of a seed, by the callable and in the precision that ``step`` runs."""
+    timed_loss: Callable[[], Tensor]
+    """The loss of the workload's images under the masks of ``step``, by the callable and in the precision that it runs."""
     description: str
 
 
@@ -60,6 +63,8 @@ class Workload:
     device: torch.device
     clone: Path | None = None
     """A user's clone of facebookresearch/mae for (a) and (b); None: the plain twin."""
+    compile: str = "auto"
+    """How (b) and (c) are compiled on a GPU: the whole model or single blocks; auto: the whole model."""
 
     def weights(self) -> dict[str, Tensor]:
         """The weights that every contender starts from."""
@@ -71,6 +76,18 @@ class Workload:
         generator = torch.Generator().manual_seed(1)
         size = (batch or self.batch, self.config.in_chans, *self.config.img_size)
         return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator).to(self.device)
+
+    def batch_of(self, images: Tensor) -> MicroBatch:
+        """What (c) trains on."""
+        ids = torch.arange(len(images), device=self.device)
+        return MicroBatch(images, ids, torch.zeros_like(ids))
+
+    def noise(self) -> Tensor:
+        """(B, L): whoever sorts it trains under the masks of ``batch_of``."""
+        batch = self.batch_of(self.images())
+        masking = random_masking(self.batch, self.config.patches, MASK_RATIO, seed=0, sample_ids=batch.sample_ids,
+                                 epoch=batch.epochs)  # fmt: skip
+        return masking.ids_restore.float()
 
     def normalised(self, images: Tensor) -> Tensor:
         """The same images as the reference's loader would leave them on the device: float32."""
@@ -87,16 +104,16 @@ def make(contender: str, workload: Workload) -> Contender:
     return _reference(workload) if contender == "reference" else _rival(workload)
 
 
-def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, compile: str = "auto", graphs: bool = False,
-                      kernels: str = "auto", step_class: type[Step] | None = None, onednn: bool = True,
-                      keep_memory: bool = True, loss_module: type[LossModule] = LossModule,
+def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, compile: str | None = None,
+                      graphs: bool = False, kernels_off: tuple[str, ...] = (), step_class: type[Step] | None = None,
+                      onednn: bool = True, keep_memory: bool = True, loss_module: type[LossModule] = LossModule,
                       as_bytes: bool = True) -> Contender:  # fmt: skip
     """(c), or with other arguments (c) with something switched off: the waterfall's. Changes the process that it runs in."""
     config = config or workload.config
     if workload.device.type == "cpu" and keep_memory:
         keep_freed_memory()  # as the trainer does
-    if kernels != "auto":
-        os.environ["FASTMAE_KERNELS"] = kernels
+    for name in kernels_off:  # ops ask at each call: the compiled graph stays what it is
+        importlib.import_module(f"fastmae.kernels.{name}").use_triton = lambda x: False
     if not onednn:
         fastmae.linear._by_onednn = lambda x: False
     model = MAE(config).to(workload.device)
@@ -106,39 +123,32 @@ def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, 
     kind = step_class or (GraphedStep if graphs else Step)
     if workload.clone:
         load_reference(workload.clone)  # so that all processes hold the same packages when their memory is compared
-    module = compiled(loss_module(model), compile)
+    module = compiled(loss_module(model), compile or workload.compile)
     step = kind(module, optimizer, patch_size=config.patch_size, mask_ratio=MASK_RATIO, seed=0, autocast=autocast)
-    ids = torch.arange(workload.batch, device=workload.device)
     images = workload.images()
-    batch = MicroBatch(images if as_bytes else workload.normalised(images), ids, torch.zeros_like(ids))
+    batch = workload.batch_of(images if as_bytes else workload.normalised(images))
 
     def run() -> None:
         step([batch], LR)
 
-    def masking(images: Tensor, seed: int) -> Masking:
+    def loss(images: Tensor, seed: int) -> Tensor:
         torch.manual_seed(seed)
         noise = torch.rand(len(images), config.patches, device=images.device)
-        return random_masking(len(images), config.patches, MASK_RATIO, noise=noise)
+        return model.training_loss(images, random_masking(len(images), config.patches, MASK_RATIO, noise=noise))
 
-    def timed_loss(seed: int) -> Tensor:
-        with torch.autocast(workload.device.type, dtype=autocast, enabled=autocast is not None):
-            return module(batch.images, *masking(batch.images, seed))
-
-    def loss(images: Tensor, seed: int) -> Tensor:
-        return model.training_loss(images, masking(images, seed))
-
-    return Contender(run, loss, workload.images(4), timed_loss, "fastmae's training step")
+    return Contender(run, loss, workload.images(4), partial(step.loss, batch), "fastmae's training step")
 
 
 def _reference(workload: Workload) -> Contender:
-    model = _build(workload, fused=False)
+    model, draw = _build(workload, fused=False)
     on_gpu = workload.device.type == "cuda"
     optimizer = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=LR, betas=(0.9, 0.95))
     scaler = torch.amp.GradScaler(workload.device.type, enabled=on_gpu)
-    images = workload.normalised(workload.images())
+    images, noise = workload.normalised(workload.images()), workload.noise()
     torch.backends.cudnn.benchmark = True  # as its program sets it
 
     def forward() -> Tensor:
+        draw.noise = noise
         with torch.autocast(workload.device.type, dtype=torch.float16, enabled=on_gpu):
             return model(images, mask_ratio=MASK_RATIO)[0]
 
@@ -155,18 +165,19 @@ def _reference(workload: Workload) -> Contender:
             torch.cuda.synchronize()
 
     description = f"{_whose(workload)}, eager, explicit attention, AdamW"
-    return Contender(step, _plain_loss(model, workload), workload.images(4), partial(_seeded, forward), description)
+    return Contender(step, _plain_loss(model, draw, workload), workload.images(4), forward, description)
 
 
 def _rival(workload: Workload) -> Contender:
-    model = _build(workload, fused=True)
+    model, draw = _build(workload, fused=True)
     on_gpu = workload.device.type == "cuda"
     optimizer = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=LR, betas=(0.9, 0.95), fused=True)
-    images = workload.normalised(workload.images())
+    images, noise = workload.normalised(workload.images()), workload.noise()
     torch.backends.cudnn.benchmark = True
-    run = torch.compile(model, dynamic=False) if on_gpu else model
+    run = _compiled(model, workload.compile) if on_gpu else model
 
     def forward() -> Tensor:
+        draw.noise = noise
         with torch.autocast(workload.device.type, dtype=torch.bfloat16, enabled=on_gpu):
             return run(images, mask_ratio=MASK_RATIO)[0]
 
@@ -175,17 +186,26 @@ def _rival(workload: Workload) -> Contender:
         optimizer.step()
         optimizer.zero_grad()
 
-    how = "bf16, SDPA, fused AdamW, torch.compile" if on_gpu else "SDPA, fused AdamW"
-    return Contender(
-        step, _plain_loss(model, workload), workload.images(4), partial(_seeded, forward), f"{_whose(workload)}, {how}"
-    )
+    unit = " of single blocks" if workload.compile == "blocks" else ""
+    how = f"bf16, SDPA, fused AdamW, torch.compile{unit}" if on_gpu else "SDPA, fused AdamW"
+    return Contender(step, _plain_loss(model, draw, workload), workload.images(4), forward, f"{_whose(workload)}, {how}")
 
 
-def _build(workload: Workload, fused: bool) -> nn.Module:
+def _compiled(model: nn.Module, how: str) -> nn.Module:
+    if how != "blocks":
+        return torch.compile(model, dynamic=False)
+    for block in (*model.blocks, *model.decoder_blocks):
+        block.compile(dynamic=False)
+    return model
+
+
+def _build(workload: Workload, fused: bool) -> tuple[nn.Module, Draw]:
+    """The reference's arithmetic, and what draws its noise."""
+    draw = Draw()
     if workload.clone is None:
-        model = TwinMAE(workload.config, fused)
+        model = TwinMAE(workload.config, fused, draw)
     else:
-        module = load_reference(workload.clone)
+        module = load_reference(workload.clone, draw)
         config = workload.config
         if config.img_size[0] != config.img_size[1]:
             raise InputError(f"the reference takes square images, got {config.img_size}")
@@ -197,19 +217,16 @@ def _build(workload: Workload, fused: bool) -> nn.Module:
         for layer in layers:
             layer.fused_attn = fused
     model.load_state_dict(workload.weights())
-    return model.to(workload.device)
+    return model.to(workload.device), draw
 
 
-def _plain_loss(model: nn.Module, workload: Workload) -> Callable[[Tensor, int], Tensor]:
+def _plain_loss(model: nn.Module, draw: Draw, workload: Workload) -> Callable[[Tensor, int], Tensor]:
     def loss(images: Tensor, seed: int) -> Tensor:
-        return _seeded(lambda: model(workload.normalised(images), mask_ratio=MASK_RATIO)[0], seed)
+        draw.noise = None
+        torch.manual_seed(seed)  # the noise is the first thing that the call draws
+        return model(workload.normalised(images), mask_ratio=MASK_RATIO)[0]
 
     return loss
-
-
-def _seeded(forward: Callable[[], Tensor], seed: int) -> Tensor:
-    torch.manual_seed(seed)  # the noise is the first thing that the call draws
-    return forward()
 
 
 def _whose(workload: Workload) -> str:

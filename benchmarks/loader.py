@@ -83,9 +83,9 @@ def measure_loader(data: Path, originals: Path | None, workers: int, rounds: int
 
 
 def measure_fed_step(model: str, data: Path, batch: int, workers: int, device: torch.device, crop: str = "auto",
-                     steps: int = _STEPS) -> dict[str, object]:  # fmt: skip
+                     steps: int = _STEPS, image_size: int = 224) -> dict[str, object]:  # fmt: skip
     """The section ``fed step``: a training step with batches from shards, beside the same step with one batch in memory."""
-    config = preset(model, norm_pix_loss=True)
+    config = preset(model, norm_pix_loss=True, img_size=image_size)
     network = MAE(config).to(device)
     step = Step(compiled(LossModule(network), "auto"), make_optimizer(network, 0.05, (0.9, 0.95)), patch_size=config.patch_size,
                 mask_ratio=0.75, seed=0, autocast=torch.bfloat16 if device.type == "cuda" else None)  # fmt: skip

@@ -14,14 +14,30 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastmae.errors import InputError
 
 _operators: list[torch.library.Library] = []  # torch forgets operators whose library object is gone
 
 
-def load_reference(clone: str | Path) -> ModuleType:
-    """The module ``models_mae`` of the clone. Raises InputError if it or timm is not there."""
+class Draw:
+    """``torch.rand`` for a model that draws its noise itself: it draws, as it does, and then takes ``noise`` if that is set."""
+
+    noise: Tensor | None = None
+    """The size of the draw."""
+
+    def __call__(self, *size: int, device: torch.device) -> Tensor:
+        """Uniform over [0, 1), or ``noise``."""
+        drawn = torch.rand(*size, device=device)
+        return drawn if self.noise is None else 0 * drawn + self.noise  # a compiler may not leave the draw out
+
+
+def load_reference(clone: str | Path, draw: Draw | None = None) -> ModuleType:
+    """The module ``models_mae`` of the clone, with ``draw`` for its ``torch.rand``.
+
+    Raises InputError if it or timm is not there.
+    """
     path = Path(clone) / "models_mae.py"
     if not path.is_file():
         raise InputError(f"{path}: not there; give a clone of github.com/facebookresearch/mae")
@@ -29,6 +45,9 @@ def load_reference(clone: str | Path) -> ModuleType:
         spec = importlib.util.spec_from_file_location("reference_models_mae", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+    if draw is not None:
+        module.torch = ModuleType("torch")  # its own: the draws of everybody else stay as they are
+        module.torch.__dict__.update(torch.__dict__, rand=draw)
     return module
 
 

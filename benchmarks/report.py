@@ -62,9 +62,9 @@ def readme_table(folder: Path) -> str:
     """README's tables: of every committed result the step, each contender at the batch where it is fastest, and the loader."""
     rows = [["device", "model", "fastmae, images/s", "x rival", "x reference", "peak memory, x reference"]]
     for path in sorted(folder.glob("*.json")):
-        for name, section in json.loads(path.read_text()).items():
-            if name.split()[0] == "step":
-                rows += _best_rows(section, path)
+        steps = [section for name, section in json.loads(path.read_text()).items() if name.split()[0] == "step"]
+        if steps:
+            rows += _best_rows([row for section in steps for row in section["rows"]], steps[0]["environment"]["device"], path)
     if len(rows) == 1:
         return "No result has been committed."
     loader = _loader_rows(folder)
@@ -84,12 +84,12 @@ def _loader_rows(folder: Path) -> list[list[str]]:
     return rows
 
 
-def _best_rows(section: dict, path: Path) -> list[list[str]]:
+def _best_rows(rows: list[dict], device: str, path: Path) -> list[list[str]]:
     found = []
-    device = f"[{section['environment']['device']}](benchmarks/results/{path.with_suffix('.md').name})"
-    for model in dict.fromkeys(r["model"] for r in section["rows"]):
+    device = f"[{device}](benchmarks/results/{path.with_suffix('.md').name})"
+    for model in dict.fromkeys(r["model"] for r in rows):
         best = {}
-        for row in (r for r in section["rows"] if r["model"] == model):
+        for row in (r for r in rows if r["model"] == model):
             best[row["contender"]] = max(best.get(row["contender"], row), row, key=lambda r: r["images_per_second"])
         if "fastmae" in best:
             ours = best["fastmae"]

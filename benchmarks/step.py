@@ -6,6 +6,7 @@ they run in turns. Utilisation counts the official work (``fastmae.flops``), wha
 
 import contextlib
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,21 +16,24 @@ from fastmae.benchmarks.contenders import MASK_RATIO, NAMES, Workload, make
 from fastmae.benchmarks.equality import check_losses
 from fastmae.benchmarks.machine import matmul_flops
 from fastmae.benchmarks.timing import Times
-from fastmae.benchmarks.worker import OutOfMemory, Worker, take_turns
+from fastmae.benchmarks.worker import OutOfMemory, Worker, losses_of, take_turns
 from fastmae.config import preset
 from fastmae.devices import datasheet_flops
 from fastmae.errors import InputError
 from fastmae.flops import training_flops
 
 _SWEEP = [256, 64, 1024, 128, 512]  # images a step; first those that tell most, for time may run out
+_PROFILED = 3  # steps
 
 
 def measure_steps(models: list[str], batches: list[int] | None, device: torch.device, *, clone: Path | None = None,
-                  rounds: int = 5, minutes: float = 9.0, image_size: int = 224) -> dict[str, object]:  # fmt: skip
+                  rounds: int = 5, minutes: float = 9.0, image_size: int = 224, contenders: Sequence[str] = NAMES,
+                  compile: str = "auto", profile: bool = False) -> dict[str, object]:  # fmt: skip
     """The section ``step`` of a result: ceilings, and a row for each model, batch and contender.
 
     ``batches`` None: a sweep up to what memory holds on a GPU, 16 on a CPU. A further batch is not begun if it would not end
-    within ``minutes``. Raises InputError on an unknown model, LossesDiffer if losses do.
+    within ``minutes``. ``compile``: what the rival and fastmae compile on a GPU. ``profile``: rows hold ``profile``, where the
+    device's time goes (``kinds``). Raises InputError on an unknown model, LossesDiffer if losses do.
     """
     on_gpu = device.type == "cuda"
     batches = batches or (_SWEEP if on_gpu else [16])
@@ -41,14 +45,14 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
         too_large: dict[str, int] = {}
         for batch in batches:
             started = time.monotonic()
-            alive = [n for n in NAMES if batch < too_large.get(n, batch + 1)]
+            alive = [n for n in NAMES if n in contenders and batch < too_large.get(n, batch + 1)]
             if not alive:
                 continue
             if rows and started - began + 1.5 * longest > 60 * minutes:
                 notes.append(f"{name} at batch {batch} was left out: {minutes:g} minutes would not have been enough")
                 continue
-            workload = Workload(name=name, config=config, batch=batch, device=device, clone=clone)
-            found, failed = _compare(workload, alive, rounds, ceilings)
+            workload = Workload(name=name, config=config, batch=batch, device=device, clone=clone, compile=compile)
+            found, failed = _compare(workload, alive, rounds, ceilings, profile)
             rows, notes = rows + found, notes + failed
             too_large |= dict.fromkeys(set(alive) - {r["contender"] for r in found}, batch)
             longest = max(longest, time.monotonic() - started)
@@ -56,32 +60,34 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
     return {"ceilings": ceilings, "rows": rows, "notes": notes}
 
 
-def _compare(workload: Workload, names: list[str], rounds: int, ceilings: dict) -> tuple[list[dict], list[str]]:
+def _compare(workload: Workload, names: list[str], rounds: int, ceilings: dict,
+             profile: bool) -> tuple[list[dict], list[str]]:  # fmt: skip
     """Rows of those that work, and a line for each that does not fit or fails."""
     try:
-        return _side_by_side(workload, names, rounds, ceilings, {}), []
+        return _side_by_side(workload, names, rounds, ceilings, {}, profile), []
     except (OutOfMemory, RuntimeError) as error:
         notes = [f"{workload.name} at batch {workload.batch}: measured one after the other, side by side failed: {error}"]
     rows, losses = [], {}
     for name in names:
         try:
-            rows += _side_by_side(workload, [name], rounds, ceilings, losses)
+            rows += _side_by_side(workload, [name], rounds, ceilings, losses, profile)
         except (OutOfMemory, RuntimeError) as error:
             notes.append(f"{name}, {workload.name} at batch {workload.batch}: {error}")
     return rows, notes
 
 
 def _side_by_side(workload: Workload, names: list[str], rounds: int, ceilings: dict,
-                  losses: dict[str, tuple[float, float]]) -> list[dict]:  # fmt: skip
+                  losses: dict[str, tuple[float, float]], profile: bool) -> list[dict]:  # fmt: skip
     """Rows of ``names``, timed in turns. ``losses`` holds those of earlier ones, and gets these."""
     with contextlib.ExitStack() as stack:
         workers = {n: stack.enter_context(Worker(partial(make, n, workload), workload.device)) for n in names}
-        losses |= {n: w.losses(7) for n, w in workers.items()}
+        losses |= losses_of(workers, 7)
         check_losses(losses, workload.device)
         times = take_turns(workers, workload.device, rounds)
         memory = {n: w.peak_memory() for n, w in workers.items()}
-        return [_row(n, workload, times, memory, losses[n], ceilings) | {"description": w.description()}
-                for n, w in workers.items()]  # fmt: skip
+        more = {n: {"description": w.description()} | ({"profile": w.profile(_PROFILED)} if profile else {})
+                for n, w in workers.items()}  # fmt: skip
+        return [_row(n, workload, times, memory, losses[n], ceilings) | more[n] for n in workers]
 
 
 def _row(name: str, workload: Workload, times: dict[str, Times], memory: dict[str, int], loss: tuple[float, float],
@@ -123,6 +129,12 @@ def table(section: dict) -> list[list[str]]:
         lines.append([r["model"], str(r["batch"]), r["contender"], rate, f"{r['milliseconds']:.1f}", f"{r['spread']:.1%}",
                       f"{r['share_of_matmul']:.1%}", mfu, f"{r['peak_memory'] / 2**30:.2f}", *speeds])  # fmt: skip
     return lines
+
+
+def profiles(section: dict) -> dict[str, object]:
+    """The section ``profile`` of a result, out of the rows of a ``step`` whose time has been looked into."""
+    rows = [{k: r[k] for k in ("model", "batch", "contender")} | r.pop("profile") for r in section["rows"] if "profile" in r]
+    return {"rows": rows, "notes": ["a kernel that does several things counts for the first of these kinds that it serves"]}
 
 
 def check_models(models: list[str], clone: Path | None) -> None:

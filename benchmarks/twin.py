@@ -6,6 +6,8 @@ gradients are equal. It does what the reference does, shortcuts included: all pa
 gathers for the shuffle, the decoder on all tokens, the target of every patch stored.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,11 +58,12 @@ class TwinBlock(nn.Module):
 
 
 class TwinMAE(nn.Module):
-    """``twin(images, mask_ratio) -> (loss, pred, mask)``; noise is the call's first draw from torch's generator."""
+    """``twin(images, mask_ratio) -> (loss, pred, mask)``; noise is the call's first draw, by ``rand``."""
 
-    def __init__(self, config: ModelConfig, fused: bool = False):
+    def __init__(self, config: ModelConfig, fused: bool = False, rand: Callable[..., Tensor] = torch.rand):
         super().__init__()
         self.config = config
+        self.rand = rand
         D, E, L, p = config.embed_dim, config.decoder_embed_dim, config.patches, config.patch_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + L, D), requires_grad=False)
@@ -80,7 +83,7 @@ class TwinMAE(nn.Module):
     def forward(self, images: Tensor, mask_ratio: float = 0.75) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised float ``images`` (B, C, H, W): loss, pred (B, L, P), mask (B, L) with 1 for removed patches."""
         B, L, D = images.shape[0], self.config.patches, self.config.embed_dim
-        noise = torch.rand(B, L, device=images.device)
+        noise = self.rand(B, L, device=images.device)
         order = noise.argsort(1)
         back = order.argsort(1)
         K = int(L * (1 - mask_ratio))

@@ -1,7 +1,9 @@
 """``waterfall``: what each optimisation is worth, by switching it off alone in fastmae's step. All run in turns."""
 
+import contextlib
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -11,7 +13,7 @@ from torch.optim import AdamW
 
 from fastmae.benchmarks.contenders import LR, MASK_RATIO, WEIGHT_DECAY, Contender, Workload, fastmae_contender
 from fastmae.benchmarks.equality import check_losses
-from fastmae.benchmarks.worker import OutOfMemory, Worker, take_turns
+from fastmae.benchmarks.worker import OutOfMemory, Worker, losses_of, take_turns
 from fastmae.config import preset
 from fastmae.errors import InputError
 from fastmae.train.compiled import LossModule
@@ -55,12 +57,15 @@ class PlainUpdate(Step):
         self.optimizer.zero_grad(set_to_none=True)
 
 
+KERNELS = ("random_masking", "patches", "decoder_input", "masked_mse")  # files whose ops a training step calls
+
 SWITCHES = (
     Switch("no torch.compile", {"compile": "off"}, devices=("cuda",)),
     Switch("torch.compile of single blocks", {"compile": "blocks"}, devices=("cuda",)),
     Switch("torch.compile of the model", {"compile": "model"}, devices=("cpu",), adds=True),
     Switch("CUDA graph of the step", {"graphs": True}, devices=("cuda",), adds=True),
-    Switch("eager twins in place of Triton kernels", {"kernels": "torch"}, devices=("cuda",)),
+    Switch("eager twins in place of Triton kernels", {"kernels_off": KERNELS}, devices=("cuda",)),
+    *(Switch(f"kernel {name} off", {"kernels_off": (name,)}, devices=("cuda",)) for name in KERNELS),
     Switch("SDPA's math attention", config={"attention": "math"}),
     Switch("torch's choice of attention", config={"attention": "sdpa"}, devices=("cuda",)),
     Switch("no exact skipping", {"loss_module": ReferenceCall}),
@@ -73,25 +78,35 @@ SWITCHES = (
 )
 
 
-def measure_waterfall(model: str, batch: int | None, device: torch.device, rounds: int = 5,
-                      image_size: int = 224, minutes: float = 9.0) -> dict[str, object]:  # fmt: skip
-    """The section ``waterfall`` of a result: the step as it is, and with each switch thrown alone."""
+def measure_waterfall(model: str, batch: int | None, device: torch.device, rounds: int = 5, image_size: int = 224,
+                      minutes: float = 9.0, only: Sequence[str] = (), together: int = 1) -> dict[str, object]:  # fmt: skip
+    """The section ``waterfall`` of a result: the step as it is, and with each switch thrown alone.
+
+    ``only``: switches with one of these words in their names. ``together``: so many of them compile at the same time, and
+    take their turns with each other: quicker, if the device's memory holds them.
+    """
     batch = batch or (256 if device.type == "cuda" else 16)
     config = preset(model, norm_pix_loss=True, img_size=image_size)
     workload = Workload(name=model, config=config, batch=batch, device=device)
     began, longest = time.monotonic(), 0.0
     rows, notes = [{"switch": "fastmae", "adds": False, "speed": 1.0}], []
+    switches = [s for s in SWITCHES if device.type in s.devices and (not only or any(w in s.name for w in only))]
+    losses: dict[str, tuple[float, float]] = {}
     with Worker(partial(fastmae_contender, workload), device) as plain:
-        losses = {"fastmae": plain.losses(7)}
-        for switch in [s for s in SWITCHES if device.type in s.devices]:
-            started = time.monotonic()
-            if started - began + longest > 60 * minutes:
-                notes.append(f"{switch.name} was left out: {minutes:g} minutes would not have been enough")
+        groups = [switches[i : i + together] for i in range(0, len(switches), together)]
+        while groups:
+            group, started = groups.pop(0), time.monotonic()
+            if rows[1:] and started - began + longest > 60 * minutes:
+                names = ", ".join(s.name for s in group)
+                notes.append(f"{names}: not measured, {minutes:g} minutes would not have been enough")
                 continue
             try:
-                rows.append(_against(plain, losses, switch, workload, rounds))
+                rows += _against(plain, losses, group, workload, rounds)
             except (OutOfMemory, RuntimeError) as error:
-                notes.append(f"{switch.name}: {error}")
+                if len(group) > 1:  # each by itself
+                    groups = [[switch] for switch in group] + groups
+                else:
+                    notes.append(f"{group[0].name}: {error}")
             longest = max(longest, time.monotonic() - started)
         rows[0] |= {"peak_memory": plain.peak_memory()}
     if len(rows) == 1:
@@ -104,20 +119,31 @@ def measure_waterfall(model: str, batch: int | None, device: torch.device, round
     return {"model": model, "image_size": image_size, "batch": batch, "rows": rows, "notes": notes}
 
 
-def _against(plain: Worker, losses: dict[str, tuple[float, float]], switch: Switch, workload: Workload, rounds: int) -> dict:
-    """The row of one switch, timed in turns with fastmae as it is. Raises LossesDiffer if it computes something else."""
-    with Worker(partial(switch.build, workload), workload.device) as switched:
-        check_losses({**losses, switch.name: switched.losses(7)}, workload.device)
-        times = take_turns({"fastmae": plain, "switched": switched}, workload.device, rounds)
-        return {
-            "switch": switch.name,
-            "adds": switch.adds,
-            "images_per_second": workload.batch / times["switched"].median,
-            "speed": times["switched"].over(times["fastmae"]),
-            "spread": max(t.spread for t in times.values()),
-            "fastmae_images_per_second": workload.batch / times["fastmae"].median,
-            "peak_memory": switched.peak_memory(),
-        }
+def _against(plain: Worker, losses: dict[str, tuple[float, float]], switches: list[Switch], workload: Workload,
+             rounds: int) -> list[dict]:  # fmt: skip
+    """Rows of the switches, timed in turns with fastmae as it is, whose first ``losses`` are kept for later calls.
+
+    Raises LossesDiffer if one computes something else.
+    """
+    with contextlib.ExitStack() as stack:
+        switched = {s.name: stack.enter_context(Worker(partial(s.build, workload), workload.device)) for s in switches}
+        fresh = {"fastmae": plain, **switched} if not losses else switched
+        found = losses_of(fresh, 7)
+        losses |= {"fastmae": found["fastmae"]} if not losses else {}  # of the weights that all start from
+        check_losses({**losses, **found}, workload.device)
+        times = take_turns({"fastmae": plain, **switched}, workload.device, rounds)
+        return [
+            {
+                "switch": s.name,
+                "adds": s.adds,
+                "images_per_second": workload.batch / times[s.name].median,
+                "speed": times[s.name].over(times["fastmae"]),
+                "spread": max(times[s.name].spread, times["fastmae"].spread),
+                "fastmae_images_per_second": workload.batch / times["fastmae"].median,
+                "peak_memory": switched[s.name].peak_memory(),
+            }
+            for s in switches
+        ]
 
 
 def table(section: dict) -> list[list[str]]:

@@ -81,7 +81,7 @@ class Step:
         for number, batch in enumerate(batches):
             is_last = number == len(batches) - 1
             with contextlib.nullcontext() if is_last else gradients_stay(self.module):
-                loss += self._backward(self._loss(batch) / len(batches))
+                loss += self._backward(self.loss(batch) / len(batches))
         grad_norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True))
         if self.scale is not None:
             grad_norm = grad_norm / self.scale.value
@@ -93,10 +93,11 @@ class Step:
         """Run ``batch`` forward and backward and forget its gradients: what is compiled or settled at a first step is done
         then, DDP's buckets too, which else would add in another order in the first steps after a resume."""
         for _ in range(_WARM_UPS):
-            self._loss(batch).backward()
+            self.loss(batch).backward()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _loss(self, batch: MicroBatch) -> Tensor:
+    def loss(self, batch: MicroBatch) -> Tensor:
+        """The training loss of ``batch``, as the step computes it, under the masks of its samples."""
         B, _, H, W = batch.images.shape
         patches = (H // self.patch_size) * (W // self.patch_size)
         masking = random_masking(B, patches, self.mask_ratio, seed=self.seed, sample_ids=batch.sample_ids, epoch=batch.epochs)

@@ -1,0 +1,107 @@
+"""Where a step's time on the device goes: kernels by what they do, from torch's profiler.
+
+A kernel's kind is told by its name, by the first rule that fits it: names of cuBLAS, cuDNN, CUTLASS, flash attention, PyTorch's
+own kernels, those that Inductor generates (``triton_red_fused_native_layer_norm_...``), ours, and on a CPU torch's operators.
+A kernel of Inductor that does several things counts for the first of them in the order of the rules.
+"""
+
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from fastmae.benchmarks.timing import seconds_per_call, synchronize
+
+KINDS = ("products", "attention", "norms", "GELU", "optimizer", "copies", "communication", "the rest")
+_LISTED = 40  # kernels that a result names, those that take longest
+
+# Attention first: its kernels are built of CUTLASS and cuDNN too. Norms before copies: Inductor fuses casts into them.
+_RULES = tuple(
+    (kind, re.compile(pattern, re.IGNORECASE))
+    for kind, pattern in (
+        ("communication", r"nccl|all_?reduce|all_?gather|reduce_?scatter"),
+        ("attention", r"flash|fmha|sdpa|sdp_|scaled_dot_product|efficient_attention|softmax|mha_"),
+        ("optimizer", r"multi_tensor_apply|adam|amp_(update|foreach)|foreach"),
+        ("products", r"gemm|nvjet|cutlass|xmma|splitk|cublas|wgmma|gemv|convol|implicit_con|dgrad|wgrad|fprop|triton_(tem|mm)_"
+                     r"|aten::(add)?(mm|bmm)\b|linear"),
+        ("norms", r"layer_?norm|gammabeta|batch_?norm|rms_?norm"),
+        ("GELU", r"gelu"),
+        ("copies", r"memcpy|memset|copy_kernel|CatArray|nchwToNhwc|nhwcToNchw|FillFunctor"
+                   r"|aten::(copy_|_to_copy|cat|clone|contiguous|zero_|fill_|zeros)$"),
+    )
+)  # fmt: skip
+# What Inductor names after views, casts and concatenations alone moves memory and computes nothing.
+_MOVES = r"_?to_copy|convert_element_type|view|_?unsafe_view|reshape|permute|transpose|t|cat|clone|copy|slice|select|squeeze|unsqueeze|expand|split|split_with_sizes|stack|unbind"  # fmt: skip # noqa: E501
+_MOVING = re.compile(rf"triton_(poi|red|per)_fused_+(({_MOVES})_+)+\d+")
+
+
+def kind_of(name: str) -> str:
+    """One of ``KINDS``, for a kernel's or an operator's name."""
+    for kind, pattern in _RULES:
+        if pattern.search(name):
+            return kind
+    return "copies" if _MOVING.match(name) else "the rest"
+
+
+def profile_calls(call: Callable[[], object], device: torch.device, calls: int) -> dict[str, object]:
+    """Time of one of ``calls`` calls: ``kinds``, each with microseconds and launches; ``busy``, how much of the wall clock's
+    ``microseconds``, taken without the profiler, they are together; and ``kernels``, those that take longest.
+
+    On a CPU the kernels are torch's operators, and their time is their own, without that of those they call.
+    """
+    call()
+    microseconds = 1e6 * seconds_per_call(call, device, calls)
+    on_gpu = device.type == "cuda"
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]) as profiler:
+        for _ in range(calls):
+            call()
+        synchronize(device)
+    if on_gpu:
+        with tempfile.TemporaryDirectory() as folder:
+            profiler.export_chrome_trace(str(path := Path(folder, "trace.json")))
+            times, launches = kernels_of(json.loads(path.read_text(errors="replace")))
+    else:
+        operators = profiler.key_averages()
+        times = Counter({o.key: o.self_cpu_time_total for o in operators})
+        launches = Counter({o.key: o.count for o in operators})
+    return {"microseconds": microseconds, **summed(times, launches, calls), "busy": sum(times.values()) / calls / microseconds}
+
+
+def kernels_of(trace: dict) -> tuple[Counter, Counter]:
+    """Microseconds and launches of each kernel and copy on the device in a Chrome trace, without the ranges that users name."""
+    times, launches = Counter(), Counter()
+    for event in trace["traceEvents"]:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            times[event["name"]] += event["dur"]
+            launches[event["name"]] += 1
+    return times, launches
+
+
+def summed(times: Counter, launches: Counter, calls: int) -> dict[str, object]:
+    """The kernels of ``calls`` calls, by kind and by name, for one call."""
+    total = sum(times.values()) or 1
+    kinds = {kind: {"microseconds": 0.0, "launches": 0.0} for kind in KINDS}
+    for name, microseconds in times.items():
+        kinds[kind_of(name)]["microseconds"] += microseconds / calls
+        kinds[kind_of(name)]["launches"] += launches[name] / calls
+    for found in kinds.values():
+        found["share"] = found["microseconds"] * calls / total
+    kernels = [{"name": n[:200], "kind": kind_of(n), "microseconds": t / calls, "launches": launches[n] / calls}
+               for n, t in times.most_common(_LISTED)]  # fmt: skip
+    return {"kinds": kinds, "kernels": kernels}
+
+
+def table(section: dict) -> list[list[str]]:
+    """The section ``profile`` of a result for people: a line for each kind, a column for each contender."""
+    rows = section["rows"]
+    lines = [["ms a step (launches)", *(f"{r['contender']}, {r['model']}, batch {r['batch']}" for r in rows)]]
+    for kind in KINDS:
+        found = [r["kinds"][kind] for r in rows]
+        lines.append([kind, *(f"{f['microseconds'] / 1e3:.2f} ({f['launches']:.0f})" for f in found)])
+    lines.append(["all of them, of the step's time", *(f"{r['busy']:.0%}" for r in rows)])
+    return lines

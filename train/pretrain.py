@@ -13,6 +13,7 @@ from torch.distributed import DistError
 from fastmae.cores import cpu_quota
 from fastmae.errors import InputError, LostProcessError, RequeueError
 from fastmae.files import make_folder
+from fastmae.train.console import outlived
 from fastmae.train.lock import RunLock
 from fastmae.train.recipes import Recipe
 from fastmae.train.run import Run
@@ -33,7 +34,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     After a signal those that follow are ignored (``StopSignals``).
     """
     make_folder(run.out)
-    with StopSignals() as signals:
+    with outlived(), StopSignals() as signals:
         world = join_world(run.device, run.first_timeout)
         _keep_to_quota(world)
         lock = RunLock(run.out)
@@ -52,6 +53,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
                 raise
             finally:
                 watch.end()
+            world.set_timeout(run.timeout)  # nobody watches any more
             world.barrier()  # the main process keeps what the others' watches ask for
             leave_world()  # not after a fault: it would wait for the lost
         finally:

@@ -3,6 +3,7 @@
 import socket
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 from torch.distributed import DistError
@@ -11,7 +12,7 @@ from fastmae.errors import InputError, LostProcessError, RequeueError
 from fastmae.files import make_folder
 from fastmae.train.lock import RunLock
 from fastmae.train.recipes import Recipe
-from fastmae.train.run import Run
+from fastmae.train.run import Run, default_workers
 from fastmae.train.signals import StopSignals
 from fastmae.train.trainer import Trainer
 from fastmae.train.watch import Watch
@@ -29,7 +30,9 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     """
     make_folder(run.out)
     with StopSignals() as signals:
-        world = join_world(run.device, run.first_timeout)
+        world = _join(run, signals)
+        if run.workers is None:  # this machine's processes were counted
+            run = replace(run, workers=default_workers(world.local_size))
         lock = RunLock(run.out)
         try:
             warning = world.by_main(lock.acquire)
@@ -52,6 +55,16 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     if trainer.stopped_by and run.requeue_exit:
         raise RequeueError(f"stopped by {trainer.stopped_by}; {folder} is saved, and the run wants to go on")
     return folder
+
+
+def _join(run: Run, signals: StopSignals) -> World:
+    """All processes of the run, once they have come. A signal before that ends this one at once: there is nothing to save."""
+    try:
+        return join_world(run.device, run.first_timeout, lambda: signals.received)
+    except KeyboardInterrupt as interrupt:
+        if run.requeue_exit and signals.received:
+            raise RequeueError(f"{interrupt}; nothing has been trained, and the run wants to go on") from None
+        raise
 
 
 def _name_the_lost(error: BaseException, watch: Watch) -> None:

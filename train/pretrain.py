@@ -5,6 +5,7 @@ import os
 import socket
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from fastmae.errors import InputError, LostProcessError, RequeueError
 from fastmae.files import make_folder
 from fastmae.train.lock import RunLock
 from fastmae.train.recipes import Recipe
-from fastmae.train.run import Run
+from fastmae.train.run import Run, default_workers
 from fastmae.train.signals import StopSignals
 from fastmae.train.staging import stage_data
 from fastmae.train.trainer import Trainer
@@ -34,8 +35,10 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     """
     make_folder(run.out)
     with StopSignals() as signals:
-        world = join_world(run.device, run.first_timeout)
+        world = _join(run, signals)
         _keep_to_quota(world)
+        if run.workers is None:  # this machine's processes were counted
+            run = replace(run, workers=default_workers(world.local_size))
         lock = RunLock(run.out)
         try:
             warning = world.by_main(lock.acquire)
@@ -67,6 +70,16 @@ def _keep_to_quota(world: World) -> None:
     quota = cpu_quota()
     if quota is not None and not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(min(torch.get_num_threads(), max(1, math.ceil(quota) // world.local_size)))
+
+
+def _join(run: Run, signals: StopSignals) -> World:
+    """All processes of the run, once they have come. A signal before that ends this one at once: there is nothing to save."""
+    try:
+        return join_world(run.device, run.first_timeout, lambda: signals.received)
+    except KeyboardInterrupt as interrupt:
+        if run.requeue_exit and signals.received:
+            raise RequeueError(f"{interrupt}; nothing has been trained, and the run wants to go on") from None
+        raise
 
 
 def _name_the_lost(error: BaseException, watch: Watch) -> None:

@@ -9,6 +9,7 @@ from torch.distributed import DistError
 
 from fastmae.errors import InputError, LostProcessError, RequeueError
 from fastmae.files import make_folder
+from fastmae.train.backend import probe_attention
 from fastmae.train.lock import RunLock
 from fastmae.train.recipes import Recipe
 from fastmae.train.run import Run
@@ -29,6 +30,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     """
     make_folder(run.out)
     with StopSignals() as signals:
+        probe_attention(recipe, run)
         world = join_world(run.device, run.first_timeout)
         lock = RunLock(run.out)
         try:

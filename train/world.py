@@ -117,13 +117,9 @@ def join_world(device: str, timeout: float = 1800.0) -> World:
     ``device``: auto, cpu or cuda. ``timeout``: seconds that collectives may take until ``World.set_timeout``. Raises
     InputError if a GPU is asked for and none is there, or if the environment contradicts itself.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device must be auto, cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda was asked for, but torch sees no CUDA device; `fastmae doctor` tells more")
-    on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
     place = read_place()
-    at = torch.device("cuda", _gpu(place)) if on_gpu else torch.device("cpu")
+    at = run_device(device, place)
+    on_gpu = at.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(at)
     if place.size == 1:
@@ -147,6 +143,19 @@ def join_world(device: str, timeout: float = 1800.0) -> World:
     control, background = (dist.new_group(**options) for _ in range(2))
     machine, leaders = machine_groups(place.size, place.local_size, **options)
     return World(place.rank, place.size, at, control, background, place.local_size, place.address, machine, leaders)
+
+
+def run_device(device: str, place: Place) -> torch.device:
+    """The device of the process at ``place`` where ``device``, one of auto, cpu and cuda, is asked for. Opens no GPU.
+
+    Raises InputError if a GPU is asked for and none is there.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda was asked for, but torch sees no CUDA device; `fastmae doctor` tells more")
+    on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    return torch.device("cuda", _gpu(place)) if on_gpu else torch.device("cpu")
 
 
 def machine_groups(size: int, local_size: int, **options) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:

@@ -133,6 +133,7 @@ class Trainer:
             run={name: str(v) if isinstance(v, Path) else v for name, v in asdict(run).items()},
             world=self.world.size,
             parallel=run.parallel,
+            attention=self.attention.text,
             environment=environment(self.world),
             resumed_from=self.checkpoint and str(self.checkpoint),
         )

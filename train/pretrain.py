@@ -14,6 +14,7 @@ from torch.distributed import DistError
 from fastmae.cores import cpu_quota
 from fastmae.errors import InputError, LostProcessError, RequeueError
 from fastmae.files import make_folder
+from fastmae.train.backend import probe_attention
 from fastmae.train.lock import RunLock
 from fastmae.train.recipes import Recipe
 from fastmae.train.run import Run, default_workers
@@ -35,6 +36,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     """
     make_folder(run.out)
     with StopSignals() as signals:
+        probe_attention(recipe, run)
         world = _join(run, signals)
         _keep_to_quota(world)
         if run.workers is None:  # this machine's processes were counted

@@ -26,6 +26,7 @@ from fastmae.train.meter import Meter
 from fastmae.train.optimizer import learning_rate, make_optimizer
 from fastmae.train.overview import environment, overview
 from fastmae.train.parallel import groups_of, parallelize
+from fastmae.train.precision import AUTOCAST, precision_of
 from fastmae.train.recipes import Recipe
 from fastmae.train.replicas import check_replicas
 from fastmae.train.restore import restore
@@ -39,8 +40,6 @@ from fastmae.train.step import MicroBatch, Step
 from fastmae.train.watch import Watch
 from fastmae.train.world import World
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-
 
 class Trainer:
     """One process of a run: model, optimizer, data and logs, and the loop over them."""
@@ -48,10 +47,10 @@ class Trainer:
     def __init__(self, recipe: Recipe, run: Run, world: World, watch: Watch, signals: StopSignals, source: str):
         self.recipe, self.run, self.world, self.watch, self.signals = recipe, run, world, watch, signals
         self.accumulate = accumulation(recipe.effective_batch, run.batch_size, world.size)
-        self.precision = ("bf16" if world.device.type == "cuda" else "fp32") if run.precision == "auto" else run.precision
-        autocast = _DTYPES[self.precision]
-        sizes = [size for _, size in recipe.progressive]
-        self.attention = choose_attention(recipe.model, sizes, recipe.mask_ratio, autocast or torch.float32, world)
+        self.precision = precision_of(run.precision, world.device.type)
+        autocast = AUTOCAST[self.precision]
+        self.checkpoint, self.notes = choose_checkpoint(run, world)
+        self.attention = choose_attention(recipe, autocast or torch.float32, world, self.checkpoint)
         if world.device.type == "cpu":
             keep_freed_memory()
         if run.reduce == "bf16" and run.parallel != "ddp" and self.accumulate > 1:
@@ -76,14 +75,14 @@ class Trainer:
                          spikes=self.detector if run.skip_spikes else None)  # fmt: skip
         self.tensors = run_tensors(self.model, self.optimizer, spikes=self.detector.tensors(), step=self.step.tensors(),
                                    **({"loss_scale": scale.tensors()} if scale else {}))  # fmt: skip
-        self.checkpoint, self.notes = choose_checkpoint(run, world)
         state = self._resume() if self.checkpoint else None
+        self.notes += self.attention.notes
         self.first_step = state["step"] if state else 0
         self.data, self.total_steps = open_data(recipe, run, world, source, state and state["data"])
-        for size in sizes:
+        for _, size in recipe.progressive:
             self.model.add_size(size)
         self.warmup_steps = self.total_steps * recipe.warmup_epochs / recipe.epochs
-        self.drawing = Drawing(source, self.model, world, recipe.mask_ratio) if run.draw_every else None
+        self.drawing = Drawing(source, self.model, world, recipe.mask_ratio, autocast) if run.draw_every else None
         self.saver = Saver(run.out, recipe.model, world, keep=run.keep, keep_every=run.keep_every, asynchronous=run.async_save)
         self.saver.newest = self.checkpoint
         self.stopped_by: str | None = None
@@ -122,7 +121,7 @@ class Trainer:
         recipe, run = self.recipe, self.run
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         lines = overview(recipe, run, self.world, self.data, parameters=parameters, precision=self.precision,
-                         attention=self.attention, accumulate=self.accumulate, total_steps=self.total_steps,
+                         attention=self.attention.text, accumulate=self.accumulate, total_steps=self.total_steps,
                          warmup_steps=self.warmup_steps, done=self.first_step)  # fmt: skip
         for line in self.notes + lines:
             log.say(line)
@@ -134,6 +133,7 @@ class Trainer:
             run={name: str(v) if isinstance(v, Path) else v for name, v in asdict(run).items()},
             world=self.world.size,
             parallel=run.parallel,
+            attention=self.attention.text,
             environment=environment(self.world),
             resumed_from=self.checkpoint and str(self.checkpoint),
         )
@@ -251,6 +251,7 @@ class Trainer:
             "schedule": {"lr": self.learning_rate(min(step, self.total_steps - 1)), "warmup_steps": self.warmup_steps},
             "model": self.recipe.model.to_json(),
             "recipe": plain_settings(self.recipe),
+            "attention": self.attention.state(),
             "processes": self.world.size,
             "parallel": self.run.parallel,
             "versions": {"fastmae": fastmae.__version__, "torch": torch.__version__},

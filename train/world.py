@@ -124,12 +124,8 @@ def join_world(device: str, timeout: float = 1800.0, stopped: Callable[[], str |
     there is no GPU where one is needed, or environments contradict themselves or each other; LostProcessError if not all
     processes come; KeyboardInterrupt if this one is asked to stop before they have.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device must be auto, cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda was asked for, but torch sees no CUDA device; `fastmae doctor` tells more")
-    on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
     place = read_place()
+    on_gpu = trains_on_gpu(device)
     if place.size == 1:
         return World(0, 1, _use_gpu(0) if on_gpu else torch.device("cpu"))
     _make_room()
@@ -188,6 +184,18 @@ class _Patience:
             report(
                 f"all processes have joined; {self._backend} connects them for {seconds:.0f} s; {variable} shows what it does"
             )
+
+
+def trains_on_gpu(device: str) -> bool:
+    """Whether ``device``, one of auto, cpu and cuda, stands for a GPU on this machine. Opens none.
+
+    Raises InputError if one is asked for and none is there.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda was asked for, but torch sees no CUDA device; `fastmae doctor` tells more")
+    return torch.cuda.is_available() if device == "auto" else device == "cuda"
 
 
 def _make_room() -> None:

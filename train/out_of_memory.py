@@ -23,8 +23,8 @@ _CPU = re.compile(
 )
 _SETTLED = (InputError, DivergedError, CheckpointError, RequeueError)  # which say already what they lack
 _WORKER = re.compile(r"loader worker failed|DataLoader worker process")  # the words of our pool's, of torch's
-_ASKED = re.compile(r"tried to allocate ([\d.]+ [KMGT]iB|\d+ bytes)|Unable to allocate ([\d.]+ [KMGTP]iB)", re.I)
-_CAPACITY = re.compile(r"total capacity of ([\d.]+ [KMGT]iB) of which ([\d.]+ [KMGT]iB|\d+ bytes) is free")
+_ASKED = re.compile(r"tried to allocate ([\d.]+ [KMGTPE]iB|\d+ bytes)|Unable to allocate ([\d.]+ [KMGTPE]iB)", re.I)
+_CAPACITY = re.compile(r"total capacity of ([\d.]+ [KMGTPE]iB) of which ([\d.]+ [KMGTPE]iB|\d+ bytes) is free")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

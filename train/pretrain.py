@@ -15,7 +15,9 @@ from fastmae.cores import cpu_quota
 from fastmae.errors import InputError, LostProcessError, RequeueError
 from fastmae.files import make_folder
 from fastmae.train.backend import probe_attention
+from fastmae.train.compiler import advise_off, compiler_error
 from fastmae.train.lock import RunLock
+from fastmae.train.out_of_memory import out_of_memory
 from fastmae.train.recipes import Recipe
 from fastmae.train.run import Run, default_workers
 from fastmae.train.signals import StopSignals
@@ -52,9 +54,14 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
                 trainer.notes += [warning, *lines] if warning else lines
                 folder = trainer.train()
             except BaseException as error:
-                _name_the_lost(error, watch)
-                watch.vitals.fail(error)
-                raise
+                known = out_of_memory(error, recipe, run, world, watch.doing) or compiler_error(error, run, world)
+                if known is None:
+                    _name_the_lost(error, watch)
+                    advise_off(error, run)
+                watch.vitals.fail(known or error)
+                if known is None:
+                    raise
+                raise known from error
             finally:
                 watch.end()
             world.barrier()  # the main process keeps what the others' watches ask for

@@ -15,6 +15,7 @@ from fastmae.mae import MAE
 from fastmae.train.backend import choose_attention
 from fastmae.train.checkpoint import SCHEMA
 from fastmae.train.compiled import LossModule
+from fastmae.train.compiler import first_step
 from fastmae.train.drawing import Drawing
 from fastmae.train.feed import open_data
 from fastmae.train.graph import GraphedStep
@@ -151,10 +152,9 @@ class Trainer:
             lr = self.learning_rate(done)
             self.watch.beat(done, "in a step", slow=is_new)
             shape = taken[0].images.shape
-            if done == self.first_step and self.world.size > 1:
-                self.step.warm_up(taken[0])
             incidents.remember(done + 1, taken)
-            meter.add(self.step(taken, lr))
+            is_first = done == self.first_step
+            meter.add(first_step(self.step, taken, lr, world=self.world, how=run.compile) if is_first else self.step(taken, lr))
             log.advance()
             done += 1
             if done == self.first_step + 1:

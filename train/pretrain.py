@@ -9,6 +9,7 @@ from torch.distributed import DistError
 
 from fastmae.errors import InputError, LostProcessError, RequeueError
 from fastmae.files import make_folder
+from fastmae.train.compile_cache import use_local_folders
 from fastmae.train.lock import RunLock
 from fastmae.train.recipes import Recipe
 from fastmae.train.run import Run
@@ -31,6 +32,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     make_folder(run.out)
     with StopSignals() as signals:
         world = join_world(run.device, run.first_timeout)
+        use_local_folders(world.device)
         lock = RunLock(run.out)
         try:
             warning = world.by_main(lock.acquire)

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 import fastmae
-from fastmae.errors import CheckpointError, DataError, DivergedError, InputError
+from fastmae.errors import CheckpointError, DataError, DivergedError
 from fastmae.mae import MAE
+from fastmae.train.agreement import agree, precision_of
 from fastmae.train.backend import choose_attention
 from fastmae.train.checkpoint import SCHEMA
+from fastmae.train.compile_cache import CompileCache
 from fastmae.train.compiled import LossModule
 from fastmae.train.drawing import Drawing
 from fastmae.train.feed import open_data
@@ -30,7 +32,7 @@ from fastmae.train.recipes import Recipe
 from fastmae.train.replicas import check_replicas
 from fastmae.train.restore import restore
 from fastmae.train.resume import check_resume, choose_checkpoint, plain_settings
-from fastmae.train.run import Run, accumulation
+from fastmae.train.run import Run
 from fastmae.train.saver import Saver
 from fastmae.train.signals import StopSignals
 from fastmae.train.snapshot import random_state, run_tensors
@@ -39,26 +41,18 @@ from fastmae.train.step import MicroBatch, Step
 from fastmae.train.watch import Watch
 from fastmae.train.world import World
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-
 
 class Trainer:
     """One process of a run: model, optimizer, data and logs, and the loop over them."""
 
     def __init__(self, recipe: Recipe, run: Run, world: World, watch: Watch, signals: StopSignals, source: str):
         self.recipe, self.run, self.world, self.watch, self.signals = recipe, run, world, watch, signals
-        self.accumulate = accumulation(recipe.effective_batch, run.batch_size, world.size)
-        self.precision = ("bf16" if world.device.type == "cuda" else "fp32") if run.precision == "auto" else run.precision
-        autocast = _DTYPES[self.precision]
+        self.accumulate = agree(recipe, run, world.size)
+        self.precision, autocast = precision_of(run, world.device)
         sizes = [size for _, size in recipe.progressive]
         self.attention = choose_attention(recipe.model, sizes, recipe.mask_ratio, autocast or torch.float32, world)
         if world.device.type == "cpu":
             keep_freed_memory()
-        if run.reduce == "bf16" and run.parallel != "ddp" and self.accumulate > 1:
-            raise InputError(
-                f"reduce bf16 of a cut model would round each of {self.accumulate} accumulated micro-batches; leave it out, "
-                "or choose a --batch-size that needs no accumulation"
-            )
         torch.manual_seed(recipe.seed)
         self.model = MAE(recipe.model).to(world.device)
         module = parallelize(LossModule(self.model), world, how=run.parallel, compile=run.compile, reduce=run.reduce)
@@ -68,8 +62,6 @@ class Trainer:
         scale = LossScale(world.device) if self.precision == "fp16" else None
         # On the device where the step itself leaves out spikes; else they are looked for when the losses are read.
         self.detector = SpikeDetector(run.spike_z, world.device if run.skip_spikes else torch.device("cpu"))
-        if run.cuda_graphs and recipe.progressive:
-            raise InputError("cuda graphs keep one image size; leave out --cuda-graphs or --progressive")
         kind = GraphedStep if run.cuda_graphs else Step
         self.step = kind(module, self.optimizer, patch_size=recipe.model.patch_size, mask_ratio=recipe.mask_ratio,
                          seed=recipe.seed, autocast=autocast, scale=scale, mean=world.mean,
@@ -77,6 +69,8 @@ class Trainer:
         self.tensors = run_tensors(self.model, self.optimizer, spikes=self.detector.tensors(), step=self.step.tensors(),
                                    **({"loss_scale": scale.tensors()} if scale else {}))  # fmt: skip
         self.checkpoint, self.notes = choose_checkpoint(run, world)
+        self.cache = CompileCache(recipe, run, world)
+        self.notes += self.cache.load()
         state = self._resume() if self.checkpoint else None
         self.first_step = state["step"] if state else 0
         self.data, self.total_steps = open_data(recipe, run, world, source, state and state["data"])
@@ -157,6 +151,8 @@ class Trainer:
             meter.add(self.step(taken, lr))
             log.advance()
             done += 1
+            for line in self.cache.save() if is_new else ():
+                log.say(line)
             if done == self.first_step + 1:
                 self.world.set_timeout(run.timeout, self.groups)
             is_last = done == self.total_steps

@@ -15,6 +15,7 @@ from fastmae.cores import cpu_quota
 from fastmae.errors import InputError, LostProcessError, RequeueError
 from fastmae.files import make_folder
 from fastmae.train.backend import probe_attention
+from fastmae.train.compile_cache import use_local_folders
 from fastmae.train.compiler import advise_off, compiler_error
 from fastmae.train.lock import RunLock
 from fastmae.train.out_of_memory import out_of_memory
@@ -43,6 +44,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
         _keep_to_quota(world)
         if run.workers is None:  # this machine's processes were counted
             run = replace(run, workers=default_workers(world.local_size))
+        use_local_folders(world.device)
         lock = RunLock(run.out)
         try:
             warning = world.by_main(lock.acquire)

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 import fastmae
-from fastmae.errors import CheckpointError, DataError, DivergedError, InputError
+from fastmae.errors import CheckpointError, DataError, DivergedError
 from fastmae.mae import MAE
+from fastmae.train.agreement import agree
 from fastmae.train.backend import choose_attention
 from fastmae.train.checkpoint import SCHEMA
+from fastmae.train.compile_cache import CompileCache
 from fastmae.train.compiled import LossModule
 from fastmae.train.compiler import first_step
 from fastmae.train.drawing import Drawing
@@ -32,7 +34,7 @@ from fastmae.train.recipes import Recipe
 from fastmae.train.replicas import check_replicas
 from fastmae.train.restore import restore
 from fastmae.train.resume import check_resume, choose_checkpoint, plain_settings
-from fastmae.train.run import Run, accumulation
+from fastmae.train.run import Run
 from fastmae.train.saver import Saver
 from fastmae.train.signals import StopSignals
 from fastmae.train.snapshot import random_state, run_tensors
@@ -47,18 +49,13 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, run: Run, world: World, watch: Watch, signals: StopSignals, source: str):
         self.recipe, self.run, self.world, self.watch, self.signals = recipe, run, world, watch, signals
-        self.accumulate = accumulation(recipe.effective_batch, run.batch_size, world.size)
+        self.accumulate = agree(recipe, run, world.size)
         self.precision = precision_of(run.precision, world.device.type)
         autocast = AUTOCAST[self.precision]
         self.checkpoint, self.notes = choose_checkpoint(run, world)
         self.attention = choose_attention(recipe, autocast or torch.float32, world, self.checkpoint)
         if world.device.type == "cpu":
             keep_freed_memory()
-        if run.reduce == "bf16" and run.parallel != "ddp" and self.accumulate > 1:
-            raise InputError(
-                f"reduce bf16 of a cut model would round each of {self.accumulate} accumulated micro-batches; leave it out, "
-                "or choose a --batch-size that needs no accumulation"
-            )
         torch.manual_seed(recipe.seed)
         self.model = MAE(recipe.model).to(world.device)
         module = parallelize(LossModule(self.model), world, how=run.parallel, compile=run.compile, reduce=run.reduce)
@@ -68,14 +65,14 @@ class Trainer:
         scale = LossScale(world.device) if self.precision == "fp16" else None
         # On the device where the step itself leaves out spikes; else they are looked for when the losses are read.
         self.detector = SpikeDetector(run.spike_z, world.device if run.skip_spikes else torch.device("cpu"))
-        if run.cuda_graphs and recipe.progressive:
-            raise InputError("cuda graphs keep one image size; leave out --cuda-graphs or --progressive")
         kind = GraphedStep if run.cuda_graphs else Step
         self.step = kind(module, self.optimizer, patch_size=recipe.model.patch_size, mask_ratio=recipe.mask_ratio,
                          seed=recipe.seed, autocast=autocast, scale=scale, mean=world.mean,
                          spikes=self.detector if run.skip_spikes else None)  # fmt: skip
         self.tensors = run_tensors(self.model, self.optimizer, spikes=self.detector.tensors(), step=self.step.tensors(),
                                    **({"loss_scale": scale.tensors()} if scale else {}))  # fmt: skip
+        self.cache = CompileCache(recipe, run, world)
+        self.notes += self.cache.load()
         state = self._resume() if self.checkpoint else None
         self.notes += self.attention.notes
         self.first_step = state["step"] if state else 0
@@ -157,6 +154,8 @@ class Trainer:
             meter.add(first_step(self.step, taken, lr, world=self.world, how=run.compile) if is_first else self.step(taken, lr))
             log.advance()
             done += 1
+            for line in self.cache.save() if is_new else ():
+                log.say(line)
             if done == self.first_step + 1:
                 self.world.set_timeout(run.timeout, self.groups)
             is_last = done == self.total_steps

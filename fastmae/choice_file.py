@@ -8,12 +8,12 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
 from pathlib import Path
 
 import torch
 
 from fastmae.backends import Shape, cudnn_version
+from fastmae.cache import cache_folder
 from fastmae.errors import InputError
 from fastmae.files import write_atomically
 
@@ -22,12 +22,9 @@ PROBES, CHOICES = "probes", "choices"
 
 def cache_file(device_type: str) -> Path | None:
     """Where things are kept for this device and these versions; None for a user without a home folder, whom none is set for."""
-    folder = Path(os.environ.get("FASTMAE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastmae")
+    folder = cache_folder()
     name = hashlib.sha256(json.dumps(_identity(device_type)).encode()).hexdigest()[:16]
-    try:
-        return folder.expanduser() / f"attention-{name}.json"
-    except RuntimeError:  # neither HOME nor an entry in the list of users, as containers have it
-        return None
+    return folder and folder / f"attention-{name}.json"
 
 
 def key(dtype: torch.dtype, shape: Shape) -> str:

@@ -20,6 +20,7 @@ from fastmae.train.compiler import advise_off, compiler_error
 from fastmae.train.lock import RunLock
 from fastmae.train.out_of_memory import out_of_memory
 from fastmae.train.recipes import Recipe
+from fastmae.train.room import bytes_of_checkpoint, check_room
 from fastmae.train.run import Run, default_workers
 from fastmae.train.signals import StopSignals
 from fastmae.train.staging import stage_data
@@ -53,7 +54,8 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
             try:
                 data, lines = stage_data(run, world, watch, signals)
                 trainer = Trainer(recipe, run, world, watch, signals, data)
-                trainer.notes += [warning, *lines] if warning else lines
+                short = world.by_main(lambda: _check_room(trainer))
+                trainer.notes += [line for line in (warning, *lines, short) if line]
                 folder = trainer.train()
             except BaseException as error:
                 known = out_of_memory(error, recipe, run, world, watch.doing) or compiler_error(error, run, world)
@@ -91,6 +93,13 @@ def _join(run: Run, signals: StopSignals) -> World:
         if run.requeue_exit and signals.received:
             raise RequeueError(f"{interrupt}; nothing has been trained, and the run wants to go on") from None
         raise
+
+
+def _check_room(trainer: Trainer) -> str | None:
+    """As ``check_room``, for the checkpoints of ``trainer``."""
+    needed = bytes_of_checkpoint(trainer.tensors)
+    return check_room(trainer.run, needed, processes=trainer.world.size, first_step=trainer.first_step,
+                      total_steps=trainer.total_steps)  # fmt: skip
 
 
 def _name_the_lost(error: BaseException, watch: Watch) -> None:

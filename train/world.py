@@ -38,6 +38,8 @@ class World:
     """The processes of this machine, on the CPU; None unless several machines have several each."""
     leaders: dist.ProcessGroup | None = None
     """The first processes of all machines; None on others."""
+    local_rank: int = 0
+    """This process's number on its machine."""
 
     @property
     def is_main(self) -> bool:
@@ -146,7 +148,8 @@ def join_world(device: str, timeout: float = 1800.0) -> World:
     options = {"backend": "gloo", "timeout": patience}
     control, background = (dist.new_group(**options) for _ in range(2))
     machine, leaders = machine_groups(place.size, place.local_size, **options)
-    return World(place.rank, place.size, at, control, background, place.local_size, place.address, machine, leaders)
+    return World(place.rank, place.size, at, control, background, place.local_size, place.address, machine, leaders,
+                 place.local_rank)  # fmt: skip
 
 
 def machine_groups(size: int, local_size: int, **options) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:

@@ -43,6 +43,8 @@ class World:
     """The processes of this machine, on the CPU; None unless several machines have several each."""
     leaders: dist.ProcessGroup | None = None
     """The first processes of all machines; None on others."""
+    local_rank: int = 0
+    """This process's number on its machine."""
 
     @property
     def is_main(self) -> bool:
@@ -152,7 +154,8 @@ def join_world(device: str, timeout: float = 1800.0, stopped: Callable[[], str |
         reason = str(error).partition("\n")[0]
         raise LostProcessError(f"the {place.size} processes of this run have not joined into a group: {reason}") from error
     control, background, machine, leaders = groups
-    return World(place.rank, place.size, at, control, background, everyone[place.rank].size, address, machine, leaders)
+    here = everyone[place.rank]
+    return World(place.rank, place.size, at, control, background, here.size, address, machine, leaders, here.rank)
 
 
 def _gather_peers(place: Place, peer: Peer, timeout: float, stopped: Callable[[], str | None]):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from fastmae.errors import InputError, LostProcessError
-from fastmae.train.background import still_waits, wait_in_thread
+from fastmae.train.background import Background, has_abandoned
 from fastmae.train.environment import Place, read_place
 from fastmae.train.groups import make_groups
 from fastmae.train.nccl import set_nccl_defaults
@@ -149,7 +149,7 @@ def join_world(device: str, timeout: float = 1800.0, stopped: Callable[[], str |
         return make_groups(everyone, timeout=patience)
 
     try:
-        groups = wait_in_thread(make, _Patience(place.rank, "nccl" if on_gpu else "gloo", stopped))
+        groups = Background(make).wait(_Patience(place.rank, "nccl" if on_gpu else "gloo", stopped))
     except dist.DistError as error:
         reason = str(error).partition("\n")[0]
         raise LostProcessError(f"the {place.size} processes of this run have not joined into a group: {reason}") from error
@@ -212,7 +212,7 @@ def _make_room() -> None:
 
 def in_group() -> bool:
     """Whether this process has joined others, or was about to, and not left them: threads of torch's may wait for them."""
-    return dist.is_initialized() or still_waits()
+    return dist.is_initialized() or has_abandoned()
 
 
 def leave_world() -> None:

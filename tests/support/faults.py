@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fastmae.data.crops import Cropper
-from fastmae.train import pretrain, saver, vitals, watch
+from fastmae.train import pretrain, rendezvous, saver, vitals, watch
 from fastmae.train.compiled import LossModule
 from fastmae.train.log import RunLog
 from fastmae.train.step import Step
@@ -128,11 +128,19 @@ def slow_start(seconds, rank):
     join = pretrain.join_world
 
     def slow(*arguments):
-        print("joining", flush=True)
+        world = join(*arguments)
+        print("joined", flush=True)
         time.sleep(seconds)
-        return join(*arguments)
+        return world
 
     pretrain.join_world = slow
+
+
+def never_join(on, rank):
+    """Rank ``on`` does not come; the others report it at once."""
+    rendezvous._FIRST_REPORT = 0.1
+    if rank == on:
+        time.sleep(FOREVER)
 
 
 def quick_watch(seconds, rank):

@@ -6,6 +6,7 @@ for n ranks: what each link must carry at least. Source: nccl-tests, doc/PERFORM
 time, as in a training step: within machines, one group a machine; between them, one group for each number on a machine.
 """
 
+import math
 import statistics
 import threading
 import time
@@ -61,12 +62,10 @@ def kinds_of(machines: Sequence[Sequence[int]]) -> dict[str, list[list[int]]]:
 
 def measure_rates(world: World, device: torch.device, groups: list[list[int]]) -> list[Rate]:
     """The rates of ``groups``, which share no rank. All processes call this and get the same answer."""
-    ranks = next((found for found in groups if world.rank in found), None)
-    mine: list[Rate] = []
-    if ranks is not None:
-        size = _BYTES[device.type]
-        seconds, error = _within(_PATIENCE, lambda: _measure(ranks, device, size))
-        mine = [Rate(ranks=tuple(ranks), bytes=size, seconds=seconds or float("nan"), error=error)]
+    size = _BYTES[device.type]
+    ranks = next((tuple(found) for found in groups if world.rank in found), None)
+    seconds, error = _within(_PATIENCE, lambda: _measure(world, groups, device, size))
+    mine = [Rate(ranks=ranks, bytes=size, seconds=seconds or math.nan, error=error)] if ranks else []
     rates: dict[tuple[int, ...], Rate] = {}
     for rate in world.gather(mine):  # of a group the slowest rank's, or an error
         known = rates.get(rate.ranks)
@@ -75,21 +74,22 @@ def measure_rates(world: World, device: torch.device, groups: list[list[int]]) -
     return [*rates.values()]
 
 
-def _measure(ranks: list[int], device: torch.device, size: int) -> float:
-    """Median seconds of an all-reduce of ``size`` bytes among ``ranks``."""
+def _measure(world: World, groups: list[list[int]], device: torch.device, size: int) -> float:
+    """Median seconds of an all-reduce of ``size`` bytes in this rank's group; 0 if it is in none."""
+    network = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)  # each thread has its own
-    group = dist.new_group(
-        ranks,
-        backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=2 * _PATIENCE),
-        use_local_synchronization=True,  # other ranks have groups of their own, and do not take part
-    )
+    # Every rank makes all of them: a group that its members make alone gets its name from how many groups each has, and they
+    # wait for each other under different names where one has more (torch 2.13).
+    made = [dist.new_group(ranks, backend=network, timeout=timedelta(seconds=2 * _PATIENCE)) for ranks in groups]
+    own = next((group for group, ranks in zip(made, groups, strict=True) if world.rank in ranks), None)
+    if own is None:
+        return 0.0
     values = torch.zeros(size // 4, device=device)
     seconds = []
     for _ in range(_WARM_UPS + _ROUNDS):
         began = time.perf_counter()
-        dist.all_reduce(values, group=group)
+        dist.all_reduce(values, group=own)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)

@@ -15,6 +15,7 @@ from pathlib import Path
 import tyro
 
 from fastmae.errors import CheckpointError, DivergedError, InputError, LostProcessError, RequeueError
+from fastmae.train import console
 from fastmae.train.environment import read_place
 from fastmae.train.interrupt import end, interrupts
 from fastmae.train.run import check_kernels
@@ -132,15 +133,18 @@ def shards() -> None:
 
 
 SHARDS = {f.__name__: f for f in (build, verify, info, index)}
+PRINTING = {info, doctor}
+"""Commands whose result is what they print: without standard output they end. The others' is a file, or their exit code."""
 COMMANDS = {f.__name__: f for f in (shards, pretrain, reconstruct, report, convert, bench, doctor, demo)}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 2 wrong input, 3 diverged, 4 a process lost or stuck, 5 no checkpoint
-    could be written, 85 stopped and to be started again, 130 interrupted.
+    could be written, 85 stopped and to be started again, 130 interrupted. SystemExit 141: nobody reads what it prints.
 
     A process of a run of several that fails does not return: it ends here with that code, or with 1.
     """
+    console.open_streams()
     try:
         with interrupts(is_last=arguments is None):
             code = _run(sys.argv[1:] if arguments is None else arguments)
@@ -162,19 +166,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    """One line on the console. One that cannot be written, on a full disk say, does not change the exit code."""
-    with contextlib.suppress(OSError):
-        print(f"fastmae: {text}", file=sys.stderr)
+    print(f"fastmae: {text}", file=sys.stderr)
 
 
 def _run(arguments: list[str]) -> int:
     try:
         if arguments[:1] == ["bench"]:
             return _run_benchmarks(arguments[1:])
-        if arguments[:1] == ["shards"]:
-            _run_shards(arguments[1:])
-        else:
-            return _run_one(COMMANDS, "fastmae", "Masked-autoencoder pretraining.", arguments)
+        with console.flushed():
+            if arguments[:1] == ["shards"]:
+                _run_shards(arguments[1:])
+            else:
+                return _run_one(COMMANDS, "fastmae", "Masked-autoencoder pretraining.", arguments)
     except (InputError, DivergedError, LostProcessError, CheckpointError, RequeueError) as error:
         _say(str(error))
         return error.exit_code
@@ -208,12 +211,13 @@ def _run_one(commands: dict[str, Callable], prog: str, description: str, argumen
 
 
 def _checked(command: Callable) -> Callable:
-    """``command``, after ``check_kernels``."""
+    """``command``, after ``check_kernels``; it outlives its console unless it is one of ``PRINTING``."""
 
     @functools.wraps(command)
     def run(*args, **kwargs):
         check_kernels()
-        return command(*args, **kwargs)
+        with contextlib.nullcontext() if command in PRINTING else console.outlived():
+            return command(*args, **kwargs)
 
     return run
 

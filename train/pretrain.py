@@ -14,6 +14,7 @@ from fastmae.files import make_folder
 from fastmae.train.backend import probe_attention
 from fastmae.train.compile_cache import use_local_folders
 from fastmae.train.compiler import advise_off, compiler_error
+from fastmae.train.console import outlived
 from fastmae.train.lock import RunLock
 from fastmae.train.out_of_memory import out_of_memory
 from fastmae.train.recipes import Recipe
@@ -35,7 +36,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     After a signal those that follow are ignored (``StopSignals``).
     """
     make_folder(run.out)
-    with StopSignals() as signals:
+    with outlived(), StopSignals() as signals:
         probe_attention(recipe, run)
         world = _join(run, signals)
         _keep_to_quota(world)
@@ -64,6 +65,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
                 raise known from error
             finally:
                 watch.end()
+            world.set_timeout(run.timeout)  # nobody watches any more
             world.barrier()  # the main process keeps what the others' watches ask for
             leave_world()  # not after a fault: it would wait for the lost
         finally:

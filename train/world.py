@@ -112,8 +112,9 @@ class World:
         self.any(False)  # gloo's own barrier would put a tensor on the GPU
 
     def set_timeout(self, seconds: float, groups: Iterable[dist.ProcessGroup] = ()) -> None:
-        """How long a step's collectives, those of other ``groups`` too, may take from now on, before they fail."""
-        for group in (dist.group.WORLD, self.control, self.machine, self.leaders, *groups) if self.size > 1 else ():
+        """How long collectives, those of other ``groups`` too, may take from now on, before they fail."""
+        ours = (dist.group.WORLD, self.control, self.background, self.machine, self.leaders)
+        for group in (*ours, *groups) if self.size > 1 else ():
             if group is not None:
                 _set_pg_timeout(timedelta(seconds=seconds + _SLACK), group)
 

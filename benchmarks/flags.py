@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 
 from fastmae.benchmarks.cluster import Cluster, explained
+from fastmae.cores import usable_cores
 from fastmae.train.run import COMPILE
 
 
@@ -39,7 +39,7 @@ FLAGS: dict[str, dict] = {
     "image-size": {"type": positive, "default": 224, "metavar": "PIXELS", "help": "side of an image, 224"},
     "data": {"type": Path, "metavar": "SHARDS", "required": True, "help": "a folder of shards of 256 px, say"},
     "originals": {"type": Path, "metavar": "SHARDS", "help": "shards of the untouched images, for the reference's pipeline"},
-    "workers": {"type": positive, "metavar": "N", "default": len(os.sched_getaffinity(0)), "help": "processes, one per core"},
+    "workers": {"type": positive, "metavar": "N", "default": usable_cores(), "help": "processes, one per core"},
     "reference": {"type": Path, "metavar": "CLONE", "help": "a clone of facebookresearch/mae (needs timm)"},
     "contenders": {
         "nargs": "+",

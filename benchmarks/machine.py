@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import triton
 
 import fastmae
 from fastmae.benchmarks.timing import device_seconds
+from fastmae.cores import usable_cores
 from fastmae.devices import device_name
 
 
@@ -22,7 +22,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "device": device_name(device),
         "command": " ".join(["python -m fastmae.benchmarks", *(_plain(a) for a in sys.argv[1:])]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "fastmae": fastmae.__version__,

@@ -1,4 +1,4 @@
-"""Compile every kernel ahead of time, without a GPU, and read what the binary needs: registers, stack, shared memory.
+"""Compile every kernel as it is launched, without a GPU, and read what the binary needs: registers, stack, shared memory.
 
 A stack means spilled registers; shared memory above 48 KiB would not launch everywhere. ``kernels --resources`` prints the
 table and holds it against its limits; ``benchmarks/results/resources.json`` is the committed one, which a test compares with.
@@ -8,40 +8,31 @@ import json
 import re
 import subprocess
 import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from torch import Tensor
 
-from fastmae.kernels.decoder_input import _BWD_ROWS, _TILE, _decoder_input_bwd_kernel, _decoder_input_fwd_kernel
-from fastmae.kernels.dispatch import warps
-from fastmae.kernels.masked_mse import EPS, _masked_mse_bwd_kernel, _masked_mse_fwd_kernel
-from fastmae.kernels.patches import _gather_patches_fwd_kernel
-from fastmae.kernels.philox import MASKS
-from fastmae.kernels.random_masking import _INDEX_BITS, _random_masking_kernel
-from fastmae.kernels.resized_crop import _TILE as _CROP_TILE
-from fastmae.kernels.resized_crop import _resized_crop_kernel
-from fastmae.kernels.take_rows import _sum_holes_kernel, _take_rows_fwd_kernel
+from fastmae import kernels
+from fastmae.benchmarks.launches import Launch, launches
+from fastmae.config import preset
+from fastmae.mae import MAE
+from fastmae.masking import random_masking
 
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
 MOST_REGISTERS, MOST_SHARED = 128, 48 * 1024  # per thread; bytes per program
 TABLE = Path(__file__).parent / "results" / "resources.json"
 
-_STRIDES = {"stride_b": "i64", "stride_c": "i32", "stride_y": "i32", "stride_x": "i32"}
+_B, _L, _K = 2, 196, 49  # images; patches, visible ones: of a training step of ViT-B
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "uint8": torch.uint8}
 
-
-@dataclass(frozen=True)
-class Variant:
-    """A kernel with the types and constants of one use of it."""
-
-    name: str
-    kernel: triton.JITFunction
-    types: dict[str, str]
-    constants: dict[str, int | float | bool]
-    warps: int | None = None
-    """Of a program, where they do not follow from the values that it holds."""
+Case = tuple[str, Callable[[], object]]
+"""What the use of an op is called in the table, and the call, forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -56,111 +47,119 @@ class Resources:
     """Bytes per program."""
 
 
-def variants() -> list[Variant]:
-    """Every kernel at the sizes and types it is used at, from the smallest to patches of 64 x 64 pixels."""
-    found = []
-    for channels, patch in ((1, 4), (3, 16), (3, 14), (13, 16), (3, 64)):
-        found += _patch_variants(channels, patch, "*u8", "*bf16", norm_pix=True)
-    found += _patch_variants(3, 16, "*fp32", "*fp32", norm_pix=True)
-    found += _patch_variants(3, 16, "*bf16", "*bf16", norm_pix=False)
-    found += _patch_variants(3, 14, "*fp16", "*fp16", norm_pix=False)
-    for width, dtype, has_fill in ((768, "*bf16", True), (512, "*fp32", True), (1280, "*fp32", False), (192, "*fp16", False)):
-        found.append(
-            Variant(
-                f"take_rows D{width} {dtype[1:]}{' fill' if has_fill else ''}",
-                _take_rows_fwd_kernel,
-                {"out_ptr": dtype, "x_ptr": dtype, "ids_ptr": "*i32", "fill_ptr": dtype, "N": "i32", "M": "i32", "D": "i32"},
-                {"HAS_FILL": has_fill, "BLOCK_D": triton.next_power_of_2(width)},
-            )
-        )
-    for dtype in ("*bf16", "*fp32"):
-        types = {"partial_ptr": "*fp32", "grad_ptr": dtype, "ids_ptr": "*i32", "N": "i32", "D": "i32"}
-        found.append(Variant(f"sum_holes {dtype[1:]}", _sum_holes_kernel, types, {"M": 196, "BLOCK_D": 128}))
-    for width, x, out in ((512, "*bf16", "*fp32"), (512, "*bf16", "*bf16"), (512, "*fp32", "*fp32"), (256, "*fp16", "*fp32")):
-        found += _decoder_variants(width, x, out)
-    found += [_masking_variant(patches) for patches in (16, 196, 256, 1024, 2048)]
-    found += [_crop_variant(channels, has_ids) for channels in (1, 3, 13) for has_ids in (False, True)]
-    return found
+def cases() -> Iterator[Case]:
+    """Every op as it is used, from training steps and the loader down to sizes and types that are rare."""
+    for model, layout, residual in (("base", "NCHW", "fp32"), ("base", "NHWC", "bf16"), ("huge", "NCHW", "fp32")):
+        yield _step(model, layout, residual)
+    for patches in (196, 256, 1024, 2048):
+        yield _masks(patches)
+    for channels in (3, 13):
+        yield from _crops(channels)
+    for channels, patch, side in ((1, 4, 28), (13, 16, 224), (3, 14, 98), (3, 64, 256)):
+        yield _patches(channels, patch, side, "uint8", "bf16", norm_pix=True)
+    yield _patches(3, 16, 224, "fp32", "fp32", norm_pix=True)
+    yield _patches(3, 16, 224, "bf16", "bf16", norm_pix=False)
+    yield _patches(3, 14, 224, "fp16", "fp16", norm_pix=False)
+    for width, dtype, has_fill in ((768, "bf16", True), (512, "fp32", True), (1280, "fp32", False), (192, "fp16", False)):
+        yield _rows(width, dtype, has_fill)
+    for width, dtype, out in ((512, "bf16", "bf16"), (512, "fp32", "fp32"), (256, "fp16", "fp32")):
+        yield _sequence(width, dtype, out)
+    yield _ones()
 
 
-def _decoder_variants(width: int, x: str, out: str) -> list[Variant]:
-    """The decoder's input and its gradient at one width and pair of dtypes."""
-    block, tag = triton.next_power_of_2(width), f"D{width} {x[1:]} {out[1:]}"
-    sizes = {"K": "i32", "Q": "i32", "D": "i32"}
-    return [
-        Variant(
-            f"decoder_input forward {tag}",
-            _decoder_input_fwd_kernel,
-            {"out_ptr": out, "x_ptr": x, "token_ptr": "*fp32", "positions_ptr": "*fp32", "keep_ptr": "*i32",
-             "predict_ptr": "*i32", **sizes},
-            {"BLOCK_M": max(1, _TILE // block), "BLOCK_D": block},
-        ),
-        Variant(
-            f"decoder_input backward {tag}",
-            _decoder_input_bwd_kernel,
-            {"grad_x_ptr": x, "partial_ptr": "*fp32", "grad_ptr": out, "rows": "i32", "D": "i32"},
-            {"M": 197, "BLOCK_M": _BWD_ROWS, "BLOCK_D": min(128, block)},
-        ),
-    ]  # fmt: skip
+def _step(model: str, layout: str, residual: str) -> Case:
+    """A training step under autocast: every op by the model itself. One block of each kind, for blocks launch nothing here."""
+    config = preset(model, norm_pix_loss=True, depth=1, decoder_depth=1, residual=residual)
+    memory_format = torch.channels_last if layout == "NHWC" else torch.contiguous_format  # as crops of the CPU, of the GPU
+    images = _images(config.in_chans, config.img_size[0], "uint8").contiguous(memory_format=memory_format)
+    net, masking = MAE(config), random_masking(_B, config.patches, 0.75, seed=0)
+
+    def call() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = net.training_loss(images, masking)
+        loss.backward()
+
+    return f"step {model} {layout} residual {residual}", call
 
 
-def _masking_variant(patches: int) -> Variant:
-    types = {"keep_ptr": "*i32", "predict_ptr": "*i32", "restore_ptr": "*i32", "epochs_ptr": "*i64", "samples_ptr": "*i64",
-             "seed": "i64", "L": "i32", "K": "i32", "Q": "i32"}  # fmt: skip
-    block = triton.next_power_of_2(patches)
-    constants = {"STREAM": MASKS, "INDEX_BITS": _INDEX_BITS, "BLOCK_L": block}
-    return Variant(f"random_masking L{patches}", _random_masking_kernel, types, constants)
+def _masks(patches: int) -> Case:
+    epochs, kept = torch.zeros(_B, dtype=torch.int64), patches // 4
+    return f"L{patches}", partial(kernels.random_masking, 0, epochs, torch.arange(_B), patches, kept, patches - kept)
 
 
-def _crop_variant(channels: int, has_ids: bool) -> Variant:
-    """Crops, whole or patches of them."""
-    sizes = ("K", "columns", "h", "w", "cell_h", "cell_w")
-    types = {"out_ptr": "*u8", "pixels_ptr": "*u8", "offsets_ptr": "*i64", "widths_ptr": "*i32", "boxes_ptr": "*i32",
-             "flips_ptr": "*u8", "ids_ptr": "*i32", **dict.fromkeys(sizes, "i32")}  # fmt: skip
-    constants = {"C": channels, "HAS_IDS": has_ids, "BLOCK": _CROP_TILE}
-    return Variant(f"resized_crop C{channels}{' patches' if has_ids else ''}", _resized_crop_kernel, types, constants, warps=1)
+def _crops(channels: int) -> Iterator[Case]:
+    """Whole crops as the loader makes them, and patches of crops."""
+    side, patch = 224, 16
+    pixels = torch.zeros(_B * 256 * 256 * channels, dtype=torch.uint8)
+    boxes = torch.tensor([[0, 0, 200, 180]] * _B, dtype=torch.int32)
+    images = (pixels, torch.arange(_B) * 256 * 256 * channels, torch.full((_B,), 256).int(), boxes, torch.arange(_B) > 0)
+    yield f"C{channels}", partial(kernels.resized_crop, *images, (side, side), channels)
+    ids = torch.zeros(_B, _K, dtype=torch.int32)
+    yield f"C{channels} patches", partial(kernels.resized_crop_patches, *images, (side, side), ids, patch, channels)
 
 
-def _patch_variants(channels: int, patch: int, pixels: str, compute: str, norm_pix: bool) -> list[Variant]:
-    """The kernels that read patches of images, for one kind of image and one compute dtype."""
-    block = triton.next_power_of_2(channels * patch * patch)
-    tag = f"C{channels} p{patch} {pixels[1:]} {compute[1:]}{'' if norm_pix else ' plain'}"
-    images = {"images_ptr": pixels, "ids_ptr": "*i32"}
-    statistics = {"mean_ptr": "*fp32", "std_ptr": "*fp32"}
-    rows = {"center_ptr": "*fp32", "rstd_ptr": "*fp32"}
-    constants = {"C": channels, "PATCH": patch, "IS_BYTES": pixels == "*u8", "BLOCK_P": block}
-    return [
-        Variant(
-            f"gather_patches {tag}",
-            _gather_patches_fwd_kernel,
-            {"out_ptr": compute, **images, **statistics, "K": "i32", "columns": "i32", **_STRIDES},
-            constants,
-        ),
-        Variant(
-            f"masked_mse forward {tag}",
-            _masked_mse_fwd_kernel,
-            {"rows_ptr": "*fp32", **rows, "pred_ptr": compute, **images, **statistics,
-             "Q": "i32", "columns": "i32", **_STRIDES},
-            {"EPS": EPS, "NORM_PIX": norm_pix, **constants},
-        ),
-        Variant(
-            f"masked_mse backward {tag}",
-            _masked_mse_bwd_kernel,
-            {"grad_pred_ptr": compute, "grad_rows_ptr": "*fp32", "pred_ptr": compute, **images, **rows, **statistics,
-             "Q": "i32", "columns": "i32", **_STRIDES},
-            constants,
-        ),
-    ]  # fmt: skip
+def _patches(channels: int, patch: int, side: int, pixels: str, compute: str, *, norm_pix: bool) -> Case:
+    """Both ops that read patches of images, of ``side`` pixels."""
+    images, ids = _images(channels, side, pixels), torch.zeros(_B, 3, dtype=torch.int32)
+    statistics = (torch.zeros(channels), torch.ones(channels)) if pixels == "uint8" else (None, None)
+    pred = torch.zeros(_B, 3, channels * patch**2, dtype=_DTYPES[compute], requires_grad=True)
+
+    def call() -> None:
+        kernels.gather_patches(images, ids, patch, *statistics, _DTYPES[compute])
+        kernels.masked_mse(pred, images, ids, patch, norm_pix, *statistics).backward()
+
+    return f"C{channels} p{patch} {side} px {pixels} {compute}{'' if norm_pix else ' plain'}", call
 
 
-def resources(variant: Variant, target: int) -> Resources:
-    """Compile ``variant`` for compute capability ``target`` (80 is 8.0) and read its needs off the binary."""
-    signature = {**variant.types, **dict.fromkeys(variant.constants, "constexpr")}
-    source = ASTSource(variant.kernel, signature, variant.constants)
-    # Kernels that hold a whole patch or all keys of an image get more warps for more values, the others Triton's default.
-    block = variant.constants.get("BLOCK_P", 2 * variant.constants.get("BLOCK_L", 0))
-    options = {"num_warps": variant.warps or warps(block)}
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+def _rows(width: int, dtype: str, has_fill: bool) -> Case:
+    """The shuffle or, with a mask token to fill holes with, the unshuffle."""
+    ids_keep, ids_restore = torch.zeros(_B, _K, dtype=torch.int32), torch.zeros(_B, _L, dtype=torch.int32)
+    x = torch.zeros(_B, _K if has_fill else _L, width, dtype=_DTYPES[dtype], requires_grad=True)
+    fill = torch.zeros(width, dtype=_DTYPES[dtype], requires_grad=True) if has_fill else None
+    ids = (ids_restore, ids_keep) if has_fill else (ids_keep, ids_restore)
+
+    def call() -> None:
+        kernels.take_rows(x, *ids, fill).sum().backward()
+
+    return f"D{width} {dtype}{' fill' if has_fill else ''}", call
+
+
+def _sequence(width: int, dtype: str, out: str) -> Case:
+    """The decoder's input at one width and pair of dtypes."""
+    x = torch.zeros(_B, 1 + _K, width, dtype=_DTYPES[dtype], requires_grad=True)
+    token, positions = torch.zeros(width, requires_grad=True), torch.zeros(1 + _L, width)
+    ids_keep, ids_predict = torch.zeros(_B, _K, dtype=torch.int32), torch.zeros(_B, _L - _K, dtype=torch.int32)
+
+    def call() -> None:
+        kernels.decoder_input(x, token, positions, ids_keep, ids_predict, _DTYPES[out]).sum().backward()
+
+    return f"D{width} {dtype} {out}", call
+
+
+def _ones() -> Case:
+    """Numbers of 1, which Triton makes constants, wherever they may stand."""
+    images, ids, epochs = _images(1, 1, "uint8"), torch.zeros(_B, 1, dtype=torch.int32), torch.zeros(_B, dtype=torch.int64)
+    x, token = torch.zeros(_B, 2, 1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    crops = (images.flatten(), torch.arange(_B), torch.ones(_B).int(), torch.tensor([[0, 0, 1, 1]] * _B).int(), epochs > 0)
+
+    def call() -> None:
+        kernels.random_masking(1, epochs, epochs, 2, 1, 1)
+        kernels.resized_crop(*crops, (1, 1), 1)
+        kernels.gather_patches(images, ids, 1, *torch.ones(2, 1))
+        kernels.masked_mse(x[:, :1], images, ids, 1, False, *torch.ones(2, 1)).backward()
+        kernels.take_rows(x[:, :1], ids, ids, token).sum().backward()
+        kernels.decoder_input(x, token, torch.zeros(3, 1), ids, ids).sum().backward()
+
+    return "ones", call
+
+
+def _images(channels: int, side: int, dtype: str) -> Tensor:
+    return torch.zeros(_B, channels, side, side, dtype=_DTYPES[dtype])
+
+
+def resources(launch: Launch) -> Resources:
+    """Compile ``launch`` and read the needs off the binary."""
+    compiled = launch.compile()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -171,10 +170,18 @@ def resources(variant: Variant, target: int) -> Resources:
 
 
 def measure(targets: tuple[int, ...] = TARGETS) -> dict[str, object]:
-    """Every variant on every target: plain JSON, with the version of Triton that compiled it."""
-    rows = {}
-    for variant in variants():
-        rows[variant.name] = {f"sm_{target}": vars(resources(variant, target)) for target in targets}
+    """Every launch of every case on every target: plain JSON, with the version of Triton that compiled it."""
+    rows: dict[str, dict[str, dict[str, int]]] = {}
+    known: dict[str, Resources] = {}
+    for case, call in cases():
+        for target in targets:
+            seen: Counter[str] = Counter()
+            for launch in launches(call, target):
+                if launch.key not in known:
+                    known[launch.key] = resources(launch)
+                seen[launch.name] += 1
+                again = " in the gradient" if seen[launch.name] > 1 else ""  # a taking is also its own gradient
+                rows.setdefault(f"{launch.name} {case}{again}", {})[f"sm_{target}"] = vars(known[launch.key])
     return {"triton": triton.__version__, "kernels": rows}
 
 

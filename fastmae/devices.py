@@ -1,11 +1,12 @@
 """What a device is called, and what its maker says of it."""
 
-import os
 import platform
 import re
 from pathlib import Path
 
 import torch
+
+from fastmae.cores import usable_cores
 
 # Dense bf16 TFLOP/s of the makers' datasheets, by the device's whole name without the maker's. Others have no MFU.
 _DATASHEET = {
@@ -26,7 +27,7 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*: (.+)", text)
-    return f"{model[1] if model else platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"
+    return f"{model[1] if model else platform.machine()} CPU, {usable_cores()} cores"
 
 
 def datasheet_flops(device: torch.device) -> float | None:

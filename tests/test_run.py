@@ -7,9 +7,7 @@ import pytest
 from fastmae import InputError
 from fastmae.train.run import default_workers
 from tests.support.runs import run_of
-
-STEP_OF_TWO = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2",
-               "SLURM_STEP_NODELIST": "node1", "SLURM_JOB_ID": "7"}  # fmt: skip
+from tests.support.slurm import STEP_OF_TWO
 
 
 @pytest.fixture

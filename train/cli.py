@@ -165,10 +165,23 @@ def _run(arguments: list[str]) -> int:
     except (InputError, DivergedError, LostProcessError, CheckpointError, RequeueError) as error:
         _say(str(error))
         return error.exit_code
-    except OSError as error:  # a full disk, a file without permission: the user's to mend, and named
-        _say(f"{error.filename or 'input or output'}: {error.strerror or error}")
-        return InputError.exit_code
+    except (MemoryError, RuntimeError, OSError) as error:
+        if message := _system_error(error):
+            _say(message)
+            return InputError.exit_code
+        raise
     return 0
+
+
+def _system_error(error: Exception) -> str | None:
+    """What the system does not give, in a line: memory, room on a disk, a file. None for a fault of another kind."""
+    from fastmae.train.out_of_memory import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return f"out of memory: {str(error).partition(chr(10))[0] or type(error).__name__}; this machine has too little"
+    if isinstance(error, OSError):  # a full disk, a file without permission: the user's to mend, and named
+        return f"{error.filename or 'input or output'}: {error.strerror or error}"
+    return None
 
 
 def _run_shards(arguments: list[str]) -> None:

@@ -13,9 +13,10 @@ import triton
 
 import fastmae
 from fastmae.attention import attention_shapes, resolve
-from fastmae.backends import why_not
 from fastmae.config import BACKENDS, preset
+from fastmae.cores import usable_cores
 from fastmae.kernels import dispatch, gather_patches
+from fastmae.probe import notes, probe, why_not
 from fastmae.train.run import default_workers
 
 _SHARED = 8 << 30  # bytes of /dev/shm that a node's streams and collectives can fill
@@ -30,13 +31,14 @@ def report() -> list[str]:
     has_gpu = torch.cuda.is_available()
     device = "cuda" if has_gpu else "cpu"
     dtype = torch.bfloat16 if has_gpu else torch.float32
+    attention = _attention(device, dtype)  # first: another process probes it, which this one's hold on the GPU may keep out
     return [
         f"fastmae {fastmae.__version__}, Python {sys.version.split()[0]}, {platform.system()} {platform.machine()}",
         *_packages(),
         *_devices(has_gpu),
         *_loading(),
         *_kernels(device),
-        *_attention(device, dtype),
+        *attention,
     ]
 
 
@@ -52,7 +54,7 @@ def _packages() -> list[str]:
 
 
 def _devices(has_gpu: bool) -> list[str]:
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     lines = ["devices:", f"  cpu: {cores} cores, torch uses {torch.get_num_threads()} threads"]
     if not has_gpu:
         reason = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no device: is the driver loaded?"
@@ -65,7 +67,7 @@ def _devices(has_gpu: bool) -> list[str]:
 
 def _loading() -> list[str]:
     """What loader processes need of the machine, and what of it is short."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     shared = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
     lines = ["loading data:"]
     if shared is None:
@@ -109,11 +111,12 @@ def _kernels(device: str) -> list[str]:
 
 def _attention(device: str, dtype: torch.dtype) -> list[str]:
     lines = [f"attention ({device}, {dtype}):"]
-    shapes = dict.fromkeys(attention_shapes(preset("base"), 49, 147) + attention_shapes(preset("huge"), 64, 192))
+    shapes = list(dict.fromkeys(attention_shapes(preset("base"), 49, 147) + attention_shapes(preset("huge"), 64, 192)))
+    probe(device, dtype, shapes)
     for shape in shapes:
         lines.append(f"  {shape}: auto uses {resolve('auto', device, dtype, shape)}")
     for backend in BACKENDS:
-        found = (why_not(backend, device, dtype, d) for d in {s.head_dim for s in shapes})
+        found = (why_not(backend, device, dtype, shape) for shape in shapes)
         reasons = {reason.partition(" with inputs")[0] for reason in found if reason}  # what follows are pages of shapes
         lines.append(f"  {backend}: {'; '.join(sorted(reasons)) or 'works'}")
-    return lines
+    return lines + [f"  {note}" for note in notes()]

@@ -11,8 +11,10 @@ from fastmae.train.world import World
 _OF_RUN = ("crop", "decode", "bad_budget", "workers", "prefetch", "allow_pipe")
 
 
-def open_data(recipe: Recipe, run: Run, world: World, state: dict | None) -> tuple[Loader, int]:
+def open_data(recipe: Recipe, run: Run, world: World, source: str, state: dict | None) -> tuple[Loader, int]:
     """This process's loader, going on from ``state`` (``Loader.state``), and the optimizer steps of the whole run.
+
+    ``source``: where the data of the run are read: ``run.data``, or a staged copy of it.
 
     Raises InputError or DataError if the data cannot be read or is not that of ``state``.
     """
@@ -27,7 +29,7 @@ def open_data(recipe: Recipe, run: Run, world: World, state: dict | None) -> tup
         **{name: getattr(run, name) for name in _OF_RUN},
     )
     data = Loader(
-        run.data, config, batch_size=run.batch_size, rank=world.rank, world_size=world.size, device=world.device, state=state
+        source, config, batch_size=run.batch_size, rank=world.rank, world_size=world.size, device=world.device, state=state
     )
     total_steps = recipe.total_steps(data.samples)
     # A progressive run's image sizes are given as shares of its length, which only the opened data can tell.

@@ -1,6 +1,5 @@
 """What a run is about to do, in lines for people, before its first step."""
 
-import os
 import platform
 import socket
 
@@ -9,6 +8,7 @@ import triton
 
 import fastmae
 from fastmae.config import ModelConfig
+from fastmae.cores import usable_cores
 from fastmae.data.loader import Loader
 from fastmae.devices import device_name
 from fastmae.train.recipes import Recipe
@@ -51,5 +51,5 @@ def environment(world: World) -> dict[str, object]:
         "device": device_name(world.device),
         "processes": world.size,
         "processes_per_machine": world.local_size,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
     }

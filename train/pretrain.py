@@ -1,18 +1,28 @@
 """Pretrain: shards in, checkpoints out; stopped and resumed at any step, on CPUs with the same bits."""
 
+import math
+import os
 import socket
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch.distributed import DistError
 
+from fastmae.cores import cpu_quota
 from fastmae.errors import InputError, LostProcessError, RequeueError
 from fastmae.files import make_folder
+from fastmae.train.backend import probe_attention
+from fastmae.train.compile_cache import use_local_folders
+from fastmae.train.compiler import advise_off, compiler_error
 from fastmae.train.lock import RunLock
+from fastmae.train.out_of_memory import out_of_memory
 from fastmae.train.recipes import Recipe
-from fastmae.train.run import Run
+from fastmae.train.run import Run, default_workers
 from fastmae.train.signals import StopSignals
+from fastmae.train.staging import stage_data
 from fastmae.train.trainer import Trainer
 from fastmae.train.watch import Watch
 from fastmae.train.world import World, is_of_collective, join_world, leave_world
@@ -29,20 +39,31 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     """
     make_folder(run.out)
     with StopSignals() as signals:
-        world = join_world(run.device, run.first_timeout)
+        probe_attention(recipe, run)
+        world = _join(run, signals)
+        _keep_to_quota(world)
+        if run.workers is None:  # this machine's processes were counted
+            run = replace(run, workers=default_workers(world.local_size))
+        use_local_folders(world.device)
         lock = RunLock(run.out)
         try:
             warning = world.by_main(lock.acquire)
             _check_shared(run.out, world)
             watch = Watch(world, run.out, first=run.first_timeout, later=run.timeout)
             try:
-                trainer = Trainer(recipe, run, world, watch, signals)
-                trainer.notes += [warning] if warning else []
+                data, lines = stage_data(run, world, watch, signals)
+                trainer = Trainer(recipe, run, world, watch, signals, data)
+                trainer.notes += [warning, *lines] if warning else lines
                 folder = trainer.train()
             except BaseException as error:
-                _name_the_lost(error, watch)
-                watch.vitals.fail(error)
-                raise
+                known = out_of_memory(error, recipe, run, world, watch.doing) or compiler_error(error, run, world)
+                if known is None:
+                    _name_the_lost(error, watch)
+                    advise_off(error, run)
+                watch.vitals.fail(known or error)
+                if known is None:
+                    raise
+                raise known from error
             finally:
                 watch.end()
             world.barrier()  # the main process keeps what the others' watches ask for
@@ -52,6 +73,24 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     if trainer.stopped_by and run.requeue_exit:
         raise RequeueError(f"stopped by {trainer.stopped_by}; {folder} is saved, and the run wants to go on")
     return folder
+
+
+def _keep_to_quota(world: World) -> None:
+    """As many of torch's threads as the container's CPU quota, shared among its processes, unless OMP_NUM_THREADS is set: more
+    would be stopped, all together, for the rest of each period."""
+    quota = cpu_quota()
+    if quota is not None and not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, math.ceil(quota) // world.local_size)))
+
+
+def _join(run: Run, signals: StopSignals) -> World:
+    """All processes of the run, once they have come. A signal before that ends this one at once: there is nothing to save."""
+    try:
+        return join_world(run.device, run.first_timeout, lambda: signals.received)
+    except KeyboardInterrupt as interrupt:
+        if run.requeue_exit and signals.received:
+            raise RequeueError(f"{interrupt}; nothing has been trained, and the run wants to go on") from None
+        raise
 
 
 def _name_the_lost(error: BaseException, watch: Watch) -> None:

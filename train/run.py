@@ -1,9 +1,11 @@
 """Where a run reads and writes, and how fast it goes: what a recipe does not say."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastmae.cores import affinity_cores, cpu_quota
 from fastmae.errors import InputError
 from fastmae.train.environment import read_place
 
@@ -20,13 +22,16 @@ class Run:
 
     data: str
     """A folder of shards, or paths or URLs of tars with {000..999} in them."""
+    stage: Path | None = None
+    """Folder on each machine's own disk that indexed shards are copied to before they are read: once per machine, hashes
+    checked; complete copies are used again."""
     out: Path
     """Folder of checkpoints and logs; a run that is there already is continued."""
     batch_size: int = 64
     """Images per process and micro-batch."""
     workers: int | None = None
-    """Loader processes per training process; 0 loads in the training process. By default this machine's cores, shared among
-    its training processes, less one for each of these."""
+    """Loader processes per training process; 0 loads in the training process. By default the cores that this machine or
+    container may use, shared among its training processes, less one for each of these."""
     prefetch: int = 4
     """Batches prepared ahead of the step."""
     crop: str = "auto"
@@ -96,19 +101,21 @@ class Run:
         for name, words in (("parallel", PARALLEL), ("reduce", REDUCE), ("precision", PRECISION)):
             if getattr(self, name) not in words:
                 raise InputError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
-        if self.workers is None:
+        if self.workers is None and read_place().local_size is not None:  # else once they are counted, at the rendezvous
             object.__setattr__(self, "workers", default_workers())
         if self.compile not in COMPILE:
             raise InputError(f"compile must be one of {', '.join(COMPILE)}, got {self.compile!r}")
 
 
 def default_workers(local_ranks: int | None = None) -> int:
-    """Loader processes for each of the training processes on this machine, which the launcher tells by default."""
-    cores, place = len(os.sched_getaffinity(0)), read_place()
-    ranks = place.local_size if local_ranks is None else local_ranks
-    if local_ranks is None and place.launcher == "slurm" and cores < int(os.environ.get("SLURM_CPUS_ON_NODE", 0)):
-        ranks = 1  # srun has bound the task to its own share already
-    return max(1, cores // max(1, ranks) - 1)
+    """Loader processes for each of the training processes on this machine, whose number the launcher gives by default."""
+    cores, place = affinity_cores(), read_place()
+    ranks = max(1, place.local_size if local_ranks is None else local_ranks)
+    is_bound = local_ranks is None and place.launcher == "slurm" and cores < int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
+    share = cores if is_bound else cores // ranks  # srun has bound the task to its own share already
+    if (quota := cpu_quota()) is not None:  # which all processes of a container share
+        share = min(share, math.ceil(quota) // ranks)
+    return max(1, share - 1)
 
 
 def check_kernels() -> None:

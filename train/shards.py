@@ -1,6 +1,5 @@
 """The commands of ``fastmae shards``: build, verify, info, index. Each imports what it runs, after arguments are parsed."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
+from fastmae.cores import usable_cores
 from fastmae.errors import DataError, InputError
 
 Positional = tyro.conf.Positional
@@ -119,7 +119,7 @@ def index(folder: Positional[Path], out: Path | None = None, classes: Path | Non
 def _processes(workers: int | None) -> int:
     if workers is not None and workers < 0:
         raise InputError(f"workers must not be negative, got {workers}")
-    return len(os.sched_getaffinity(0)) if workers is None else workers
+    return usable_cores() if workers is None else workers
 
 
 @contextmanager

@@ -51,6 +51,10 @@ class Watch:
         if self._patience < before:  # the timer was set for longer
             self._set_timer()
 
+    def alive(self, doing: str) -> None:
+        """Before the first step: ``doing`` makes progress, however long it takes."""
+        self.doing, self._since = doing, time.monotonic()
+
     def end(self) -> None:
         """Watch no more; this process goes on, or ends, by itself."""
         self._ended.set()

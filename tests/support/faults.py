@@ -59,6 +59,11 @@ def raise_at(step, on, rank):
     before_step(act, rank, on, step)
 
 
+def out_of_memory_at(step, on, rank):
+    """For real: more than any machine has."""
+    before_step(lambda: torch.empty(1 << 50), rank, on, step)
+
+
 def count_steps(folder, rank):
     """A file of as many bytes as this rank has begun steps."""
 

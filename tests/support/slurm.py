@@ -41,6 +41,10 @@ cp "$1" submitted.sbatch
 echo Submitted batch job 4711
 """
 
+# The variables of one task of a step of two on one machine.
+STEP_OF_TWO = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2",
+               "SLURM_STEP_NODELIST": "node1", "SLURM_JOB_ID": "7"}  # fmt: skip
+
 
 def write_program(path, text):
     """A file that can be run."""

@@ -1,0 +1,67 @@
+"""How many CPU cores this process may use: its affinity mask, and the CPU quota of its container.
+
+``docker --cpus 2``, Kubernetes limits and systemd's ``CPUQuota`` leave the affinity mask as it is and set a quota: so many
+microseconds of CPU time in each period, of the process's own cgroup and of every one above it. Processes beyond the quota are
+stopped until the next period. Sources: the kernel's "Control Group v2", section "CPU Interface Files" (``cpu.max``), and "CFS
+Bandwidth Control" (``cpu.cfs_quota_us``, ``cpu.cfs_period_us``). Knows nothing of torch.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+_V2 = ("sys/fs/cgroup", "sys/fs/cgroup/unified")  # alone, or beside v1
+_V1 = ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct")
+
+
+def affinity_cores() -> int:
+    """Cores that the affinity mask names, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)))
+
+
+def usable_cores() -> int:
+    """Cores by affinity, or by quota if that is less; a part of a core counts as one."""
+    quota = cpu_quota()
+    return affinity_cores() if quota is None else max(1, min(affinity_cores(), math.ceil(quota)))
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """The smallest quota, in cores, of this process's cgroups and those above them; None without one.
+
+    ``root``: where ``proc`` and ``sys`` are.
+    """
+    return min((quota for folder in _folders(root) if (quota := _quota(folder)) is not None), default=None)
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """Where a quota may be set. In a container the paths may be the host's, whose ends are not there."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines()
+    except OSError:  # no Linux, or no /proc
+        return
+    for line in lines:
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        mounts = _V2 if number == "0" and not controllers else _V1 if "cpu" in controllers.split(",") else ()
+        for mount in mounts:
+            for part in (own := PurePosixPath(path.lstrip("/")), *own.parents):
+                yield root / mount / part
+
+
+def _quota(folder: Path) -> float | None:
+    """The quota that ``folder`` itself sets, in cores."""
+    quota, period = _numbers(folder / "cpu.max")
+    if quota is None:
+        quota, period = *_numbers(folder / "cpu.cfs_quota_us")[:1], *_numbers(folder / "cpu.cfs_period_us")[:1]
+    return quota / period if quota and period and quota > 0 and period > 0 else None
+
+
+def _numbers(path: Path) -> tuple[int | None, int | None]:
+    """The first two words of a file, as far as they are numbers: "max", no limit, is none."""
+    try:
+        words = path.read_text().split()
+    except (OSError, ValueError):
+        words = []
+    numbers = [int(word) if word.removeprefix("-").isdecimal() else None for word in words[:2]]
+    return tuple([*numbers, None, None][:2])

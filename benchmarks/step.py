@@ -14,6 +14,7 @@ import torch
 
 from fastmae.benchmarks.contenders import MASK_RATIO, NAMES, Workload, make
 from fastmae.benchmarks.equality import check_losses
+from fastmae.benchmarks.gradients import check_gradients
 from fastmae.benchmarks.machine import matmul_flops
 from fastmae.benchmarks.timing import Times
 from fastmae.benchmarks.worker import OutOfMemory, Worker, losses_of, take_turns
@@ -33,7 +34,8 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
 
     ``batches`` None: a sweep up to what memory holds on a GPU, 16 on a CPU. A further batch is not begun if it would not end
     within ``minutes``. ``compile``: what the rival and fastmae compile on a GPU. ``profile``: rows hold ``profile``, where the
-    device's time goes (``kinds``). Raises InputError on an unknown model, LossesDiffer if losses do.
+    device's time goes (``kinds``). Raises InputError on an unknown model, LossesDiffer if losses do, or fastmae's gradients
+    once compiled.
     """
     on_gpu = device.type == "cuda"
     batches = batches or (_SWEEP if on_gpu else [16])
@@ -42,6 +44,9 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
     ceilings = {"matmul_flops": matmul_flops(device), "datasheet_flops": datasheet_flops(device)}
     for name in models:
         config = preset(name, norm_pix_loss=True, img_size=image_size)
+        if on_gpu and "fastmae" in contenders:  # on CPUs nothing is compiled
+            mode = "blocks" if compile == "blocks" else "model"
+            notes += check_gradients(name, batches[0], device, image_size=image_size, mode=mode)
         too_large: dict[str, int] = {}
         for batch in batches:
             started = time.monotonic()

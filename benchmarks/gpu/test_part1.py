@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-from benchmarks.gpu.checkout import ROOT
 from benchmarks.gpu.item import FASTMAE, Item, cores
 
 pytestmark = pytest.mark.part(1)
@@ -37,28 +36,30 @@ def test_kernels(report: Item):
 
 
 @pytest.mark.worth(4)
-@pytest.mark.seconds(60, 20)
-def test_gradients(report: Item):
-    """Gradients of the compiled model against those of the eager one, parameter by parameter."""
-    if not (ROOT / "benchmarks" / "gradients.py").exists():
-        pytest.skip("this checkout has no benchmark `gradients`")
-    report.bench("gradients")
-
-
-@pytest.mark.worth(5)
 @pytest.mark.seconds(120, 25)
 def test_step(report: Item):
-    """A training step of ViT-B by the reference, its rival and fastmae, and where its time goes."""
+    """A training step of ViT-B by the reference, its rival and fastmae, whose compiled gradients are compared with eager ones
+    before anything is timed; and where its time goes."""
     clone = ("--reference", report.reference) if report.reference else ()
     tiny = ("--models", "tiny", "--batches", 4, "--image-size", 64, "--rounds", 1)
     report.bench("step", "--profile", *clone, *(tiny if report.tiny else ("--models", "base", "--batches", 256, "--rounds", 3)))
 
 
-@pytest.mark.worth(6)
+@pytest.mark.worth(5)
 @pytest.mark.seconds(20, 15)
 def test_attention(report: Item):
     """Each attention backend on the shapes of ViT-B and ViT-H: 50, 65, 197 and 257 tokens."""
     report.bench("attention", "--models", *(["tiny"] if report.tiny else ["base", "huge"]))
+
+
+@pytest.mark.worth(6)
+@pytest.mark.seconds(90, 25)
+def test_gradients(report: Item):
+    """Gradients of the compiled model against those of the eager one on photographs, parameter by parameter, with Inductor's
+    mix-order reduction and without."""
+    tiny = ("--model", "tiny", "--batch", 4, "--image-size", 32)
+    data = ("--data", report.data) if report.data else ()
+    report.bench("gradients", *data, *(tiny if report.tiny else ()), "--modes", "blocks" if report.tiny else "model")
 
 
 @pytest.mark.worth(7)

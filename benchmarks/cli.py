@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
         *common, "batches", "rounds", "minutes", "image-size", "reference", "contenders", "compile",
         "profile")  # fmt: skip
     command = add("gradients", partial(_report, _gradients), "compiled gradients against eager ones, on photographs",
-                  "device", "out", "model", "batch", "image-size")  # fmt: skip
+                  "device", "out", "model", "batch", "image-size", "modes")  # fmt: skip
     command.add_argument("--data", type=Path, metavar="SHARDS", help="of photographs; else those that come with scikit-image")
     command = add("kernels", _kernels_or_resources, "each op: Triton, twin, compiled twin", *common, "batch")
     command.add_argument("--resources", action="store_true", help="compile for sm_80, 90, 100 and print what the binaries need")
@@ -159,7 +159,7 @@ def _gradients(options: argparse.Namespace) -> Iterator[Part]:
 
     step.check_models([options.model], None)
     section = gradients.measure_gradients(options.model, options.batch, _device(options), data=options.data,
-                                          image_size=options.image_size)  # fmt: skip
+                                          image_size=options.image_size, modes=options.modes)  # fmt: skip
     yield " ".join(["gradients", options.model, *_size(options)]), section, gradients.table
 
 

@@ -36,7 +36,7 @@ def test_two_machines_that_are_fine(shard_folder, tmp_path):
         assert crew.end() == [0] * 4, crew.text()
         assert crew.text(1, 2, 3) == ""
         text = crew.text(0)
-    assert text.startswith("4 processes on 2 machines\n") and text.endswith("0 errors, " + text[-len("0 warnings\n") :])
+    assert text.startswith("4 processes on 2 machines\n") and re.search(r"\nerrors: 0, warnings: \d+\n$", text)
     for pattern in (
         r"  \S+: ranks 0-1, CPU, \d+ cores", r"  \S+: ranks 2-3, CPU, \d+ cores", r"the same on all ranks: .*torch \d",
         r"--data \S+: 37 samples in 4 shards, fingerprint \w+, the same on every rank",
@@ -91,21 +91,28 @@ def test_what_differs_is_named_with_the_ranks_and_what_to_do(shard_folder, small
         r"clock of \S+ \(rank 2\): \+(89\.9|90\.0)\d+ s from rank 0's, \+- 0\.\d+ s; start an NTP client",
     ):
         assert sum(bool(re.match(f"warning: {pattern}", line)) for line in warnings) == 1, (pattern, text)
-    assert text.endswith(f"4 errors, {len(warnings)} warnings\n")
+    assert text.endswith(f"errors: 4, warnings: {len(warnings)}\n")
 
 
-def test_one_process_with_a_run_s_flags_looks_at_that_run(shard_folder, tmp_path, capsys):
+def test_one_process_with_a_run_s_flags_looks_at_that_run(shard_folder, tmp_path, capsys, monkeypatch):
     flags = ["doctor", "tiny", "--img-size", "32", "--patch-size", "8", "--device", "cpu"]
     assert main([*flags, "--data", str(shard_folder), "--out", str(tmp_path / "run"), "--batch-size", "4"]) == 0
     text = capsys.readouterr().out
-    assert "devices:" in text and "1 processes on 1 machines" in text and "all-reduce" not in text
-    assert "batch 4 per process in fp32: fits" in text and "0 errors" in text
+    assert "devices:" in text and "1 process on 1 machine" in text and "all-reduce" not in text
+    assert "batch 4 per process in fp32: fits" in text and "errors: 0, " in text
     assert main([*flags, "--batch-size", "100000000"]) == 2
     text = capsys.readouterr().out
     pattern = (
         r"error: batch 10{8} per process in fp32: does not fit; the largest that does is \d+ .*give --batch-size \d+ or --c"
     )
     assert re.search(pattern + r"heckpointing \(the largest is \d+ with it\)", text), text
+    stage = ["--data", str(shard_folder), "--stage", str(tmp_path / "disk" / "deep")]
+    assert main([*flags, *stage]) == 0 and "GB to copy to each machine, there is room" in capsys.readouterr().out
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 0, 1000))
+    assert main([*flags, *stage]) == 2
+    pattern = rf"error: --stage on \S+ \(rank 0\): {tmp_path}/disk/deep: \d+ bytes are needed, 1000 are free"
+    assert re.search(pattern, capsys.readouterr().out) and not (tmp_path / "disk").exists()
+    monkeypatch.undo()
     assert main([*flags[:2], "--data", str(tmp_path / "nowhere")]) == 2
     assert f"error: --data on rank 0: {tmp_path / 'nowhere'}" in capsys.readouterr().out
 
@@ -119,7 +126,7 @@ def test_one_process_of_a_launcher_is_looked_at_alone(capsys, monkeypatch):
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
         monkeypatch.setenv(name, str(value))
     assert main(["doctor", "--distributed", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.startswith("1 processes on 1 machines\n")
+    assert capsys.readouterr().out.startswith("1 process on 1 machine\n")
 
 
 # What was found, in words.

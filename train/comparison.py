@@ -10,7 +10,7 @@ _USED = 0.9  # share of a GPU's memory that is free where nobody else computes
 
 def compare(report: Report, everyone: list[Inventory], machines: list[list[Inventory]]) -> None:
     """What each machine has, and what differs."""
-    report.line(f"{len(everyone)} processes on {len(machines)} machines")
+    report.line(f"{_count(len(everyone), 'process', 'es')} on {_count(len(machines), 'machine', 's')}")
     for machine in machines:
         for gpu, ranks in group_ranks({one.rank: _describe(one) for one in machine}).items():
             report.line(f"  {machine[0].host}: {name_ranks(ranks)}, {gpu}")
@@ -31,6 +31,10 @@ def compare(report: Report, everyone: list[Inventory], machines: list[list[Inven
         if len(set(found.values())) > 1:
             report.warning(f"{name} differs: {describe_groups(found)}; set it the same for all ranks")
     _check_gpus(report, everyone)
+
+
+def _count(number: int, noun: str, plural: str) -> str:
+    return f"{number} {noun}{plural if number != 1 else ''}"
 
 
 def _describe(one: Inventory) -> str:

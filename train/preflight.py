@@ -21,7 +21,7 @@ from fastmae.train.precision import AUTOCAST, precision_of
 from fastmae.train.recipes import Recipe
 from fastmae.train.run import Run
 from fastmae.train.settings import DoctorSettings
-from fastmae.train.shared_paths import check_data, check_out
+from fastmae.train.shared_paths import check_data, check_out, check_stage
 from fastmae.train.world import World, join_world, leave_world
 
 _CLOCKS = 0.5  # seconds from which on lines of several machines cannot be put in order
@@ -62,6 +62,8 @@ def examine(world: World, run: Run, recipe: Recipe | None, *, has_data: bool, ha
     )
     if has_data:
         check_data(report, world, run.data, run.allow_pipe)
+    if has_data and run.stage is not None:
+        check_stage(report, world, everyone, run.data, run.stage)
     if has_out:
         check_out(report, world, everyone, run.out, estimate and estimate.parameters, run.keep)
     _compare_clocks(report, world, machines)
@@ -71,7 +73,7 @@ def examine(world: World, run: Run, recipe: Recipe | None, *, has_data: bool, ha
         can_compute = _measure(report, world, machines, device)
     if recipe is not None and can_compute:
         check_fit(report, world, run, recipe, device)
-    report.line(f"{report.errors} errors, {report.warnings} warnings")
+    report.line(f"errors: {report.errors}, warnings: {report.warnings}")
     return report.errors
 
 

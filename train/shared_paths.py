@@ -7,6 +7,7 @@ import xxhash
 
 from fastmae.data.index import JSON_NAME, Index
 from fastmae.data.read import ShardReader
+from fastmae.data.staged import lacking_bytes, staged_folder
 from fastmae.data.urls import find_shards
 from fastmae.errors import InputError, SampleError
 from fastmae.files import make_folder
@@ -39,6 +40,17 @@ def check_data(report: Report, world: World, data: str, allow_pipe: bool) -> Non
         report.line(f"--data {data}: {seen[0]}, the same on every rank, first, middle and last sample read")
 
 
+def check_stage(report: Report, world: World, everyone: list[Inventory], data: str, root: Path) -> None:
+    """Each machine's own disk must have room for the copy of ``data``; one process of each machine looks."""
+    answers = world.gather([(world.rank, _room_to_stage(data, root))] if world.local_rank == 0 else [])
+    if wrong := {rank: text for rank, (fits, text) in answers if not fits}:
+        for text, ranks in group_ranks(wrong).items():
+            hosts = ", ".join(dict.fromkeys(everyone[rank].host for rank in ranks))
+            report.error(f"--stage on {hosts} ({name_ranks(ranks)}): {text}")
+    else:
+        report.line(f"--stage {root}: {'; '.join(group_ranks({rank: text for rank, (_, text) in answers}))}")
+
+
 def check_out(report: Report, world: World, everyone: list[Inventory], out: Path, parameters: int | None, keep: int) -> None:
     """``out`` must be one folder that every process can write, with room for checkpoints."""
     try:
@@ -69,6 +81,22 @@ def check_out(report: Report, world: World, everyone: list[Inventory], out: Path
             f"--out {out}: {free} bytes are free, --keep {keep} needs {(keep + 1) * one} while it saves; make room, or give a "
             "smaller --keep"
         )
+
+
+def _room_to_stage(data: str, root: Path) -> tuple[bool, str]:
+    """Whether the copy of ``data`` fits this machine's disk, and the bytes."""
+    try:
+        index = Index.load(data, check_shards=False)
+    except InputError as error:
+        return False, f"--stage copies indexed shards: {error}"
+    needed = lacking_bytes(index, staged_folder(root, index))
+    if not needed:
+        return True, "the copy is there"
+    parent = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        return False, f"{root}: {needed} bytes are needed, {free} are free; make room, or give another --stage"
+    return True, f"{needed / 1e9:.2f} GB to copy to each machine, there is room"
 
 
 def _open(data: str, processes: int, allow_pipe: bool) -> str:

@@ -85,7 +85,6 @@ class _Trial:
 
     def fits(self, batch: int) -> bool:
         """Whether steps of ``batch`` images go through."""
-        _give_back()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
@@ -98,7 +97,9 @@ class _Trial:
             is_good = True
         # Outside the handler: the error's traceback holds the tensors of the step.
         self.step.optimizer.zero_grad(set_to_none=True)
-        if is_good and self.device.type == "cuda":
+        if not is_good:
+            _give_back()
+        elif self.device.type == "cuda":
             self.peaks[batch] = torch.cuda.max_memory_allocated(self.device)
         return is_good
 

@@ -3,9 +3,11 @@
 import torch
 
 from fastmae.attention import attention_shapes
-from fastmae.backends import why_not
-from fastmae.choice import Shape, fastest, measure
+from fastmae.backends import Shape
+from fastmae.choice import fastest, measure
 from fastmae.config import BACKENDS, kept_patches, preset
+from fastmae.probe import notes as probe_notes
+from fastmae.probe import probe, why_not
 
 _CPU_TOKENS = 3200  # keys in a measured batch; a GPU's default keeps it busy for about a millisecond
 
@@ -25,7 +27,9 @@ def measure_attention(models: list[str], device: torch.device) -> dict[str, obje
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     rows, notes = [], []
-    for shape in shapes_of(models):
+    shapes = shapes_of(models)
+    probe(device.type, dtype, shapes)
+    for shape in shapes:
         # First what auto takes, then the measurement that it is held against.
         auto = fastest(device.type, dtype, shape) if on_gpu else "sdpa"
         times = measure(device.type, dtype, shape) if on_gpu else measure(device.type, dtype, shape, _CPU_TOKENS)
@@ -34,9 +38,9 @@ def measure_attention(models: list[str], device: torch.device) -> dict[str, obje
             rows.append({"shape": str(shape), **shape._asdict(), "dtype": str(dtype).removeprefix("torch."), "backend": backend,
                          "microseconds": microseconds, "over_best": microseconds / best, "auto": backend == auto})  # fmt: skip
     for backend in BACKENDS:
-        reasons = {r for s in shapes_of(models) if (r := why_not(backend, device.type, dtype, s.head_dim))}
+        reasons = {r for s in shapes if (r := why_not(backend, device.type, dtype, s))}
         notes += [f"{backend} does not work here: {reason}" for reason in sorted(reasons)]
-    return {"rows": rows, "notes": notes}
+    return {"rows": rows, "notes": notes + probe_notes()}
 
 
 def table(section: dict) -> list[list[str]]:

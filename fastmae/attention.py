@@ -9,8 +9,8 @@ on these shapes finds fastest on a GPU (``fastmae.choice``), and torch's own cho
 import torch
 from torch import Tensor
 
-from fastmae.backends import attend, prepare
-from fastmae.choice import Shape, fastest
+from fastmae.backends import Shape, attend, prepare, refusal
+from fastmae.choice import fastest
 from fastmae.config import BACKENDS, ModelConfig
 from fastmae.errors import InputError
 
@@ -20,7 +20,7 @@ MEASURED = ("cuda",)  # device types on which auto measures; elsewhere torch's o
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     """Attention of ``q`` (B, N, H, d) over ``k`` and ``v`` (B, M, H, d): (B, N, H, d), same dtype; no mask, no dropout.
 
-    Raises InputError on an unknown backend, RuntimeError where a backend chosen by name does not work on these tensors.
+    Raises InputError on an unknown backend or one known to be wrong here, RuntimeError where one chosen by name does not work.
     """
     # A compiled graph may leave the batch open but not these: the length of a range is a plain number in any graph.
     N, M, H, d = (len(range(size)) for size in (q.shape[1], k.shape[1], q.shape[2], q.shape[3]))
@@ -30,12 +30,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
 def resolve(backend: str, device_type: str, dtype: torch.dtype, shape: Shape) -> str:
     """The backend that ``backend`` stands for on these tensors: itself, or what ``auto`` chooses.
 
-    Raises InputError on an unknown name.
+    Raises InputError on an unknown name, and on a backend that is known to be wrong on such tensors.
     """
     if backend == "auto":
         backend = fastest(device_type, dtype, shape) if device_type in MEASURED else "sdpa"
     elif backend not in BACKENDS:
         raise InputError(f"attention backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    elif reason := refusal(backend, device_type, shape):
+        raise InputError(f"attention {backend} cannot be used for {shape}, {reason}; choose another backend, or auto")
     prepare(backend)
     return backend
 

@@ -1,15 +1,16 @@
-"""Attention backends by name: xformers and torch's SDPA kernels behind one call, and a probe of which of them work here."""
+"""Attention backends by name: xformers and torch's SDPA kernels behind one call, and what is known against some of them."""
 
 import contextlib
-import functools
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastmae.cuda_runtime import load_runtime
 from fastmae.optional import require
 
 _SDPA = {
@@ -18,6 +19,19 @@ _SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+_CUDNN_TILE, _CUDNN_BROKEN = 128, (9, 15, 0)  # up to this version lengths that the tile does not divide are read past their end
+
+
+class Shape(NamedTuple):
+    """What decides, besides device and dtype, which backends work and how fast they are."""
+
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.queries} over {self.keys} tokens, {self.heads} heads of {self.head_dim}"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
@@ -38,17 +52,42 @@ def prepare(backend: str) -> None:
         _import_xformers()
 
 
-@functools.cache
-def why_not(backend: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """None if a small forward and backward pass works with ``backend`` on such tensors, else the reason in one line."""
+def refusal(backend: str, device_type: str, shape: Shape) -> str | None:
+    """Why ``backend`` must not even be tried on tensors of ``shape``, in one line; None if nothing is known against it."""
+    if device_type != "cuda":
+        return None
+    if backend == "xformers":
+        return load_runtime(torch.version.cuda)
+    if backend != "cudnn":
+        return None
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
-            q = torch.ones(2, 5, 2, head_dim, dtype=dtype, device=device_type, requires_grad=True)
-            prepare(backend)
-            attend(q, q, q, backend).sum().backward()
-            return None if bool(q.grad.isfinite().all()) else "it returns non-finite gradients"
-    except Exception as error:  # a probe: whatever a third-party kernel raises is its answer
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        version = cudnn_version()
+    except RuntimeError as error:  # torch refuses a cuDNN older than the one that it was built with
+        return f"cuDNN cannot be used, {' '.join(str(error).split())[:300]}"
+    if version is None:
+        return "this torch has no cuDNN"
+    if version <= _CUDNN_BROKEN and (shape.queries % _CUDNN_TILE or shape.keys % _CUDNN_TILE):
+        return (
+            f"cuDNN {_dotted(version)} reads past the end of tokens whose number {_CUDNN_TILE} does not divide: a cuDNN newer "
+            f"than {_dotted(_CUDNN_BROKEN)} is needed"
+        )
+    return None
+
+
+def cudnn_version() -> tuple[int, int, int] | None:
+    """The cuDNN that torch has loaded, which need not be the one that a package manager lists; None without any.
+
+    One number: 91501 is 9.15.1; up to version 8, 8902 is 8.9.2 (``CUDNN_VERSION`` of cuDNN's header).
+    """
+    number = torch.backends.cudnn.version()
+    if number is None:
+        return None
+    major, rest = divmod(number, 10_000 if number >= 90_000 else 1000)
+    return major, *divmod(rest, 100)
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 _memory_efficient_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # xformers', once it is imported
@@ -59,5 +98,6 @@ def _import_xformers() -> None:
     # although attention needs nothing from it. A plain global, because torch.compile can trace one and not an import.
     global _memory_efficient_attention
     if _memory_efficient_attention is None:
+        load_runtime(torch.version.cuda)
         logging.getLogger("xformers").setLevel(logging.ERROR)
         _memory_efficient_attention = require("xformers.ops", "attention xformers").memory_efficient_attention

@@ -1,5 +1,7 @@
 """Errors that a user can mend: the command line prints their text in one line and exits with their code."""
 
+from collections.abc import Iterator
+
 
 class InputError(ValueError):
     """Something given to fastmae is wrong. The message names it, what is allowed, and what to do. Exit code 2."""
@@ -37,3 +39,14 @@ class RequeueError(RuntimeError):
 
 class SampleError(ValueError):
     """One sample cannot be used, and the message says why. A loader names it and takes the next one instead."""
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """``error``, and those that it came from: its causes, what was being handled, and what a compiler has wrapped in it."""
+    found, waiting = [], [error]
+    while waiting:
+        error = waiting.pop(0)
+        if isinstance(error, BaseException) and not any(error is e for e in found):
+            found.append(error)
+            yield error
+            waiting += (error.__cause__, error.__context__, getattr(error, "inner_exception", None))  # the last: torch's

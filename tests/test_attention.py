@@ -6,10 +6,10 @@ import torch
 from fastmae import attention as attention_file
 from fastmae import backends
 from fastmae.attention import attention, attention_shapes, resolve
-from fastmae.backends import why_not
-from fastmae.choice import Shape
+from fastmae.backends import Shape
 from fastmae.config import BACKENDS, preset
 from fastmae.errors import InputError
+from fastmae.probe import probe, why_not
 from tests.support.exactness import assert_as_exact_as_torch
 
 pytestmark = pytest.mark.worth(2)
@@ -29,7 +29,8 @@ def test_values_and_gradients_equal_the_formulas(shape, backend, device):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if backend == "cudnn" and 1 in (N, M):
         pytest.skip("cuDNN's attention takes no sequence of one token")
-    if backend != "auto" and (reason := why_not(backend, device, dtype, d)):
+    probe(device, dtype, [Shape(*shape[1:]) for shape in SHAPES])  # all at once: on a GPU that starts a process
+    if backend != "auto" and (reason := why_not(backend, device, dtype, Shape(N, M, H, d))):
         pytest.skip(f"{backend} does not work here: {reason[:60]}")
     q, k, v = (torch.randn(B, n, H, d, device=device, dtype=dtype, requires_grad=True) for n in (N, M, M))
     weight = torch.randn(B, N, H, d, device=device, dtype=dtype)
@@ -58,8 +59,21 @@ def test_an_unknown_backend_is_named():
 
 
 def test_a_backend_that_cannot_work_says_why():
-    assert "memory_efficient_attention" in why_not("xformers", "cpu", torch.float32, 64)
-    assert why_not("math", "cpu", torch.float32, 64) is None
+    assert "memory_efficient_attention" in why_not("xformers", "cpu", torch.float32, Shape(5, 5, 2, 64))
+    assert why_not("math", "cpu", torch.float32, Shape(5, 5, 2, 64)) is None
+
+
+def test_a_backend_known_to_be_wrong_is_refused_by_name_and_never_chosen_by_auto(monkeypatch):
+    """On a GPU that is described, because there may be none."""
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
+    with pytest.raises(
+        InputError, match=r"cudnn cannot be used for 50 over 50 tokens.* cuDNN 9\.15\.0 reads .* newer than 9\.15\.0"
+    ):
+        resolve("cudnn", "cuda", torch.bfloat16, Shape(50, 50, 12, 64))
+    assert resolve("cudnn", "cuda", torch.bfloat16, Shape(256, 128, 12, 64)) == "cudnn"
+    assert "newer than 9.15.0 is needed" in why_not("cudnn", "cuda", torch.bfloat16, Shape(128, 197, 12, 64))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
+    assert resolve("cudnn", "cuda", torch.bfloat16, Shape(50, 50, 12, 64)) == "cudnn"
 
 
 def test_auto_is_torchs_own_choice_on_the_cpu():
@@ -75,9 +89,8 @@ def test_xformers_is_called_inside_a_compiled_graph(monkeypatch):
 
 
 def test_a_probe_under_inference_mode_is_right():
-    why_not.cache_clear()
     with torch.inference_mode():
-        assert why_not("math", "cpu", torch.float32, 48) is None
+        assert why_not("math", "cpu", torch.float32, Shape(5, 5, 2, 48)) is None
 
 
 def test_a_compiled_graph_leaves_the_batch_open():

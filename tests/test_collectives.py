@@ -15,10 +15,11 @@ from fastmae.config import preset
 from fastmae.errors import InputError
 from fastmae.mae import MAE
 from fastmae.train.compiled import LossModule
+from fastmae.train.groups import machine_groups
 from fastmae.train.optimizer import make_optimizer
 from fastmae.train.parallel import parallelize
 from fastmae.train.step import MicroBatch, Step
-from fastmae.train.world import World, machine_groups
+from fastmae.train.world import World
 from tests.support.forked import run_together
 from tests.support.wire import Wire, gloo_calls, socket_bytes
 

@@ -1,18 +1,20 @@
 """Pictures of what a model reconstructs while it trains."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastmae import MAE
+from fastmae import MAE, attention, choice
+from fastmae.train.backend import choose_attention
 from fastmae.train.drawing import Drawing
 from fastmae.train.world import World
 from tests.support.batches import damage_samples
 from tests.support.crew import run
-from tests.support.runs import MODEL
+from tests.support.runs import MODEL, RECIPE
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -37,6 +39,25 @@ def test_the_same_images_are_drawn_under_the_same_masks_and_nothing_else_changes
     assert (one, two) == (1, 2) and first.tobytes() == second.tobytes() and first.size == (532, 1074)
     assert torch.equal(before, torch.get_rng_state()) and model.training
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("depth", [1, 2])  # of one block the decoder's training never meets all queries over all keys
+def test_a_drawing_measures_no_backend_and_computes_with_the_runs_dtype_and_backend(depth, autocast, shard_folder, monkeypatch):
+    recipe = replace(RECIPE, model=replace(MODEL, decoder_depth=depth))
+    used, genuine = [], attention.attend
+    monkeypatch.setattr(attention, "MEASURED", ("cpu",))
+    monkeypatch.setattr(choice, "_chosen", {})
+    monkeypatch.setattr(choice, "measure", lambda *_: {"math": 1.0})
+    choose_attention(recipe, autocast or torch.float32, ALONE)
+    monkeypatch.setattr(choice, "measure", lambda *place: pytest.fail(f"measured {place}"))
+    monkeypatch.setattr(
+        attention, "attend", lambda q, k, v, b: used.append((q.shape[1], k.shape[1], q.dtype, b)) or genuine(q, k, v, b)
+    )
+    album = Album()
+    Drawing(str(shard_folder), MAE(recipe.model), ALONE, 0.75, autocast).draw(1, album)
+    dtype = autocast or torch.float32
+    assert set(used) == {(5, 5, dtype, "math"), (17, 17, dtype, "sdpa" if depth == 1 else "math")} and len(album.pictures) == 1
 
 
 @pytest.mark.parametrize("why", ["a stream", "damage"])

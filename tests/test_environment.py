@@ -37,10 +37,45 @@ def test_torchruns_variables_are_taken_as_they_are():
     assert read_place({**STEP, **OPEN_MPI, **TORCHRUN}) == expected  # torchrun is started inside steps and jobs
 
 
-def test_rank_and_size_alone_mean_one_process_a_machine():
+def test_what_a_launcher_does_not_give_of_this_machine_is_left_to_be_counted():
     alone = {name: TORCHRUN[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     place = read_place(alone)
-    assert (place.rank, place.size, place.local_rank, place.local_size) == (9, 16, 0, 1)
+    assert (place.rank, place.size, place.local_rank, place.local_size) == (9, 16, None, None)
+    place = read_place({**alone, "LOCAL_RANK": "1", "NODE_RANK": "1"})  # Azure ML
+    assert (place.local_rank, place.local_size) == (1, None)
+    with pytest.raises(InputError, match="LOCAL_RANK=16 must be less than WORLD_SIZE=16"):
+        read_place({**alone, "LOCAL_RANK": "16"})
+
+
+def test_deepspeeds_name_of_the_local_size_is_read():
+    names = {**without(TORCHRUN, "LOCAL_WORLD_SIZE"), "LOCAL_SIZE": "8"}
+    assert read_place(names) == read_place(TORCHRUN)
+    assert read_place({**TORCHRUN, "LOCAL_SIZE": "3"}) == read_place(TORCHRUN)  # torchrun inside of it
+    with pytest.raises(InputError, match="LOCAL_RANK=1 must be less than LOCAL_SIZE=1"):
+        read_place({**names, "LOCAL_SIZE": "1"})
+
+
+@pytest.mark.parametrize("left_over", [{}, {"LOCAL_RANK": "0"}, {"MASTER_ADDR": "node"}])
+def test_a_world_size_of_one_alone_is_no_launchers(left_over):
+    assert read_place({"WORLD_SIZE": "1", **left_over}) == Place()
+    assert read_place({**STEP, "WORLD_SIZE": "1"}) == read_place(STEP)
+    assert read_place({"RANK": "0", "WORLD_SIZE": "1", **left_over}) == Place(launcher="torchrun")
+
+
+def test_address_and_port_name_where_they_come_from():
+    assert read_place(TORCHRUN).source == "MASTER_ADDR and MASTER_PORT"
+    assert read_place(STEP).source == "SLURM_STEP_NODELIST and SLURM_JOB_ID"
+    assert read_place({**STEP, "MASTER_ADDR": "ib-head"}).source == "MASTER_ADDR and SLURM_JOB_ID"
+    assert read_place(HYDRA).source == "one machine by MPI_LOCALNRANKS and the default port"
+
+
+def test_the_node_of_each_rank_is_known_under_slurm_unless_ranks_are_dealt_out():
+    uneven = {**STEP, "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_PROCID": "4",
+              "SLURM_NODEID": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "n[1-3]"}  # fmt: skip
+    assert read_place(uneven).hosts == ("n1", "n1", "n2", "n2", "n3")
+    assert read_place({**uneven, "SLURM_DISTRIBUTION": "block:cyclic"}).hosts == ("n1", "n1", "n2", "n2", "n3")
+    assert read_place({**uneven, "SLURM_DISTRIBUTION": "cyclic"}).hosts == read_place(TORCHRUN).hosts == ()
+    assert read_place({**uneven, "MASTER_ADDR": "n1", "SLURM_STEP_NODELIST": "n[1-"}).hosts == ()
 
 
 def test_a_torchrun_of_one_process_needs_no_address():
@@ -120,7 +155,7 @@ def without(environment, name):
 
 
 HALVES = [
-    *((TORCHRUN, name) for name in TORCHRUN),
+    *((TORCHRUN, name) for name in TORCHRUN if name != "LOCAL_WORLD_SIZE"),
     *((STEP, name) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST")),
     *((OPEN_MPI, name) for name in OPEN_MPI),
     *((HYDRA, name) for name in HYDRA),

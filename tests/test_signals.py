@@ -177,10 +177,24 @@ def test_a_signal_during_a_save_waits_for_it(how, undisturbed, shard_folder, tmp
 def test_a_signal_during_the_start_stops_before_the_first_step(undisturbed, shard_folder, tmp_path):
     out = tmp_path / "run"
     with Crew(2, shard_folder, out, *FLAGS, fault=partial(faults.slow_start, 0.5)) as crew:
-        crew.wait_for(lambda: "joining" in crew.text(1))
+        crew.wait_for(lambda: "joined" in crew.text(1))
         assert stop(crew, signal.SIGUSR1, 1) == 0
     assert (out / "step-0000000").is_dir()
     assert_goes_on_to(undisturbed, shard_folder, out)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("number", "flags", "code"), [(signal.SIGTERM, (), 130), (signal.SIGINT, (), 130),
+                                                       (signal.SIGUSR1, ("--requeue-exit",), 85)])  # fmt: skip
+def test_a_signal_during_the_rendezvous_ends_the_process_at_once(number, flags, code, shard_folder, tmp_path):
+    with Crew(3, shard_folder, tmp_path / "run", *FLAGS, *flags, fault=partial(faults.never_join, 2)) as crew:
+        crew.wait_for("2 of 3 processes have joined, missing rank 2;")
+        began = crew.send(number, 1)
+        assert crew.end(20, (0, 1)) == [4, code], crew.text()
+        assert time.monotonic() - began < AT_ONCE + faults.load()
+        assert f"fastmae: stopped by {number.name} during the rendezvous" in crew.text(1)
+        assert re.search(rf"fastmae: rank 1 on \S+ has left the rendezvous, stopped by {number.name}; the others", crew.text(0))
+        assert "Traceback" not in crew.text()
 
 
 @pytest.mark.cluster

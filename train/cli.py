@@ -19,7 +19,7 @@ from fastmae.train import console
 from fastmae.train.environment import read_place
 from fastmae.train.interrupt import end, interrupts
 from fastmae.train.run import check_kernels
-from fastmae.train.settings import PretrainSettings
+from fastmae.train.settings import DoctorSettings, PretrainSettings
 from fastmae.train.shards import build, index, info, verify
 
 Positional = tyro.conf.Positional
@@ -89,11 +89,24 @@ def convert(src: Positional[Path], dst: Positional[Path], encoder_only: bool = F
     print(f"{dst}: {len(weights.tensors)} tensors")
 
 
-def doctor() -> None:
-    """Print versions, devices, and which kernels and attention are used and why not faster ones."""
-    from fastmae.train.doctor import report as describe_machine
+def doctor(settings: tyro.conf.OmitArgPrefixes[DoctorSettings]) -> int:
+    """Print versions, devices, and which kernels and attention are used and why not faster ones; under a launcher, or with a
+    run's own flags, what would make that run fail."""
+    place = read_place()
+    if settings.distributed and place.launcher == "none":
+        raise InputError(
+            "--distributed looks at the processes of a launcher, and none has started this one: torchrun --nproc-per-node 8 -m "
+            "fastmae.train doctor, or srun, with the flags of the run; docs/launch.md shows how on several machines"
+        )
+    if place.size == 1 and not settings.distributed:
+        from fastmae.train.doctor import report as describe_machine
 
-    print("\n".join(describe_machine()))
+        print("\n".join(describe_machine()))
+        if not settings.is_of_run:
+            return 0
+    from fastmae.train.preflight import preflight
+
+    return preflight(settings)
 
 
 def demo(out: Path = Path("runs/demo"), steps: int = 1400, workers: int = 1) -> None:
@@ -164,24 +177,37 @@ def _run(arguments: list[str]) -> int:
             if arguments[:1] == ["shards"]:
                 _run_shards(arguments[1:])
             else:
-                _run_one(COMMANDS, "fastmae", "Masked-autoencoder pretraining.", arguments)
+                return _run_one(COMMANDS, "fastmae", "Masked-autoencoder pretraining.", arguments)
     except (InputError, DivergedError, LostProcessError, CheckpointError, RequeueError) as error:
         _say(str(error))
         return error.exit_code
-    except OSError as error:  # a full disk, a file without permission: the user's to mend, and named
-        _say(f"{error.filename or 'input or output'}: {error.strerror or error}")
-        return InputError.exit_code
+    except (MemoryError, RuntimeError, OSError) as error:
+        if message := _system_error(error):
+            _say(message)
+            return InputError.exit_code
+        raise
     return 0
+
+
+def _system_error(error: Exception) -> str | None:
+    """What the system does not give, in a line: memory, room on a disk, a file. None for a fault of another kind."""
+    from fastmae.train.out_of_memory import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return f"out of memory: {str(error).partition(chr(10))[0] or type(error).__name__}; this machine has too little"
+    if isinstance(error, OSError):  # a full disk, a file without permission: the user's to mend, and named
+        return f"{error.filename or 'input or output'}: {error.strerror or error}"
+    return None
 
 
 def _run_shards(arguments: list[str]) -> None:
     _run_one(SHARDS, "fastmae shards", "Shards of images, and their index.", arguments)
 
 
-def _run_one(commands: dict[str, Callable], prog: str, description: str, arguments: list[str]) -> None:
-    """Parse ``arguments``, and run the one of ``commands`` that they name."""
+def _run_one(commands: dict[str, Callable], prog: str, description: str, arguments: list[str]) -> int:
+    """Parse ``arguments``, and run the one of ``commands`` that they name; return its exit code, 0 if it has none."""
     checked = {name: _checked(command) for name, command in commands.items()}
-    tyro.extras.subcommand_cli_from_dict(checked, prog=prog, description=description, args=arguments)
+    return tyro.extras.subcommand_cli_from_dict(checked, prog=prog, description=description, args=arguments) or 0
 
 
 def _checked(command: Callable) -> Callable:

@@ -13,14 +13,14 @@ import triton
 
 import fastmae
 from fastmae.attention import attention_shapes, resolve
-from fastmae.backends import why_not
 from fastmae.config import BACKENDS, preset
 from fastmae.cores import usable_cores
 from fastmae.kernels import dispatch, gather_patches
+from fastmae.probe import notes, probe, why_not
 from fastmae.train.run import default_workers
 
-_SHARED = 8 << 30  # bytes of /dev/shm that a node's streams and collectives can fill
-_FILES = 4096  # open files that let a reader keep a thousand shards open
+SHARED = 8 << 30  # bytes of /dev/shm that a node's streams and collectives can fill
+FILES = 4096  # open files that let a reader keep a thousand shards open
 _PACKAGES = ("torch", "triton", "numpy", "xformers", "webdataset", "fsspec", "simplejpeg", "pillow", "safetensors", "xxhash",
              "tyro", "tqdm")  # fmt: skip
 _OPTIONAL = {"tensorboard": "a run's TensorBoard log", "matplotlib": "the demo's loss.png, plots of benchmarks"}
@@ -31,13 +31,14 @@ def report() -> list[str]:
     has_gpu = torch.cuda.is_available()
     device = "cuda" if has_gpu else "cpu"
     dtype = torch.bfloat16 if has_gpu else torch.float32
+    attention = _attention(device, dtype)  # first: another process probes it, which this one's hold on the GPU may keep out
     return [
         f"fastmae {fastmae.__version__}, Python {sys.version.split()[0]}, {platform.system()} {platform.machine()}",
         *_packages(),
         *_devices(has_gpu),
         *_loading(),
         *_kernels(device),
-        *_attention(device, dtype),
+        *attention,
     ]
 
 
@@ -72,14 +73,14 @@ def _loading() -> list[str]:
     if shared is None:
         lines.append("  /dev/shm: missing; indexed shards do not need it, streams and NCCL do: mount a tmpfs there")
     else:
-        short = shared.free < _SHARED
+        short = shared.free < SHARED
         advice = (
-            f"; short for streams and NCCL, give it {_SHARED >> 30} GiB (docker: --shm-size {_SHARED >> 30}g)" if short else ""
+            f"; short for streams and NCCL, give it {SHARED >> 30} GiB (docker: --shm-size {SHARED >> 30}g)" if short else ""
         )
         lines.append(f"  /dev/shm: {shared.free / 2**30:.1f} of {shared.total / 2**30:.1f} GiB free{advice}")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     short = (
-        f"; few for many shards, which are then opened again and again: ulimit -n {min(hard, _FILES)}" if soft < _FILES else ""
+        f"; few for many shards, which are then opened again and again: ulimit -n {min(hard, FILES)}" if soft < FILES else ""
     )
     lines.append(f"  open files: {soft} a process, {hard} at most{short}")
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", max(1, torch.cuda.device_count())))
@@ -110,11 +111,12 @@ def _kernels(device: str) -> list[str]:
 
 def _attention(device: str, dtype: torch.dtype) -> list[str]:
     lines = [f"attention ({device}, {dtype}):"]
-    shapes = dict.fromkeys(attention_shapes(preset("base"), 49, 147) + attention_shapes(preset("huge"), 64, 192))
+    shapes = list(dict.fromkeys(attention_shapes(preset("base"), 49, 147) + attention_shapes(preset("huge"), 64, 192)))
+    probe(device, dtype, shapes)
     for shape in shapes:
         lines.append(f"  {shape}: auto uses {resolve('auto', device, dtype, shape)}")
     for backend in BACKENDS:
-        found = (why_not(backend, device, dtype, d) for d in {s.head_dim for s in shapes})
+        found = (why_not(backend, device, dtype, shape) for shape in shapes)
         reasons = {reason.partition(" with inputs")[0] for reason in found if reason}  # what follows are pages of shapes
         lines.append(f"  {backend}: {'; '.join(sorted(reasons)) or 'works'}")
-    return lines
+    return lines + [f"  {note}" for note in notes()]

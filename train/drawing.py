@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastmae.choice import unmeasured
 from fastmae.data.index import JSON_NAME
 from fastmae.errors import DataError
 from fastmae.kernels.philox import MASKS, uniform
@@ -22,8 +23,9 @@ _IMAGES = 8
 class Drawing:
     """Draws the first images of the data set, or of the first batch where those cannot be had."""
 
-    def __init__(self, data: str, model: MAE, world: World, mask_ratio: float):
-        self.model, self.world, self.mask_ratio = model, world, mask_ratio
+    def __init__(self, data: str, model: MAE, world: World, mask_ratio: float, autocast: torch.dtype | None = None):
+        """``autocast``: the run's, so that the model is drawn as it is trained; None without."""
+        self.model, self.world, self.mask_ratio, self.autocast = model, world, mask_ratio, autocast
         self._images: Tensor | None = None
         if world.is_main and (Path(data) / JSON_NAME).is_file():
             with contextlib.suppress(DataError):  # a bad sample is the loader's to tell; a batch has others
@@ -42,9 +44,13 @@ class Drawing:
             return
         images = self._images.to(self.world.device)
         noise = uniform(0, MASKS, 0, torch.arange(len(images)), model.config.patches).to(images.device)
-        with torch.compiler.set_stance("force_eager"):  # compiling blocks for one picture takes longer than drawing it
+        # Compiling blocks for one picture takes longer than drawing it, and so does measuring a backend, which takes gigabytes.
+        with torch.compiler.set_stance("force_eager"), unmeasured(), self._autocast():
             pictures = reconstruct(model, images, self.mask_ratio, noise)
         log.picture(step, strip(pictures))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
     def _whole_model(self) -> MAE:
         state = {name: whole(tensor) for name, tensor in self.model.state_dict().items()}

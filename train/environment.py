@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from fastmae.errors import InputError
@@ -33,13 +33,17 @@ class Place:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
-    """Among the processes of this machine."""
-    local_size: int = 1
-    """Processes on this machine."""
+    local_rank: int | None = 0
+    """Among the processes of this machine; None if the launcher does not give it: counted at the rendezvous."""
+    local_size: int | None = 1
+    """Processes on this machine; None as above."""
     address: str | None = None
-    """Where the process of rank 0 listens; None in a run of one that has not been told."""
+    """Where the process of rank 0 listens; None in a run of one."""
     port: int | None = None
+    source: str = field(default="", compare=False)
+    """The variables that address and port come from."""
+    hosts: tuple[str, ...] = field(default=(), compare=False)
+    """The node of each rank, as far as the launcher gives it; else empty."""
     launcher: str = "none"
     """none, torchrun (or whatever sets its variables), slurm or mpi."""
 
@@ -54,6 +58,7 @@ class _Names(NamedTuple):
 
 
 _TORCHRUN = _Names("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_DEEPSPEED = _TORCHRUN._replace(local_size="LOCAL_SIZE")
 _OPEN_MPI = _Names(*(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
 _HYDRA = _Names("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 _PALS = _Names("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE")
@@ -62,11 +67,12 @@ _PALS = _Names("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE")
 def read_place(environ: Mapping[str, str] = os.environ) -> Place:
     """This process's place. Without a launcher, or in a shell or batch script of Slurm's that is no step: a run of one.
 
-    RANK and WORLD_SIZE without LOCAL_RANK and LOCAL_WORLD_SIZE, as operators set them, mean one process a machine. Under srun
-    and mpirun MASTER_ADDR and MASTER_PORT, if set, say where rank 0 listens. Raises InputError, which names the variable, if
+    Operators and services set RANK and WORLD_SIZE without LOCAL_WORLD_SIZE, or without LOCAL_RANK as well: what is missing is
+    None, to be counted at the rendezvous. WORLD_SIZE=1 alone, left over in an environment, is no launcher's. Under srun and
+    mpirun MASTER_ADDR and MASTER_PORT, if set, are where rank 0 listens. Raises InputError, which names the variable, if
     some are missing, no numbers, or contradict each other, and if mpirun's processes on several machines lack MASTER_ADDR.
     """
-    if _any(environ, _TORCHRUN.rank, _TORCHRUN.size):
+    if _any(environ, _TORCHRUN.rank) or environ.get(_TORCHRUN.size, "") not in ("", "1"):
         return _torchrun(environ)
     if _any(environ, _OPEN_MPI.rank, _OPEN_MPI.size):
         return _mpi(environ, _OPEN_MPI)
@@ -109,12 +115,14 @@ def _numbers(bracket: str, text: str) -> list[str]:
 
 
 def _torchrun(environ: Mapping[str, str]) -> Place:
-    if not _any(environ, _TORCHRUN.local_rank, _TORCHRUN.local_size):
-        environ = {**environ, _TORCHRUN.local_rank: "0", _TORCHRUN.local_size: "1"}
-    place = _read(environ, _TORCHRUN, "torchrun")
-    if place.size == 1 and not _any(environ, "MASTER_ADDR", "MASTER_PORT"):
-        return place
-    return _at(place, _text(environ, "MASTER_ADDR", _TORCHRUN.size), _number(environ, "MASTER_PORT", "MASTER_ADDR"))
+    names = _TORCHRUN
+    if not _any(environ, names.local_size) and _any(environ, names.local_rank) and _any(environ, _DEEPSPEED.local_size):
+        names = _DEEPSPEED
+    place = _read(environ, names, "torchrun", countable=not _any(environ, names.local_size))
+    if place.size == 1:  # needs no address, whatever is left over of one
+        return replace(place, local_rank=0, local_size=1)
+    address, port = _text(environ, "MASTER_ADDR", names.size), _number(environ, "MASTER_PORT", "MASTER_ADDR")
+    return _at(place, (address, "MASTER_ADDR"), (port, "MASTER_PORT"))
 
 
 def _mpi(environ: Mapping[str, str], names: _Names) -> Place:
@@ -124,7 +132,7 @@ def _mpi(environ: Mapping[str, str], names: _Names) -> Place:
             f"{names.size}={place.size} processes on several machines need MASTER_ADDR, the name of rank 0's machine: export "
             "MASTER_ADDR=NAME for all of them (Open MPI: mpirun -x MASTER_ADDR; others: mpiexec -genv MASTER_ADDR NAME)"
         )
-    return _at(place, environ.get("MASTER_ADDR") or "127.0.0.1", _port(environ, step=0))
+    return _at(place, _address(environ) or ("127.0.0.1", f"one machine by {names.local_size}"), _port(environ, step=0))
 
 
 def _slurm(environ: Mapping[str, str]) -> Place:
@@ -139,15 +147,28 @@ def _slurm(environ: Mapping[str, str]) -> Place:
     names = _Names("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
     local_rank = _number(environ, "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
     place = _checked(Place(rank=rank, size=size, local_rank=local_rank, local_size=tasks[node], launcher="slurm"), names)
-    address = environ.get("MASTER_ADDR")
-    if not address and len(tasks) > 1:
-        nodes = _text(environ, "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS")
-        try:
-            address = node_names(nodes)[0]
-        except InputError as error:
-            raise InputError(f"SLURM_STEP_NODELIST: {error}") from None
+    nodes = _slurm_nodes(environ, are_needed=len(tasks) > 1 and not _any(environ, "MASTER_ADDR"))
+    is_block = environ.get("SLURM_DISTRIBUTION", "block").startswith("block") and len(nodes) == len(tasks)
+    hosts = tuple(itertools.chain(*map(itertools.repeat, nodes, tasks))) if is_block else ()
+    if len(tasks) == 1:
+        nodes, source = ["127.0.0.1"], "one node by SLURM_STEP_TASKS_PER_NODE"
+    else:
+        source = "SLURM_STEP_NODELIST"
     step = _number(environ, "SLURM_STEP_ID") if _any(environ, "SLURM_STEP_ID") else 0
-    return _at(place, address or "127.0.0.1", _port(environ, step))
+    return _at(replace(place, hosts=hosts), _address(environ) or (nodes[0], source), _port(environ, step))
+
+
+def _slurm_nodes(environ: Mapping[str, str], *, are_needed: bool) -> list[str]:
+    """The nodes of the step; none if they cannot be read and are not needed."""
+    if not are_needed and not _any(environ, "SLURM_STEP_NODELIST"):
+        return []
+    text = _text(environ, "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS")
+    try:
+        return node_names(text)
+    except InputError as error:
+        if are_needed:
+            raise InputError(f"SLURM_STEP_NODELIST: {error}") from None
+        return []
 
 
 def _tasks_per_node(text: str) -> list[int]:
@@ -160,39 +181,53 @@ def _tasks_per_node(text: str) -> list[int]:
     return [tasks for tasks, nodes in groups for _ in range(nodes)]
 
 
-def _port(environ: Mapping[str, str], step: int) -> int:
-    """MASTER_PORT, or one of the job's own, equal on all machines and different for jobs that share one."""
+def _address(environ: Mapping[str, str]) -> tuple[str, str] | None:
+    """MASTER_ADDR, and that it came from there."""
+    return (environ["MASTER_ADDR"], "MASTER_ADDR") if _any(environ, "MASTER_ADDR") else None
+
+
+def _port(environ: Mapping[str, str], step: int) -> tuple[int, str]:
+    """MASTER_PORT, or one of the job's own, equal on all machines and different for jobs that share one; and its source."""
     if _any(environ, "MASTER_PORT"):
-        return _number(environ, "MASTER_PORT")
+        return _number(environ, "MASTER_PORT"), "MASTER_PORT"
     if _any(environ, "SLURM_JOB_ID"):
-        return _PORTS[(_number(environ, "SLURM_JOB_ID") + step * _STEP) % len(_PORTS)]
-    return _PORT
+        return _PORTS[(_number(environ, "SLURM_JOB_ID") + step * _STEP) % len(_PORTS)], "SLURM_JOB_ID"
+    return _PORT, "the default port"
 
 
-def _read(environ: Mapping[str, str], names: _Names, launcher: str) -> Place:
-    """A place from four numbers. Of one that is missing, the message names another that is set."""
+def _read(environ: Mapping[str, str], names: _Names, launcher: str, countable: bool = False) -> Place:
+    """A place from four numbers. Of one that is missing, the message names another that is set.
+
+    ``countable``: the number of processes on this machine is missing, and may be; then this one's among them may be too.
+    """
     present = next(name for name in names if _any(environ, name))
-    numbers = {field: _number(environ, name, present) for field, name in names._asdict().items()}
+    may_miss = {names.local_rank, names.local_size} if countable else set()
+    numbers = {
+        field: None if name in may_miss and not _any(environ, name) else _number(environ, name, present)
+        for field, name in names._asdict().items()
+    }
     return _checked(Place(**numbers, launcher=launcher), names)
 
 
 def _checked(place: Place, names: _Names) -> Place:
     """Raises InputError on numbers that cannot be true together."""
-    for small, large in (("rank", "size"), ("local_rank", "local_size")):
-        if getattr(place, small) >= getattr(place, large):
+    locals_below = "size" if place.local_size is None else "local_size"
+    for small, large in (("rank", "size"), ("local_rank", locals_below)):
+        if getattr(place, small) is not None and getattr(place, small) >= getattr(place, large):
             raise InputError(
                 f"{getattr(names, small)}={getattr(place, small)} must be less than "
                 f"{getattr(names, large)}={getattr(place, large)}"
             )
-    if place.local_size > place.size:
+    if place.local_size is not None and place.local_size > place.size:
         raise InputError(f"{names.local_size}={place.local_size} must not exceed {names.size}={place.size}")
     return place
 
 
-def _at(place: Place, address: str, port: int) -> Place:
-    if not 1 <= port <= 65535:
-        raise InputError(f"MASTER_PORT must be between 1 and 65535, got {port}")
-    return replace(place, address=address, port=port)
+def _at(place: Place, address: tuple[str, str], port: tuple[int, str]) -> Place:
+    """``place`` with the address and port of rank 0, each given with its source."""
+    if not 1 <= port[0] <= 65535:
+        raise InputError(f"MASTER_PORT must be between 1 and 65535, got {port[0]}")
+    return replace(place, address=address[0], port=port[0], source=f"{address[1]} and {port[1]}")
 
 
 def _any(environ: Mapping[str, str], *names: str) -> bool:

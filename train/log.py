@@ -144,6 +144,11 @@ def _open_tensorboard(folder: Path, first_step: int):
     except InputError as error:
         print(f"{error}; training goes on, with metrics.jsonl", file=sys.stderr)
         return None
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        print(f"{folder}: is no UTF-8, as TensorBoard's log must be; training goes on, with metrics.jsonl", file=sys.stderr)
+        return None
     return events.SummaryWriter(str(folder), purge_step=first_step or None)
 
 
@@ -157,4 +162,4 @@ def _open_for_lines(path: Path) -> TextIO:
 
 def _run_id(out: Path) -> str:
     """The same for every start of the run in ``out``, so that its curves go on."""
-    return require("xxhash", "--wandb").xxh3_64_hexdigest(str(out.resolve()).encode())
+    return require("xxhash", "--wandb").xxh3_64_hexdigest(os.fsencode(out.resolve()))

@@ -101,7 +101,7 @@ class Run:
         for name, words in (("parallel", PARALLEL), ("reduce", REDUCE), ("precision", PRECISION)):
             if getattr(self, name) not in words:
                 raise InputError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
-        if self.workers is None:
+        if self.workers is None and read_place().local_size is not None:  # else once they are counted, at the rendezvous
             object.__setattr__(self, "workers", default_workers())
         if self.compile not in COMPILE:
             raise InputError(f"compile must be one of {', '.join(COMPILE)}, got {self.compile!r}")

@@ -10,11 +10,14 @@ from pathlib import Path
 import torch
 
 import fastmae
-from fastmae.errors import CheckpointError, DataError, DivergedError, InputError
+from fastmae.errors import CheckpointError, DataError, DivergedError
 from fastmae.mae import MAE
+from fastmae.train.agreement import agree
 from fastmae.train.backend import choose_attention
 from fastmae.train.checkpoint import SCHEMA
+from fastmae.train.compile_cache import CompileCache
 from fastmae.train.compiled import LossModule
+from fastmae.train.compiler import first_step
 from fastmae.train.drawing import Drawing
 from fastmae.train.feed import open_data
 from fastmae.train.graph import GraphedStep
@@ -26,11 +29,12 @@ from fastmae.train.meter import Meter
 from fastmae.train.optimizer import learning_rate, make_optimizer
 from fastmae.train.overview import environment, overview
 from fastmae.train.parallel import groups_of, parallelize
+from fastmae.train.precision import AUTOCAST, precision_of
 from fastmae.train.recipes import Recipe
 from fastmae.train.replicas import check_replicas
 from fastmae.train.restore import restore
 from fastmae.train.resume import check_resume, choose_checkpoint, plain_settings
-from fastmae.train.run import Run, accumulation
+from fastmae.train.run import Run
 from fastmae.train.saver import Saver
 from fastmae.train.signals import StopSignals
 from fastmae.train.snapshot import random_state, run_tensors
@@ -39,26 +43,19 @@ from fastmae.train.step import MicroBatch, Step
 from fastmae.train.watch import WATCHED, Watch
 from fastmae.train.world import World
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-
 
 class Trainer:
     """One process of a run: model, optimizer, data and logs, and the loop over them."""
 
     def __init__(self, recipe: Recipe, run: Run, world: World, watch: Watch, signals: StopSignals, source: str):
         self.recipe, self.run, self.world, self.watch, self.signals = recipe, run, world, watch, signals
-        self.accumulate = accumulation(recipe.effective_batch, run.batch_size, world.size)
-        self.precision = ("bf16" if world.device.type == "cuda" else "fp32") if run.precision == "auto" else run.precision
-        autocast = _DTYPES[self.precision]
-        sizes = [size for _, size in recipe.progressive]
-        self.attention = choose_attention(recipe.model, sizes, recipe.mask_ratio, autocast or torch.float32, world)
+        self.accumulate = agree(recipe, run, world.size)
+        self.precision = precision_of(run.precision, world.device.type)
+        autocast = AUTOCAST[self.precision]
+        self.checkpoint, self.notes = choose_checkpoint(run, world)
+        self.attention = choose_attention(recipe, autocast or torch.float32, world, self.checkpoint)
         if world.device.type == "cpu":
             keep_freed_memory()
-        if run.reduce == "bf16" and run.parallel != "ddp" and self.accumulate > 1:
-            raise InputError(
-                f"reduce bf16 of a cut model would round each of {self.accumulate} accumulated micro-batches; leave it out, "
-                "or choose a --batch-size that needs no accumulation"
-            )
         torch.manual_seed(recipe.seed)
         self.model = MAE(recipe.model).to(world.device)
         module = parallelize(LossModule(self.model), world, how=run.parallel, compile=run.compile, reduce=run.reduce)
@@ -68,22 +65,22 @@ class Trainer:
         scale = LossScale(world.device) if self.precision == "fp16" else None
         # On the device where the step itself leaves out spikes; else they are looked for when the losses are read.
         self.detector = SpikeDetector(run.spike_z, world.device if run.skip_spikes else torch.device("cpu"))
-        if run.cuda_graphs and recipe.progressive:
-            raise InputError("cuda graphs keep one image size; leave out --cuda-graphs or --progressive")
         kind = GraphedStep if run.cuda_graphs else Step
         self.step = kind(module, self.optimizer, patch_size=recipe.model.patch_size, mask_ratio=recipe.mask_ratio,
                          seed=recipe.seed, autocast=autocast, scale=scale, mean=world.mean,
                          spikes=self.detector if run.skip_spikes else None)  # fmt: skip
         self.tensors = run_tensors(self.model, self.optimizer, spikes=self.detector.tensors(), step=self.step.tensors(),
                                    **({"loss_scale": scale.tensors()} if scale else {}))  # fmt: skip
-        self.checkpoint, self.notes = choose_checkpoint(run, world)
+        self.cache = CompileCache(recipe, run, world)
+        self.notes += self.cache.load()
         state = self._resume() if self.checkpoint else None
+        self.notes += self.attention.notes
         self.first_step = state["step"] if state else 0
         self.data, self.total_steps = open_data(recipe, run, world, source, state and state["data"])
-        for size in sizes:
+        for _, size in recipe.progressive:
             self.model.add_size(size)
         self.warmup_steps = self.total_steps * recipe.warmup_epochs / recipe.epochs
-        self.drawing = Drawing(source, self.model, world, recipe.mask_ratio) if run.draw_every else None
+        self.drawing = Drawing(source, self.model, world, recipe.mask_ratio, autocast) if run.draw_every else None
         self.saver = Saver(run.out, recipe.model, world, keep=run.keep, keep_every=run.keep_every, asynchronous=run.async_save)
         self.saver.newest = self.checkpoint
         self.stopped_by: str | None = None
@@ -122,7 +119,7 @@ class Trainer:
         recipe, run = self.recipe, self.run
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         lines = overview(recipe, run, self.world, self.data, parameters=parameters, precision=self.precision,
-                         attention=self.attention, accumulate=self.accumulate, total_steps=self.total_steps,
+                         attention=self.attention.text, accumulate=self.accumulate, total_steps=self.total_steps,
                          warmup_steps=self.warmup_steps, done=self.first_step)  # fmt: skip
         for line in self.notes + lines:
             log.say(line)
@@ -134,6 +131,7 @@ class Trainer:
             run={name: str(v) if isinstance(v, Path) else v for name, v in asdict(run).items()},
             world=self.world.size,
             parallel=run.parallel,
+            attention=self.attention.text,
             environment=environment(self.world),
             resumed_from=self.checkpoint and str(self.checkpoint),
         )
@@ -151,12 +149,13 @@ class Trainer:
             lr = self.learning_rate(done)
             self.watch.beat(done, "in a step", slow=is_new)
             shape = taken[0].images.shape
-            if done == self.first_step and self.world.size > 1:
-                self.step.warm_up(taken[0])
             incidents.remember(done + 1, taken)
-            meter.add(self.step(taken, lr))
+            is_first = done == self.first_step
+            meter.add(first_step(self.step, taken, lr, world=self.world, how=run.compile) if is_first else self.step(taken, lr))
             log.advance()
             done += 1
+            for line in self.cache.save() if is_new else ():
+                log.say(line)
             is_last = done == self.total_steps
             is_diverged = done % look_every == 0 and int(self.step.skipped) >= run.max_skips
             saves = done % run.save_every == 0 or is_last
@@ -249,6 +248,7 @@ class Trainer:
             "schedule": {"lr": self.learning_rate(min(step, self.total_steps - 1)), "warmup_steps": self.warmup_steps},
             "model": self.recipe.model.to_json(),
             "recipe": plain_settings(self.recipe),
+            "attention": self.attention.state(),
             "processes": self.world.size,
             "parallel": self.run.parallel,
             "versions": {"fastmae": fastmae.__version__, "torch": torch.__version__},

@@ -53,7 +53,7 @@ class Vitals:
         if self._thread is None:
             return
         if not self.failed():
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0].encode(errors="backslashreplace").decode()  # names may be no UTF-8
             self._to_say["failed"] = f"rank {self.world.rank} has failed, {type(error).__name__}: {reason}"
         self.end()
         if self.world.is_main:

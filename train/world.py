@@ -13,9 +13,14 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from fastmae.errors import InputError, LostProcessError
+from fastmae.train.background import Background, has_abandoned
 from fastmae.train.environment import Place, read_place
-from fastmae.train.meeting import open_store
+from fastmae.train.groups import make_groups
+from fastmae.train.nccl import set_nccl_defaults
+from fastmae.train.rendezvous import Rendezvous, report
+from fastmae.train.roster import Peer, gpus_of, locals_of, this_peer
 
+_FIRST_REPORT = 30.0  # seconds
 _SLACK = 60.0  # seconds that a collective waits longer than the run's own watch, which says more
 
 
@@ -38,6 +43,8 @@ class World:
     """The processes of this machine, on the CPU; None unless several machines have several each."""
     leaders: dist.ProcessGroup | None = None
     """The first processes of all machines; None on others."""
+    local_rank: int = 0
+    """This process's number on its machine."""
 
     @property
     def is_main(self) -> bool:
@@ -112,52 +119,87 @@ class World:
                 _set_pg_timeout(timedelta(seconds=seconds + _SLACK), group)
 
 
-def join_world(device: str, timeout: float = 1800.0) -> World:
+def join_world(device: str, timeout: float = 1800.0, stopped: Callable[[], str | None] = lambda: None) -> World:
     """Read the launcher's environment and join its group: NCCL on GPUs, gloo on the CPU.
 
-    ``device``: auto, cpu or cuda. ``timeout``: seconds that collectives may take until ``World.set_timeout``. Raises
-    InputError if a GPU is asked for and none is there, or if the environment contradicts itself.
+    ``device``: auto, cpu or cuda. ``timeout``: seconds that all processes may take to come, and collectives until
+    ``World.set_timeout``. ``stopped``: the name of the signal that asks this process to stop, if any. Raises InputError if
+    there is no GPU where one is needed, or environments contradict themselves or each other; LostProcessError if not all
+    processes come; KeyboardInterrupt if this one is asked to stop before they have.
+    """
+    place = read_place()
+    on_gpu = trains_on_gpu(device)
+    if place.size == 1:
+        return World(0, 1, _use_gpu(0) if on_gpu else torch.device("cpu"))
+    _make_room()
+    set_nccl_defaults(timeout)
+    peer = this_peer(place, torch.cuda.device_count() if on_gpu else 0)
+    store, peers, address = _gather_peers(place, peer, timeout, stopped)
+    everyone = locals_of(peers)  # what is wrong with one raises on all of them, here and in the next line
+    gpus = gpus_of(peers, everyone)
+    at = _use_gpu(gpus[place.rank]) if gpus else torch.device("cpu")
+    patience = timedelta(seconds=timeout + _SLACK)
+
+    def make() -> tuple[dist.ProcessGroup | None, ...]:
+        if on_gpu:
+            torch.cuda.set_device(at)  # which is each thread's own
+        if store is not None:
+            store.set_timeout(patience)
+            dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=place.rank, world_size=place.size,
+                                    timeout=patience, device_id=at if on_gpu else None)  # fmt: skip
+        return make_groups(everyone, timeout=patience)
+
+    try:
+        groups = Background(make).wait(_Patience(place.rank, "nccl" if on_gpu else "gloo", stopped))
+    except dist.DistError as error:
+        reason = str(error).partition("\n")[0]
+        raise LostProcessError(f"the {place.size} processes of this run have not joined into a group: {reason}") from error
+    control, background, machine, leaders = groups
+    here = everyone[place.rank]
+    return World(place.rank, place.size, at, control, background, here.size, address, machine, leaders, here.rank)
+
+
+def _gather_peers(place: Place, peer: Peer, timeout: float, stopped: Callable[[], str | None]):
+    """The store to make a group with, all processes in order of their ranks, and where rank 0 is reached.
+
+    No store if the calling program has made the group already.
+    """
+    if dist.is_initialized():
+        peers: list[Peer | None] = [None] * place.size
+        dist.all_gather_object(peers, peer)
+        return None, peers, place.address
+    rendezvous = Rendezvous(place, peer, timeout, stopped)
+    store, peers = rendezvous.wait()
+    return store, peers, rendezvous.address
+
+
+class _Patience:
+    """Looks at signals, and reports from rank 0, while torch sets up the communication of all processes."""
+
+    def __init__(self, rank: int, backend: str, stopped: Callable[[], str | None]):
+        self._rank, self._backend, self._stopped, self._due = rank, backend, stopped, _FIRST_REPORT
+
+    def __call__(self, seconds: float) -> None:
+        if name := self._stopped():
+            raise KeyboardInterrupt(f"stopped by {name} while {self._backend} was set up")
+        if seconds >= self._due and self._rank == 0:
+            self._due *= 2
+            variable = "NCCL_DEBUG=INFO" if self._backend == "nccl" else "TORCH_CPP_LOG_LEVEL=INFO"
+            report(
+                f"all processes have joined; {self._backend} connects them for {seconds:.0f} s; {variable} shows what it does"
+            )
+
+
+def trains_on_gpu(device: str) -> bool:
+    """Whether ``device``, one of auto, cpu and cuda, stands for a GPU on this machine. Opens none.
+
+    Raises InputError if one is asked for and none is there.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device must be auto, cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was asked for, but torch sees no CUDA device; `fastmae doctor` tells more")
-    on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    place = read_place()
-    at = torch.device("cuda", _gpu(place)) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(at)
-    if place.size == 1:
-        return World(0, 1, at)
-    _make_room()
-    patience = timedelta(seconds=timeout + _SLACK)
-    if not dist.is_initialized():
-        try:
-            dist.init_process_group(
-                "nccl" if on_gpu else "gloo",
-                store=open_store(place, patience),
-                rank=place.rank,
-                world_size=place.size,
-                timeout=patience,
-                device_id=at if on_gpu else None,
-            )
-        except dist.DistError as error:
-            reason = str(error).partition("\n")[0]
-            raise LostProcessError(f"not all of the {place.size} processes of this run have met: {reason}") from error
-    options = {"backend": "gloo", "timeout": patience}
-    control, background = (dist.new_group(**options) for _ in range(2))
-    machine, leaders = machine_groups(place.size, place.local_size, **options)
-    return World(place.rank, place.size, at, control, background, place.local_size, place.address, machine, leaders)
-
-
-def machine_groups(size: int, local_size: int, **options) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """The groups ``World.machine`` and ``World.leaders`` of a run of ``size``; ``options`` as of ``dist.new_group``."""
-    if not 1 < local_size < size or size % local_size:
-        return None, None
-    firsts = range(0, size, local_size)
-    machine, _ = dist.new_subgroups_by_enumeration([[*range(r, r + local_size)] for r in firsts], **options)
-    leaders = dist.new_group([*firsts], **options)
-    return machine, leaders if isinstance(leaders, dist.ProcessGroup) else None
+    return torch.cuda.is_available() if device == "auto" else device == "cuda"
 
 
 def _make_room() -> None:
@@ -170,24 +212,20 @@ def _make_room() -> None:
 
 
 def in_group() -> bool:
-    """Whether this process has joined others, and not left them."""
-    return dist.is_initialized()
+    """Whether this process has joined others, or was about to, and not left them: threads of torch's may wait for them."""
+    return dist.is_initialized() or has_abandoned()
 
 
 def leave_world() -> None:
     """Leave the group, if one was joined."""
-    if in_group():
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _gpu(place: Place) -> int:
-    """The number of this process's GPU. A launcher that shows each process one GPU only calls it the first."""
-    visible = torch.cuda.device_count()
-    if visible == 1 and place.local_size > 1 and place.launcher != "torchrun":
-        return 0
-    if place.local_rank >= visible:
-        raise InputError(f"process {place.local_rank} of this machine has no GPU: it has {visible}; start fewer processes")
-    return place.local_rank
+def _use_gpu(number: int) -> torch.device:
+    """That GPU, made this process's current one."""
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def is_of_collective(error: RuntimeError) -> bool:

@@ -36,7 +36,7 @@ def decode(data: bytes | memoryview, channels: int = 3, into: np.ndarray | None 
             is_roomy = into is not None and into.size >= height * width * channels
             return simplejpeg.decode_jpeg(data, _COLORSPACE[channels], buffer=into if is_roomy else None)
         return _decode_with_pillow(data, channels)
-    except DecodeError:
+    except (DecodeError, MemoryError):  # the second says nothing of the image
         raise
     except UnidentifiedImageError as error:  # whose own text names an address in memory
         raise DecodeError("cannot be decoded, not an image of a known format") from error

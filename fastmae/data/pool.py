@@ -199,7 +199,7 @@ class WorkerPool:
             if not message:
                 break
             number, task = json.loads(message)
-            reply = json.dumps([number, *self._run(task, worker)], ensure_ascii=False).encode(errors="replace")
+            reply = json.dumps([number, *self._run(task, worker)], ensure_ascii=False).encode(errors="surrogatepass")
             try:
                 results.send(reply)
             except OSError:  # the parent is gone

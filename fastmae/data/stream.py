@@ -7,6 +7,7 @@ damage inside a tar is noticed only where it ends the reading of it. Nothing is 
 
 import contextlib
 import itertools
+import os
 import random
 import tarfile
 import zlib
@@ -126,7 +127,7 @@ class StreamedBatches(IterableDataset):
         label = label_of(sample.get("cls", b"-1"))
         if label is None:
             return f"{name}: its class is no whole number, got {sample['cls'][:32]!r}"
-        number = xxhash.xxh3_64_intdigest(sample["__key__"].encode()) >> 1  # fits a signed 64-bit integer
+        number = xxhash.xxh3_64_intdigest(os.fsencode(sample["__key__"])) >> 1  # fits a signed 64-bit integer
         return pixels, number, epoch, label
 
 

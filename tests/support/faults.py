@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fastmae.data.crops import Cropper
-from fastmae.train import pretrain, saver, vitals, watch, world
+from fastmae.train import pretrain, rendezvous, saver, vitals, watch, world
 from fastmae.train.compiled import LossModule
 from fastmae.train.log import RunLog
 from fastmae.train.step import Step
@@ -62,6 +62,11 @@ def raise_at(step, on, rank):
         raise TypeError("a fault of ours")
 
     before_step(act, rank, on, step)
+
+
+def out_of_memory_at(step, on, rank):
+    """For real: more than any machine has."""
+    before_step(lambda: torch.empty(1 << 50), rank, on, step)
 
 
 def count_steps(folder, rank):
@@ -128,11 +133,19 @@ def slow_start(seconds, rank):
     join = pretrain.join_world
 
     def slow(*arguments):
-        print("joining", flush=True)
+        world = join(*arguments)
+        print("joined", flush=True)
         time.sleep(seconds)
-        return join(*arguments)
+        return world
 
     pretrain.join_world = slow
+
+
+def never_join(on, rank):
+    """Rank ``on`` does not come; the others report it at once."""
+    rendezvous._FIRST_REPORT = 0.1
+    if rank == on:
+        time.sleep(FOREVER)
 
 
 def quick_watch(seconds, rank):

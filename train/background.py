@@ -1,0 +1,59 @@
+"""Waiting in a thread for what may wait in C++, while the main thread, where signal handlers run, looks at signals and time."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+_TICK = 0.1  # seconds between two looks
+_PAUSES = (0.005, 0.5)  # seconds, the least and the most
+_NAME = "fastmae-background"
+
+T = TypeVar("T")
+
+
+class Background(Generic[T]):
+    """A call of ``work`` in a thread of its own, begun at once."""
+
+    def __init__(self, work: Callable[[], T]):
+        self._ends: list[tuple[T | None, BaseException | None]] = []
+        self._thread = threading.Thread(target=self._run, args=(work,), name=_NAME, daemon=True)
+        self._thread.start()
+
+    def wait(self, look: Callable[[float], None]) -> T:
+        """What ``work`` gives or raises. Until then ``look`` is called with the seconds gone, several times a second.
+
+        Whatever ``look`` or a signal handler raises ends the wait and leaves the thread to itself.
+        """
+        began = time.monotonic()
+        while not self._ends:
+            self._thread.join(_TICK)
+            if not self._ends:
+                look(time.monotonic() - began)
+        given, error = self._ends[0]
+        if error is not None:
+            raise error
+        return given
+
+    def is_over(self, seconds: float = 0.0) -> bool:
+        """Whether ``work`` has ended, at the latest in so many seconds."""
+        self._thread.join(seconds)
+        return bool(self._ends)
+
+    def _run(self, work: Callable[[], T]) -> None:
+        try:
+            self._ends.append((work(), None))
+        except BaseException as error:  # raised again by ``wait``
+            self._ends.append((None, error))
+
+
+def has_abandoned() -> bool:
+    """Whether a thread was left to itself and is at work yet: in C++ the interpreter cannot end it."""
+    return any(thread.name == _NAME for thread in threading.enumerate())
+
+
+def pauses() -> Iterator[float]:
+    """Seconds to sleep between two looks at something, ever longer: a tenth of the time gone, at most half a second."""
+    began = time.monotonic()
+    while True:
+        yield min(max((time.monotonic() - began) / 10, _PAUSES[0]), _PAUSES[1])

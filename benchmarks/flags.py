@@ -53,6 +53,13 @@ FLAGS: dict[str, dict] = {
         "default": "auto",
         "help": "on a GPU: the whole model (auto) or single blocks, in seconds",
     },
+    "modes": {
+        "nargs": "+",
+        "choices": ("model", "blocks"),
+        "default": ("model", "blocks"),
+        "metavar": "HOW",
+        "help": "what is compiled: model, blocks; both",
+    },
     "profile": {"action": "store_true", "help": "also where the device's time of a step goes, by kind of kernel"},
     "steps": {"type": positive, "default": 40, "metavar": "N", "help": "timed steps of each, 40"},
     "only": {"nargs": "+", "metavar": "WORD", "default": (), "help": "switches with one of these in their names; all"},

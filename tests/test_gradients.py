@@ -2,7 +2,7 @@
 
 import json
 from functools import partial
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from fastmae.benchmarks.cli import main
 from fastmae.benchmarks.equality import LossesDiffer
 from fastmae.benchmarks.gradients import measure_gradients, wrong_parameters
 from fastmae.benchmarks.photographs import generated, photographs
+from fastmae.benchmarks.timing import Times
 from fastmae.config import PRESETS, preset
 from fastmae.mae import MAE
 
@@ -68,10 +69,24 @@ def test_nothing_is_timed_beside_wrong_gradients(monkeypatch):
     monkeypatch.setattr(gradients, "measure_gradients", measure)
     monkeypatch.setattr(step, "matmul_flops", lambda device: 1e12)
     monkeypatch.setattr(step, "datasheet_flops", lambda device: 1e12)
-    monkeypatch.setattr(step, "_compare", lambda *a: pytest.fail("was timed"))
+    monkeypatch.setattr(step, "Worker", MagicMock())  # which compile meanwhile
+    monkeypatch.setattr(step, "take_turns", lambda *a: pytest.fail("was timed"))
     with pytest.raises(LossesDiffer, match=rf"1 compiled gradients of tiny are wrong, .*: {WORST} is off by 1"):
         step.measure_steps(["tiny"], [48], torch.device("cuda"), image_size=64, compile="blocks")
     assert asked == [("tiny", 48, 64, ["blocks"])]
+
+
+def test_gradients_that_did_not_fit_beside_the_others_are_compared_once_these_have_freed_their_memory(monkeypatch):
+    told = [["out of memory"], []]
+    monkeypatch.setattr(step, "check_gradients", Mock(side_effect=told))
+    monkeypatch.setattr(step, "matmul_flops", lambda device: 1e12)
+    monkeypatch.setattr(step, "datasheet_flops", lambda device: 1e12)
+    monkeypatch.setattr(step, "Worker", MagicMock())
+    monkeypatch.setattr(step, "losses_of", lambda workers, seed: dict.fromkeys(workers, (1.0, 1.0)))
+    monkeypatch.setattr(step, "take_turns", lambda workers, *a: dict.fromkeys(workers, Times((1.0,))))
+    monkeypatch.setattr(step, "_row", lambda name, *a: {"model": "tiny", "batch": 8, "contender": name})
+    found = step.measure_steps(["tiny"], [8], torch.device("cuda"), image_size=64)
+    assert step.check_gradients.call_count == 2 and len(found["rows"]) == 3 and len(found["notes"]) == 1
 
 
 def test_gradients_that_do_not_fit_into_memory_are_said_not_to_be_compared(monkeypatch):

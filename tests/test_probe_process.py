@@ -98,7 +98,9 @@ Path({str(tmp_path / "pid")!r}).write_text(str(child._process.pid))
 time.sleep(1000)"""
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
     file = tmp_path / "pid"
-    assert wait_until(lambda: file.exists() and file.read_text(), 20) and is_alive(pid := int(file.read_text()))
+    assert wait_until(lambda: file.exists() and file.read_text(), 20)
+    pid = int(file.read_text())
+    assert is_alive(pid)
     parent.kill()
     parent.wait()
     try:

@@ -3,6 +3,7 @@
 Bad samples are counted and named; more of them than the budget, and anything wrong with a shard, ends the run.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class Loader:
             self.crop = ("device" if self.device.type == "cuda" else "cpu") if config.crop == "auto" else config.crop
         else:
             self.shards = find_shards(data, world_size, allow_pipe=config.allow_pipe)
-            urls = "\n".join(self.shards).encode()
+            urls = os.fsencode("\n".join(self.shards))
             self.kind = f"stream of {len(self.shards)} shards"
             self.samples, self.fingerprint = None, f"{self.kind} {xxhash.xxh3_64_hexdigest(urls)}"
             self.crop = "cpu"

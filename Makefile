@@ -35,29 +35,16 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# A report of this machine's GPU: every test that needs one, then every benchmark, written to benchmarks/results. Each command
-# takes less than ten minutes and can be run alone. Uses PYTHON's own torch, triton, numpy and pytest, and installs nothing but
-# this checkout. QUICK=1 takes a few minutes in all; REFERENCE=CLONE runs a clone of facebookresearch/mae (needs timm);
-# DATA=SHARDS, a folder of `fastmae shards build`, adds the loader and the step fed from it.
-RESULTS ?= $(if $(QUICK),runs/gpu,benchmarks/results)
-BENCH := $(PYTHON) -m fastmae.benchmarks
-GPU := --device cuda --out $(RESULTS)
-STEP := $(GPU) $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(QUICK),--batches 256 --rounds 3)
-# Without the packages that read and write data, the tests of kernels and models alone.
-GPU_TESTS = $(if $(shell $(PYTHON) -c "import PIL, safetensors, simplejpeg, tyro, webdataset, xxhash" 2>&1),$(addsuffix \
-	.py,$(addprefix tests/test_,attention choice compile decoder_input kernel_speed linear mae masked_mse masking patches \
-	philox random_masking step take_rows)),tests)
+# A report of this machine's GPU under a clock, what tells most first: PART=1 takes at most 6 minutes, PART=2 at most 4 and finds
+# what part 1 compiled and chose; without PART both run, and MINUTES=N gives each part N. Uses PYTHON's own torch, triton, numpy
+# and pytest, and installs nothing. RESULTS: the folder to write; ARCHIVE: that of the archive; DATA: shards, or some are made;
+# REFERENCE: a clone of facebookresearch/mae (needs timm). DEVICE=cpu TINY=1 is a dry run.
+RESULTS ?= runs/gpu
+DEVICE ?= cuda
 gpu:
-	$(PYTHON) -c "import fastmae.kernels" 2>/dev/null || \
-		$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
-	@failed=0; run() { echo "$$@"; "$$@" || failed=1; }; \
-	run $(PYTHON) -m pytest -m gpu $(GPU_TESTS); \
-	run $(BENCH) attention $(GPU); \
-	run $(BENCH) kernels $(GPU) $(if $(QUICK),--models base); \
-	for model in base $(if $(QUICK),,large huge); do run $(BENCH) step --models $$model $(STEP); done; \
-	run $(BENCH) waterfall $(GPU) $(if $(QUICK),--rounds 3); \
-	$(if $(DATA),run $(BENCH) loader --gpu --data $(DATA) $(GPU) $(if $(QUICK),--rounds 2);) \
-	exit $$failed
+	$(PYTHON) -m pytest benchmarks/gpu --device $(DEVICE) --results $(RESULTS) $(if $(PART),--part $(PART)) \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(ARCHIVE),--archive $(ARCHIVE)) $(if $(TINY),--tiny) \
+		$(if $(DATA),--data $(DATA)) $(if $(REFERENCE),--reference $(REFERENCE))
 
 # A hundred faults of all kinds in one run, whose end must have the bits of a run without any: about ten minutes on two cores.
 soak: $(VENV)/.installed

@@ -5,6 +5,7 @@ parsed before torch is imported, so that help answers at once: each benchmark im
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -18,6 +19,7 @@ from fastmae.benchmarks.cluster import Cluster
 from fastmae.benchmarks.flags import FLAGS, add_scaling_flags
 from fastmae.benchmarks.report import align, save, update_readme
 from fastmae.errors import InputError
+from fastmae.train import console
 from fastmae.train.interrupt import end, interrupts
 from fastmae.train.run import check_kernels
 
@@ -32,8 +34,9 @@ Part = tuple[str, dict, Callable[[dict], list[list[str]]]]  # a section's name, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one benchmark; return its exit code: 0 done, 1 losses differ or resources exceed their limits, 2 wrong input, 130
-    interrupted."""
+    """Run one benchmark; return its exit code: 0 done, 1 losses or gradients differ or resources exceed their limits, 2 wrong
+    input, 130 interrupted. SystemExit 141: nobody reads what it prints."""
+    console.open_streams()
     try:
         with interrupts(is_last=arguments is None):
             return _run(arguments)
@@ -45,7 +48,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str] | None) -> int:
-    options = parser().parse_args(arguments)
+    try:
+        with console.flushed():
+            options = parser().parse_args(arguments)
+            with console.outlived() if getattr(options, "out", None) else contextlib.nullcontext():
+                return _measure(options)
+    except OSError as error:  # a full disk, a file without permission: the user's to mend, and named
+        print(f"fastmae bench: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        return InputError.exit_code
+
+
+def _measure(options: argparse.Namespace) -> int:
     from fastmae.benchmarks.equality import LossesDiffer
 
     warnings.simplefilter("ignore")  # torch's hints, which a table's reader cannot act on
@@ -64,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     description = "Measure fastmae against the reference: a table, and one JSON document as the last line."
     top = argparse.ArgumentParser(prog="fastmae bench", description=description)
-    names = "step | kernels | attention | waterfall | loader | fed-step | all | scaling | readme"
+    names = "step | gradients | kernels | attention | waterfall | loader | fed-step | all | scaling | readme"
     commands = top.add_subparsers(required=True, metavar=names)
 
     def add(name: str, run: Callable, help: str, *flags: str) -> argparse.ArgumentParser:
@@ -78,6 +91,9 @@ def parser() -> argparse.ArgumentParser:
     add("step", partial(_report, _step), "a training step: the reference, its best rival, fastmae",
         *common, "batches", "rounds", "minutes", "image-size", "reference", "contenders", "compile",
         "profile")  # fmt: skip
+    command = add("gradients", partial(_report, _gradients), "compiled gradients against eager ones, on photographs",
+                  "device", "out", "model", "batch", "image-size", "modes")  # fmt: skip
+    command.add_argument("--data", type=Path, metavar="SHARDS", help="of photographs; else those that come with scikit-image")
     command = add("kernels", _kernels_or_resources, "each op: Triton, twin, compiled twin", *common, "batch")
     command.add_argument("--resources", action="store_true", help="compile for sm_80, 90, 100 and print what the binaries need")
     command.add_argument("--save", action="store_true", help="with --resources: write resources.json")
@@ -114,10 +130,12 @@ def _report(measure: Callable[[argparse.Namespace], Iterator[Part]], options: ar
         if options.out:
             written, lacking = save(options.out, name, section, rows)
             print(f"wrote {', '.join(str(path) for path in written)}{lacking}")
+        for line in section.get("wrong", ()):
+            print(f"fastmae bench: {line}", file=sys.stderr)
         sys.stdout.flush()
         document[name] = section
     print(json.dumps(document))
-    return 0
+    return int(any(section.get("wrong") for section in document.values()))
 
 
 def _step(options: argparse.Namespace) -> Iterator[Part]:
@@ -134,6 +152,15 @@ def _step(options: argparse.Namespace) -> Iterator[Part]:
     yield " ".join(["step", *name]), section, step.table
     if options.profile:
         yield " ".join(["profile", *name]), profiles, kinds.table
+
+
+def _gradients(options: argparse.Namespace) -> Iterator[Part]:
+    from fastmae.benchmarks import gradients, step
+
+    step.check_models([options.model], None)
+    section = gradients.measure_gradients(options.model, options.batch, _device(options), data=options.data,
+                                          image_size=options.image_size, modes=options.modes)  # fmt: skip
+    yield " ".join(["gradients", options.model, *_size(options)]), section, gradients.table
 
 
 def _kernels(options: argparse.Namespace) -> Iterator[Part]:
@@ -196,21 +223,11 @@ def _all(options: argparse.Namespace) -> Iterator[Part]:
 
 
 def _kernels_or_resources(options: argparse.Namespace) -> int:
-    return _resources(options) if options.resources else _report(_kernels, options)
-
-
-def _resources(options: argparse.Namespace) -> int:
+    if not options.resources:
+        return _report(_kernels, options)
     from fastmae.benchmarks import resources
 
-    found = resources.measure()
-    if options.save:
-        resources.TABLE.parent.mkdir(exist_ok=True)
-        resources.TABLE.write_text(resources.to_json(found))
-    print(align(resources.table(found)))
-    wrong = resources.exceeded(found)
-    print("\n".join(wrong) or "every kernel is within its limits: no stack, 48 KiB of shared memory, 128 registers")
-    print(json.dumps(found))
-    return 1 if wrong else 0
+    return resources.report(save=options.save)
 
 
 def _scaling(options: argparse.Namespace) -> int:

@@ -123,7 +123,7 @@ def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, 
     kind = step_class or (GraphedStep if graphs else Step)
     if workload.clone:
         load_reference(workload.clone)  # so that all processes hold the same packages when their memory is compared
-    module = compiled(loss_module(model), compile or workload.compile)
+    module = compiled(loss_module(model), compile or (workload.compile if autocast else "auto"))
     step = kind(module, optimizer, patch_size=config.patch_size, mask_ratio=MASK_RATIO, seed=0, autocast=autocast)
     images = workload.images()
     batch = workload.batch_of(images if as_bytes else workload.normalised(images))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastmae import kernels
 from fastmae.benchmarks.launches import Launch, launches
+from fastmae.benchmarks.report import align
 from fastmae.config import preset
 from fastmae.mae import MAE
 from fastmae.masking import random_masking
@@ -183,6 +184,20 @@ def measure(targets: tuple[int, ...] = TARGETS) -> dict[str, object]:
                 again = " in the gradient" if seen[launch.name] > 1 else ""  # a taking is also its own gradient
                 rows.setdefault(f"{launch.name} {case}{again}", {})[f"sm_{target}"] = vars(known[launch.key])
     return {"triton": triton.__version__, "kernels": rows}
+
+
+def report(*, save: bool) -> int:
+    """Measure on all targets, print the table and one JSON line, write ``TABLE`` if asked to; the exit code, 1 if a limit is
+    exceeded."""
+    found = measure()
+    if save:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(to_json(found))
+    print(align(table(found)))
+    wrong = exceeded(found)
+    print("\n".join(wrong) or "every kernel is within its limits: no stack, 48 KiB of shared memory, 128 registers")
+    print(json.dumps(found))
+    return 1 if wrong else 0
 
 
 def exceeded(found: dict) -> list[str]:

@@ -6,7 +6,7 @@ they run in turns. Utilisation counts the official work (``fastmae.flops``), wha
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 
 from fastmae.benchmarks.contenders import MASK_RATIO, NAMES, Workload, make
 from fastmae.benchmarks.equality import check_losses
+from fastmae.benchmarks.gradients import check_gradients
 from fastmae.benchmarks.machine import matmul_flops
 from fastmae.benchmarks.timing import Times
 from fastmae.benchmarks.worker import OutOfMemory, Worker, losses_of, take_turns
@@ -25,6 +26,8 @@ from fastmae.flops import training_flops
 _SWEEP = [256, 64, 1024, 128, 512]  # images a step; first those that tell most, for time may run out
 _PROFILED = 3  # steps
 
+Check = Callable[[], list[str]]  # raises LossesDiffer, or returns what people should read about it
+
 
 def measure_steps(models: list[str], batches: list[int] | None, device: torch.device, *, clone: Path | None = None,
                   rounds: int = 5, minutes: float = 9.0, image_size: int = 224, contenders: Sequence[str] = NAMES,
@@ -33,7 +36,8 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
 
     ``batches`` None: a sweep up to what memory holds on a GPU, 16 on a CPU. A further batch is not begun if it would not end
     within ``minutes``. ``compile``: what the rival and fastmae compile on a GPU. ``profile``: rows hold ``profile``, where the
-    device's time goes (``kinds``). Raises InputError on an unknown model, LossesDiffer if losses do.
+    device's time goes (``kinds``). Raises InputError on an unknown model, LossesDiffer if losses do, or fastmae's gradients
+    once compiled.
     """
     on_gpu = device.type == "cuda"
     batches = batches or (_SWEEP if on_gpu else [16])
@@ -42,6 +46,10 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
     ceilings = {"matmul_flops": matmul_flops(device), "datasheet_flops": datasheet_flops(device)}
     for name in models:
         config = preset(name, norm_pix_loss=True, img_size=image_size)
+        check = None
+        if on_gpu and "fastmae" in contenders:  # on CPUs nothing is compiled
+            mode = "blocks" if compile == "blocks" else "model"
+            check = partial(check_gradients, name, batches[0], device, image_size=image_size, mode=mode)
         too_large: dict[str, int] = {}
         for batch in batches:
             started = time.monotonic()
@@ -52,36 +60,44 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
                 notes.append(f"{name} at batch {batch} was left out: {minutes:g} minutes would not have been enough")
                 continue
             workload = Workload(name=name, config=config, batch=batch, device=device, clone=clone, compile=compile)
-            found, failed = _compare(workload, alive, rounds, ceilings, profile)
-            rows, notes = rows + found, notes + failed
+            found, failed = _compare(workload, alive, rounds, ceilings, profile, check)
+            rows, notes, check = rows + found, notes + failed, None
             too_large |= dict.fromkeys(set(alive) - {r["contender"] for r in found}, batch)
             longest = max(longest, time.monotonic() - started)
     rows.sort(key=lambda r: (models.index(r["model"]), r["batch"], NAMES.index(r["contender"])))
     return {"ceilings": ceilings, "rows": rows, "notes": notes}
 
 
-def _compare(workload: Workload, names: list[str], rounds: int, ceilings: dict,
-             profile: bool) -> tuple[list[dict], list[str]]:  # fmt: skip
-    """Rows of those that work, and a line for each that does not fit or fails."""
+def _compare(workload: Workload, names: list[str], rounds: int, ceilings: dict, profile: bool,
+             check: Check | None) -> tuple[list[dict], list[str]]:  # fmt: skip
+    """Rows of those that work, and a line for each that does not fit or fails, and of what ``check`` found first."""
+    notes: list[str] = []
     try:
-        return _side_by_side(workload, names, rounds, ceilings, {}, profile), []
+        return _side_by_side(workload, names, rounds, ceilings, {}, profile, check, notes), notes
     except (OutOfMemory, RuntimeError) as error:
         notes = [f"{workload.name} at batch {workload.batch}: measured one after the other, side by side failed: {error}"]
+    notes += check() if check else []
     rows, losses = [], {}
     for name in names:
         try:
-            rows += _side_by_side(workload, [name], rounds, ceilings, losses, profile)
+            rows += _side_by_side(workload, [name], rounds, ceilings, losses, profile, None, notes)
         except (OutOfMemory, RuntimeError) as error:
             notes.append(f"{name}, {workload.name} at batch {workload.batch}: {error}")
     return rows, notes
 
 
 def _side_by_side(workload: Workload, names: list[str], rounds: int, ceilings: dict,
-                  losses: dict[str, tuple[float, float]], profile: bool) -> list[dict]:  # fmt: skip
-    """Rows of ``names``, timed in turns. ``losses`` holds those of earlier ones, and gets these."""
+                  losses: dict[str, tuple[float, float]], profile: bool, check: Check | None,
+                  notes: list[str]) -> list[dict]:  # fmt: skip
+    """Rows of ``names``, timed in turns. ``losses`` holds those of earlier ones, and gets these; ``notes`` what ``check``,
+    which runs while they compile, has to tell."""
     with contextlib.ExitStack() as stack:
         workers = {n: stack.enter_context(Worker(partial(make, n, workload), workload.device)) for n in names}
+        for worker in workers.values():
+            worker.ask_losses(7)
+        lacks_memory = bool(check and check())
         losses |= losses_of(workers, 7)
+        notes += check() if lacks_memory else []  # now without the others beside it
         check_losses(losses, workload.device)
         times = take_turns(workers, workload.device, rounds)
         memory = {n: w.peak_memory() for n, w in workers.items()}

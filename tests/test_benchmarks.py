@@ -17,9 +17,11 @@ from fastmae.benchmarks import kernels, waterfall
 from fastmae.benchmarks.cli import main
 from fastmae.benchmarks.contenders import NAMES, Contender, Workload, make
 from fastmae.benchmarks.equality import LossesDiffer, check_losses
+from fastmae.benchmarks.reference import Draw
 from fastmae.benchmarks.step import measure_steps
+from fastmae.benchmarks.step import profiles as profiles_of
 from fastmae.benchmarks.timing import Times, interleave
-from fastmae.benchmarks.worker import OutOfMemory, Worker
+from fastmae.benchmarks.worker import OutOfMemory, Worker, losses_of
 from fastmae.config import preset
 from fastmae.errors import InputError
 
@@ -46,6 +48,51 @@ def test_all_contenders_train_on_the_same_loss():
         assert contender.loss(contender.images, 7).item() != losses[name][0]  # the same weights train
         assert contender.timed_loss().item() != losses[name][1]
     check_losses(losses, CPU)
+
+
+def test_all_contenders_train_under_the_same_masks(monkeypatch):
+    found = {name: make(name, workload()).timed_loss().item() for name in NAMES}
+    assert found["reference"] == pytest.approx(found["fastmae"], rel=1e-6)
+    assert found["rival"] == pytest.approx(found["fastmae"], rel=1e-6)
+    monkeypatch.setattr(Workload, "noise", lambda self: torch.rand(2, self.config.patches))
+    others = [make(name, workload()).timed_loss().item() for name in ("reference", "rival")]
+    assert all(abs(loss - found["fastmae"]) > 1e-3 for loss in others)  # other masks give another loss
+
+
+def test_a_draw_of_noise_is_made_and_then_replaced(compiler):
+    draw = Draw()
+    torch.manual_seed(3)
+    drawn, then = draw(2, 5, device=CPU), torch.rand(1)
+    draw.noise = noise = torch.arange(10.0).reshape(2, 5)
+    torch.manual_seed(3)
+    assert torch.equal(torch.compile(draw, fullgraph=True)(2, 5, device=CPU), noise) and torch.equal(torch.rand(1), then)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(2, 5))
+
+
+class FullWorker:
+    """Has memory for its losses once the others have theirs."""
+
+    order: ClassVar[list[str]] = []
+
+    def __init__(self, name, fails):
+        self.name, self.fails = name, fails
+
+    def ask_losses(self, seed):
+        self.order.append(f"ask {self.name}")
+
+    def losses(self, seed):
+        self.order.append(self.name)
+        if self.fails:
+            self.fails = False
+            raise OutOfMemory("out of memory")
+        return 1.0, 2.0
+
+
+def test_losses_are_asked_of_all_at_once_and_again_of_whom_memory_lacked():
+    workers = {"a": FullWorker("a", True), "b": FullWorker("b", False)}
+    assert list(losses_of(workers, 7).items()) == [("a", (1.0, 2.0)), ("b", (1.0, 2.0))]
+    assert FullWorker.order == ["ask a", "ask b", "a", "b", "a"]
 
 
 @pytest.mark.parametrize("losses", [{"a": (1.0, 2.0), "b": (1.0001, 2.0)}, {"a": (1.0, 2.0), "b": (1.0, 2.0001)},
@@ -108,8 +155,10 @@ def test_a_contender_that_does_not_fit_costs_its_own_row_alone(monkeypatch):
 
 
 def test_a_step_is_measured_for_everyone_in_turns():
-    found = measure_steps(["tiny"], [2], CPU, rounds=2, image_size=32)
-    assert [r["contender"] for r in found["rows"]] == list(NAMES)
+    found = measure_steps(["tiny"], [2], CPU, rounds=2, image_size=32, profile=True)
+    profiles = profiles_of(found)["rows"]
+    assert [r["contender"] for r in found["rows"]] == [r["contender"] for r in profiles] == list(NAMES)
+    assert all(r["kinds"]["products"]["launches"] > 10 and r["kinds"]["norms"]["share"] > 0 for r in profiles)
     for row in found["rows"]:
         assert len(row["rounds"]) == 2 and row["peak_memory"] > 2**27
         assert row["images_per_second"] == pytest.approx(2e3 / row["milliseconds"])

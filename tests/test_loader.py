@@ -1,5 +1,7 @@
 """Batches: every sample once per epoch, the same whatever the ranks and workers, and from any place on."""
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from fastmae.data.loader import Loader
 from fastmae.data.recode import Recode
 from fastmae.data.write import write_shards
 from tests.support.batches import N, equal, joined, joined_batch, take
+from tests.support.processes import workers_of
 
 pytestmark = pytest.mark.worth(3)
 
@@ -140,3 +143,22 @@ def test_batches_on_a_gpu_are_those_on_the_cpu(shard_folder, crop):
         assert difference.max() <= (0 if crop == "cpu" else 1)
     for source in sources:
         source.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.worth(2)
+@pytest.mark.parametrize("crop", ["cpu", "device"])
+def test_workers_that_start_after_slots_are_page_locked_write_the_same_batches(shard_folder, crop):
+    config = LoaderConfig(image_size=(32, 48), workers=2, crop=crop, prefetch=2)
+    sources = [iter(Loader(shard_folder, config, batch_size=6, device=d)) for d in ("cpu", "cuda")]
+    notes = []
+    for step in range(30):
+        on_cpu, on_gpu = (next(source) for source in sources)
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(on_cpu[1:4], on_gpu[1:4], strict=True))
+        assert (on_cpu.images.float() - on_gpu.images.cpu().float()).abs().max() <= (0 if crop == "cpu" else 1)
+        notes += on_gpu.notes
+        if step in (8, 16):  # every slot has been on the GPU
+            os.kill(workers_of(sources[1])[0], signal.SIGKILL)
+    for source in sources:
+        source.close()
+    assert len(notes) == 2 and all("killed by SIGKILL" in line for line in notes)

@@ -44,6 +44,20 @@ def test_readmes_table_shows_the_best_batch_of_each_model(tmp_path):
     assert readme_table(tmp_path / "empty") == "No result has been committed."
 
 
+def test_readmes_table_takes_a_gpus_results_the_moment_they_are_there(tmp_path):
+    small = [step_row("rival", 256, 4000.0), step_row("fastmae", 256, 5000.0, speed_over_rival=1.25),
+             step_row("reference", 256, 2000.0)]  # fmt: skip
+    large = [step_row("rival", 1024, 4100.0), step_row("fastmae", 1024, 5500.0, speed_over_rival=1.34)]
+    gpu = "NVIDIA H200"
+    save(tmp_path, "step base batch 256", section(gpu, small), [["a"], ["b"]])
+    save(tmp_path, "profile base batch 256", section(gpu, [{"contender": "fastmae"}]), [["a"], ["b"]])
+    save(tmp_path, "step base batch 1024", section(gpu, large), [["a"], ["b"]])
+    (line,) = readme_table(tmp_path).splitlines()[2:]
+    assert line == (
+        "| [NVIDIA H200](benchmarks/results/nvidia-h200-2026-01-02.md) | base, batch 1024 | 5500.00 | 1.34 | 2.75 | - |"
+    )
+
+
 def test_readmes_second_table_is_of_the_loader(tmp_path):
     save(tmp_path, "step base", section(rows=[step_row("fastmae", 8, 10.0)]), [["a"], ["b"]])
     ours = {"images_per_second_per_core": 2901.4, "per_core_over_reference": 7.0, "efficiency": 0.861}

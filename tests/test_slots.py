@@ -42,6 +42,21 @@ def test_what_a_child_writes_the_parent_reads_also_in_slots_made_after_the_fork(
     assert slot == 1 and (slots.array(slot, "images") == 42).all()
 
 
+def test_a_fork_inherits_no_mapping_and_writes_slots_that_its_parent_has_mapped():
+    slots = Slots(FIELDS)
+    numbers = [slots.take() for _ in range(3)]
+    for slot in numbers:
+        slots.array(slot, "images")[:] = 1
+    pid = os.fork()
+    if pid == 0:
+        is_inherited = "fastmae-batches" in Path("/proc/self/maps").read_text()
+        for slot in numbers:  # would crash, if it took the parent's mapping for its own
+            slots.array(slot, "images")[:] += 1 + slot
+        os._exit(int(is_inherited))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert [slots.array(slot, "images").min() for slot in numbers] == [2 + slot for slot in numbers]
+
+
 def test_a_slot_given_back_is_taken_again():
     slots = Slots(FIELDS)
     one, two = slots.take(), slots.take()

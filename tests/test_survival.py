@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmae.train import pretrain
+from fastmae.train import shared_folder
 from fastmae.train.checkpoint import verify
 from tests.support import faults
 from tests.support.crew import Crew, run
@@ -125,7 +125,7 @@ def test_wrong_input_ends_with_two_on_every_process(shard_folder, tmp_path):
 
 def work_apart(folder, rank):
     os.chdir(folder / str(rank))
-    pretrain._APPEARS = 3
+    shared_folder._APPEARS = 3
 
 
 def test_a_folder_that_machines_do_not_share_is_refused_by_all(shard_folder, tmp_path):

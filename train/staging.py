@@ -14,7 +14,6 @@ from fastmae.data.index import JSON_NAME, Index
 from fastmae.data.stage import Copy
 from fastmae.data.staged import staged_folder
 from fastmae.errors import InputError
-from fastmae.train.environment import read_place
 from fastmae.train.run import Run
 from fastmae.train.signals import StopSignals
 from fastmae.train.watch import Watch
@@ -35,7 +34,7 @@ def stage_data(run: Run, world: World, watch: Watch, signals: StopSignals) -> tu
         return run.data, []
     folder = Path(world.by_main(lambda: _folder(run)))
     began = time.monotonic()
-    copying = _Copying(Copy(run.data, run.stage)) if read_place().local_rank == 0 else None
+    copying = _Copying(Copy(run.data, run.stage)) if world.local_rank == 0 else None
     try:
         is_stopped = _wait(copying, world, watch, signals)
     finally:

@@ -45,22 +45,22 @@ class Stage:
         """The batch on the device, copied there on the current stream without waiting."""
         if self._locks:
             self._locks.lock(batch.slot)
-        images = self._images(batch) if self.source.region is None else self._cropped(batch)
+        memory = self._borrow(batch, "images" if self.source.region is None else "regions")
+        decoded = self._decoded(batch, memory) if self._decoder else {}  # may replace samples
+        # What is small before what is large: a copy from pageable memory may wait for all others on its stream.
         ids = torch.from_numpy(batch.ids)
-        tensors = (self._to_device(t) for t in (ids, torch.from_numpy(batch.epochs), self.labels[ids]))
-        return Batch(images, *tensors, tuple(batch.replaced), tuple(batch.notes))
+        keys = [self._to_device(t) for t in (ids, torch.from_numpy(batch.epochs), self.labels[ids])]
+        images = self._images(batch, memory) if self.source.region is None else self._cropped(batch, memory, decoded)
+        return Batch(images, *keys, tuple(batch.replaced), tuple(batch.notes))
 
-    def _images(self, batch: SlotBatch) -> Tensor:
+    def _images(self, batch: SlotBatch, memory: Tensor) -> Tensor:
         shape = (len(batch.ids), *batch.size, self.channels)
-        images = self._borrow(batch, "images")[: math.prod(shape)].view(shape)
-        return self._to_device(images).permute(0, 3, 1, 2)
+        return self._to_device(memory[: math.prod(shape)].view(shape)).permute(0, 3, 1, 2)
 
-    def _cropped(self, batch: SlotBatch) -> Tensor:
-        regions = self._borrow(batch, "regions")
-        decoded = self._decoded(batch, regions) if self._decoder else {}
+    def _cropped(self, batch: SlotBatch, regions: Tensor, decoded: dict[int, Tensor]) -> Tensor:
         crops = self.slots.array(batch.slot, "crops").copy()
         offsets, *rest = (torch.from_numpy(crops[name].copy()) for name in ("offset", "width", "box", "flip"))
-        rest = [self._to_device(t) for t in rest]  # before the large copy: a copy from pageable memory may wait for all others
+        rest = [self._to_device(t) for t in rest]
         has_regions = len(decoded) < len(regions)
         end = regions.numel() if has_regions else 0
         for place, pixels in decoded.items():  # behind the regions

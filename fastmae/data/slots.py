@@ -3,6 +3,9 @@
 Slots of equal layout in one anonymous file, which grows by a slot when none is free: a consumer that keeps batches costs
 memory, never a deadlock. Where Python has memfd it does not lie under ``/dev/shm``, whose size containers limit. A slot is free
 again when the last array that was handed out of it is gone.
+
+A process maps slots for itself and a fork inherits no mapping, only the file. Drivers of GPUs take page-locked memory out of
+forks, some do and some do not; a worker that is started after slots were locked must not depend on it.
 """
 
 import math
@@ -41,6 +44,8 @@ class Slots:
         self._count = 0
         self._free: list[int] = []
         self._maps: dict[int, mmap.mmap] = {}
+        self._owner = os.getpid()  # of the maps
+        self._of_parent: dict[int, mmap.mmap] = {}
 
     def take(self) -> int:
         """The number of a slot that nobody uses, made now if there is none."""
@@ -60,12 +65,17 @@ class Slots:
         return np.frombuffer(self.memory(slot), field.dtype, *self._places[name]).reshape(field.shape)
 
     def memory(self, slot: int) -> mmap.mmap:
-        """All bytes of ``slot``."""
+        """All bytes of ``slot``, mapped by this process."""
+        if self._owner != os.getpid():
+            # Kept: to drop a mapping that this fork has not inherited would unmap whatever lies at its address by now.
+            self._of_parent |= self._maps
+            self._owner, self._maps = os.getpid(), {}
         if slot not in self._maps:
             # All pages at once: one by one, as images of other sizes reach other pages, their faults take about a twentieth of
             # the rate of decoding alone (two EPYC cores).
             flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
             self._maps[slot] = mmap.mmap(self._file, self.nbytes, flags, offset=slot * self.nbytes)
+            self._maps[slot].madvise(mmap.MADV_DONTFORK)
         return self._maps[slot]
 
 

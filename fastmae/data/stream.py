@@ -20,12 +20,13 @@ import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from fastmae.clock import LOOK
 from fastmae.data.augment import DRAWS, draw_crop
 from fastmae.data.batch import Batch, LoaderConfig
 from fastmae.data.decode import DecodeError, decode
 from fastmae.data.resize import resized_crop
 from fastmae.data.samples import IMAGES, label_of
-from fastmae.data.torch_workers import LOOK, ignore_signals, patiently
+from fastmae.data.torch_workers import ignore_signals, patiently
 from fastmae.data.urls import open_shards
 from fastmae.errors import DataError
 from fastmae.kernels.philox import CROPS, ORDER, permutation, uniform

@@ -22,7 +22,7 @@ from tests.support.crew import speak_into
 from tests.support.forked import context
 
 pytestmark = pytest.mark.cluster
-PATIENCE = 6.0  # seconds that each process waits
+PATIENCE = 5.0  # seconds that each process waits
 SUSPENDED = PATIENCE + 6.0  # more than the watchdog's five seconds above it, too
 NEEDED = 1.5  # seconds that it takes, once it runs, for what is waited for to come
 
@@ -60,7 +60,8 @@ class Slow(IterableDataset):
 
 
 def wait_for_a_stream():
-    loader = DataLoader(Slow(), batch_size=None, num_workers=1, timeout=LOOK, worker_init_fn=ignore_signals)
+    loader = DataLoader(Slow(), batch_size=None, num_workers=1, timeout=LOOK, worker_init_fn=ignore_signals,
+                        multiprocessing_context="fork")  # fmt: skip
     items = patiently(loader, PATIENCE, "a source")
     yield
     assert list(items) == [1]

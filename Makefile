@@ -42,11 +42,13 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 
 OLDEST_TESTS := $(addsuffix .py,$(addprefix tests/test_,layers ahead_of_time masked_mse patches take_rows decoder_input \
 	random_masking resized_crop philox compile gradients linear mae step parallel device loader))
+test-oldest: export CUDA_VISIBLE_DEVICES :=
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
 	$(OLDEST)/bin/python -m pytest -m "not gpu and not timing" $(OLDEST_TESTS)
 	$(OLDEST)/bin/python -m pytest tests/test_benchmarks.py -k gpu_that_is_not_there
 	$(OLDEST)/bin/python -m pytest -m gpu
+	$(MAKE) gpu PYTHON=$(OLDEST)/bin/python RESULTS=runs/oldest
 
 # Also with Python 3.12's rules, but for those that ask for syntax that 3.11 does not have.
 lint: $(VENV)/.installed

@@ -5,6 +5,7 @@ parsed before torch is imported, so that help answers at once: each benchmark im
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -18,6 +19,7 @@ from fastmae.benchmarks.cluster import Cluster
 from fastmae.benchmarks.flags import FLAGS, add_scaling_flags
 from fastmae.benchmarks.report import align, save, update_readme
 from fastmae.errors import InputError
+from fastmae.train import console
 from fastmae.train.interrupt import end, interrupts
 from fastmae.train.run import check_kernels
 
@@ -33,7 +35,8 @@ Part = tuple[str, dict, Callable[[dict], list[list[str]]]]  # a section's name, 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark; return its exit code: 0 done, 1 losses or gradients differ or resources exceed their limits, 2 wrong
-    input, 130 interrupted."""
+    input, 130 interrupted. SystemExit 141: nobody reads what it prints."""
+    console.open_streams()
     try:
         with interrupts(is_last=arguments is None):
             return _run(arguments)
@@ -45,7 +48,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str] | None) -> int:
-    options = parser().parse_args(arguments)
+    try:
+        with console.flushed():
+            options = parser().parse_args(arguments)
+            with console.outlived() if getattr(options, "out", None) else contextlib.nullcontext():
+                return _measure(options)
+    except OSError as error:  # a full disk, a file without permission: the user's to mend, and named
+        print(f"fastmae bench: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        return InputError.exit_code
+
+
+def _measure(options: argparse.Namespace) -> int:
     from fastmae.benchmarks.equality import LossesDiffer
 
     warnings.simplefilter("ignore")  # torch's hints, which a table's reader cannot act on

@@ -12,8 +12,8 @@ from functools import partial
 
 import torch
 
-from fastmae import choice_file
 from fastmae.backends import Shape, prepare
+from fastmae.choice_file import CHOICES, entry_key, read_entries, write_entries
 from fastmae.config import BACKENDS
 from fastmae.probe import probe, why_not
 from fastmae.trial import Inputs, forward_backward
@@ -32,7 +32,7 @@ def fastest(device_type: str, dtype: torch.dtype, shape: Shape) -> str:
     if key not in _chosen and not _measures:
         return _UNMEASURED
     if key not in _chosen:
-        known = choice_file.read(device_type, choice_file.CHOICES).get(choice_file.key(dtype, shape), {}).get("backend")
+        known = read_entries(device_type, CHOICES).get(entry_key(dtype, shape), {}).get("backend")
         _chosen[key] = known if known in BACKENDS and why_not(known, *key) is None else _measure_once(*key)
     return _chosen[key]
 
@@ -90,5 +90,5 @@ def _measure_once(device_type: str, dtype: torch.dtype, shape: Shape) -> str:
         torch.cuda.empty_cache()  # math attention alone takes gigabytes, which a step's tensors would not fit into
     backend = next(iter(times), _UNMEASURED)
     entry = {"backend": backend, "microseconds": {b: round(t, 1) for b, t in times.items()}}
-    choice_file.write(device_type, choice_file.CHOICES, {choice_file.key(dtype, shape): entry})
+    write_entries(device_type, CHOICES, {entry_key(dtype, shape): entry})
     return backend

@@ -27,13 +27,13 @@ def cache_file(device_type: str) -> Path | None:
     return folder and folder / f"attention-{name}.json"
 
 
-def key(dtype: torch.dtype, shape: Shape) -> str:
+def entry_key(dtype: torch.dtype, shape: Shape) -> str:
     """The name of an entry."""
     return f"{dtype}: {shape}"
 
 
-def read(device_type: str, section: str) -> dict[str, dict]:
-    """The entries of ``section``, by ``key``: none if the file is not there or damaged."""
+def read_entries(device_type: str, section: str) -> dict[str, dict]:
+    """The entries of ``section``, by ``entry_key``: none if the file is not there or damaged."""
     path = cache_file(device_type)
     try:
         entries = json.loads(path.read_text())[section] if path else {}
@@ -42,12 +42,12 @@ def read(device_type: str, section: str) -> dict[str, dict]:
         return {}
 
 
-def write(device_type: str, section: str, entries: dict[str, dict]) -> None:
+def write_entries(device_type: str, section: str, entries: dict[str, dict]) -> None:
     """Put ``entries`` into ``section``, over those of the same key."""
     path = cache_file(device_type)
     if path is None:
         return
-    sections = {name: read(device_type, name) for name in (PROBES, CHOICES)}
+    sections = {name: read_entries(device_type, name) for name in (PROBES, CHOICES)}
     sections[section] |= entries
     with contextlib.suppress(OSError, InputError):  # a machine that keeps nothing measures in every process
         path.parent.mkdir(parents=True, exist_ok=True)

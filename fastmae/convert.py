@@ -215,7 +215,7 @@ def _count(tensors: dict[str, Tensor], prefix: str) -> int:
 
 def _read_safetensors(path: Path) -> Weights:
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:
+        with path.open("rb") as opened, safe_open(_in_utf8(path, opened.fileno()), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
@@ -223,6 +223,12 @@ def _read_safetensors(path: Path) -> Weights:
     if _CONFIG in metadata:
         return Weights(path, tensors, ModelConfig.from_json(metadata[_CONFIG]), knows_target=True, knows_config=True)
     return _without_config(path, tensors, None)
+
+
+def _in_utf8(path: Path, handle: int) -> str:
+    """``path``, or if that is no UTF-8, which safetensors asks for, the name of its open file."""
+    name = os.fspath(path)
+    return f"/proc/self/fd/{handle}" if re.search("[\udc80-\udcff]", name) else name
 
 
 def _read_pth(path: Path) -> Weights:

@@ -67,5 +67,7 @@ def make_folder(path: str | Path) -> Path:
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written, {error.strerror}; choose another output folder") from error
+        is_file = isinstance(error, FileExistsError)
+        reason = "it is a file and no folder" if is_file else f"cannot be written, {error.strerror}"
+        raise InputError(f"{path}: {reason}; choose another output folder") from error
     return path

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastmae.config import kept_patches
 from fastmae.errors import InputError
 from fastmae.kernels import random_masking as random_ids
+from fastmae.seeds import check_seed
 
 
 class Masking(NamedTuple):
@@ -46,7 +47,8 @@ def random_masking(
     With ``seed``: the noise of (seed, ``epoch``, ``sample_ids``), where ``sample_ids`` (B,) int64 defaults to
     0, 1, ... and ``epoch`` is an int or (B,). With ``noise`` (B, L): that noise, smallest kept. With neither: a fresh
     draw from torch's generator. ``num_predict``: Q, if fewer than all masked patches are to be predicted. ``device``
-    defaults to that of ``sample_ids`` or ``noise``. Raises InputError on a ratio that keeps nothing or everything.
+    defaults to that of ``sample_ids`` or ``noise``. Raises InputError on a ratio that keeps nothing or everything, and on a
+    seed of more than 64 bits.
     """
     K = kept_patches(patches, mask_ratio)
     Q = patches - K if num_predict is None else num_predict
@@ -57,6 +59,7 @@ def random_masking(
             raise InputError(f"noise must be {(batch, patches)}, got {tuple(noise.shape)}")
         noise = noise.to(device or noise.device)
     elif seed is not None:
+        seed = check_seed(seed)
         sample_ids = (torch.arange(batch) if sample_ids is None else sample_ids).to(device=device, dtype=torch.int64)
         if sample_ids.shape != (batch,):
             raise InputError(f"sample_ids must be {(batch,)}, one an image, got {tuple(sample_ids.shape)}")

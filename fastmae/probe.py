@@ -6,8 +6,8 @@ On a GPU they are tried in processes of their own, since a process cannot go on 
 
 import torch
 
-from fastmae import choice_file
 from fastmae.backends import Shape, refusal
+from fastmae.choice_file import PROBES, entry_key, read_entries, write_entries
 from fastmae.config import BACKENDS
 from fastmae.probe_process import Pair, ProbeError, probe_in_child
 from fastmae.trial import Verdict, try_out
@@ -37,9 +37,9 @@ def probe(device_type: str, dtype: torch.dtype, shapes: list[Shape], backends: t
     if device_type != "cuda":
         _keep(device_type, dtype, {(b, s): try_out(b, device_type, dtype, s) for b, s in pairs})
         return
-    known = choice_file.read(device_type, choice_file.PROBES) if pairs else {}
+    known = read_entries(device_type, PROBES) if pairs else {}
     for backend, shape in pairs:
-        reason = known.get(choice_file.key(dtype, shape), {}).get(backend, 0)
+        reason = known.get(entry_key(dtype, shape), {}).get(backend, 0)
         if reason is None or isinstance(reason, str):
             _keep(device_type, dtype, {(backend, shape): Verdict(reason)})
     if rest := [pair for pair in pairs if (device_type, dtype, pair) not in _found]:
@@ -47,8 +47,8 @@ def probe(device_type: str, dtype: torch.dtype, shapes: list[Shape], backends: t
         _keep(device_type, dtype, verdicts)
         for (backend, shape), (reason, lasts) in verdicts.items():
             if lasts:
-                known.setdefault(choice_file.key(dtype, shape), {})[backend] = reason
-        choice_file.write(device_type, choice_file.PROBES, known)
+                known.setdefault(entry_key(dtype, shape), {})[backend] = reason
+        write_entries(device_type, PROBES, known)
 
 
 def notes() -> list[str]:

@@ -177,9 +177,9 @@ def _send(**message) -> None:
 if __name__ == "__main__":
     import torch
 
-    from fastmae import trial
     from fastmae.backends import Shape
+    from fastmae.trial import answers, open_device, try_out
 
-    sys.exit(main(json.loads(sys.argv[1]), trial.open_device,
-                  lambda backend, device, dtype, shape: trial.try_out(backend, device, getattr(torch, dtype), Shape(*shape)),
-                  trial.answers))  # fmt: skip
+    sys.exit(main(json.loads(sys.argv[1]), open_device,
+                  lambda backend, device, dtype, shape: try_out(backend, device, getattr(torch, dtype), Shape(*shape)),
+                  answers))  # fmt: skip

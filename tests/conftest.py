@@ -10,6 +10,12 @@ import torch
 
 from tests.support.pictures import make_picture
 
+_OF_TERMINAL = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGHUP: signal.SIG_DFL,
+    signal.SIGQUIT: signal.SIG_DFL,
+}
+
 # Pillow and what reads data are imported where they are used: kernels are tested where only torch and triton are.
 
 
@@ -20,8 +26,9 @@ def pytest_addoption(parser):
 
 def pytest_configure():
     """What the processes of tests inherit."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's script starts what it puts in the background
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, handler in _OF_TERMINAL.items():
+        if signal.getsignal(number) is signal.SIG_IGN:  # as nohup, or a shell's script starts what it puts in the background
+            signal.signal(number, handler)
     if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with two threads each wait for each other's cores
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
@@ -74,7 +81,8 @@ def seeded():
 @pytest.fixture(autouse=True)
 def same_signals():
     """A run that was stopped by a signal ignores more of them for good; the next test, and its processes, must not."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

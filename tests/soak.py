@@ -30,7 +30,7 @@ from tests.support.crew import Crew
 from tests.support.pictures import make_picture
 from tests.support.runs import assert_same_bits
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 STEPS = 15  # of the run, per fault: more than a start goes on by
 ANSWERED = 60.0  # seconds in which a process must end once another is gone
 

@@ -219,9 +219,13 @@ def test_wrong_arguments_are_one_line(arguments, message, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_gpu_that_is_not_there_is_said(capsys):
-    assert main(["step", "--device", "cuda"]) == 2
-    assert "torch sees no CUDA device" in capsys.readouterr().err
+@pytest.mark.parametrize("command", [["step"], ["step", "--profile"], ["gradients"], ["kernels"], ["attention"], ["waterfall"],
+                                     ["loader", "--gpu", "--data", "x"], ["fed-step", "--data", "x"], ["all"]],
+                         ids=" ".join)  # fmt: skip
+def test_a_gpu_that_is_not_there_is_said_in_one_line(command, capsys):
+    assert main([*command, "--device", "cuda"]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and "no CUDA device" in error
 
 
 def test_the_command_line_hands_over(tmp_path):

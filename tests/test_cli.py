@@ -58,6 +58,7 @@ def world(shard_folder, image_folder, tmp_path):
     return paths
 
 
+SEED = f"seed must be an integer from 0 to {2**64 - 1} (64 bits)"
 PRETRAIN = ["pretrain", "tiny", "--data", "{shards}", "--out", "{out}", *TINY]
 BAD = [  # the command, what its one line must say
     (["pretrain", "--data", "{shards}", "--out", "{out}"], "give a preset (tiny, small, base, large, huge) or --recipe"),
@@ -77,6 +78,11 @@ BAD = [  # the command, what its one line must say
     ([*PRETRAIN, "--batch-size", "0"], "batch-size must be at least 1, got 0"),
     ([*PRETRAIN, "--effective-batch", "6"], "effective batch 6 must be a multiple of 4 per process"),
     ([*PRETRAIN, "--blr", "-1"], "blr must be positive"),
+    ([*PRETRAIN, "--seed", "-1"], f"{SEED}, got -1"),
+    (
+        [*PRETRAIN, "--seed", str(2**64)],
+        f"{SEED}, got {2**64}",
+    ),
     ([*PRETRAIN, "--precision", "fp8"], "precision must be one of auto, bf16, fp16, fp32, got 'fp8'"),
     ([*PRETRAIN, "--device", "tpu"], "device must be auto, cpu or cuda, got 'tpu'"),
     ([*PRETRAIN, "--crop-scale", "0.5", "0.2"], "crop scale must be two rising numbers"),
@@ -102,6 +108,10 @@ BAD = [  # the command, what its one line must say
     (["shards", "build", "{images}", "{file}/x"], "cannot be written"),
     (["shards", "build", "{images}", "{out}", "--resize", "0"], "resize must be a positive number of pixels or none, got '0'"),
     (["shards", "build", "{images}", "{out}", "--workers", "-1"], "workers must not be negative"),
+    (
+        ["shards", "build", "{images}", "{out}", "--seed", "-1"],
+        f"{SEED}, got -1",
+    ),
     (["shards", "verify", "{empty}"], "has no index to verify against"),
     (["shards", "verify", "{cut}", "--workers", "0"], "restore those files"),
     (["shards", "info", "{empty}"], "index.json: cannot be read"),
@@ -127,6 +137,10 @@ BAD = [  # the command, what its one line must say
     (["reconstruct", "{full}", "{images}", "--mask-ratio", "1"], "mask ratio must lie strictly between 0 and 1"),
     (["reconstruct", "{full}", "{images}", "--out", "{file}/strip.png"], "strip.png: cannot be written"),
     (["reconstruct", "{full}", "{images}", "--count", "0"], "count must be at least 1"),
+    (
+        ["reconstruct", "{full}", "{images}", "--seed", "-1"],
+        f"{SEED}, got -1",
+    ),
     (["convert", "{full}", "{root}/m.onnx"], "must end in .safetensors or .pth"),
     (["convert", "{garbage}", "{root}/m.safetensors"], "damaged"),
     (["convert", "{full}", "{file}/m.pth"], "m.pth: cannot be written"),

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from fastmae.errors import CheckpointError, DataError
 from fastmae.train import saver as saver_file
 from fastmae.train.checkpoint import find_checkpoint, list_checkpoints
+from fastmae.train.cli import main
+from fastmae.train.snapshot import total_bytes
 from tests.support.runs import FLAGS, finish, records, start
 from tests.support.saves import files_of, save, saver_of, tensors_at
 
@@ -78,7 +81,7 @@ def test_a_save_that_fails_leaves_the_others_and_is_told_with_path_and_bytes(fai
     saver.wait()
     saver.ended()
     before = files_of(tmp_path)
-    needed = saver_file.total_bytes(tensors_at(4)) * 2 + (1 << 20) - 4  # the weights twice, the step once
+    needed = total_bytes(tensors_at(4)) * 2 + (1 << 20) - 4  # the weights twice, the step once
     with monkeypatch.context() as patch:
         getattr(Failure, failure)(patch)
         save(saver, 4)
@@ -162,15 +165,36 @@ def test_a_disk_that_is_really_full_harms_no_older_checkpoint(lies, small_disk, 
     assert find_checkpoint(small_disk) == (small_disk / "step-0000010", [])
 
 
+@pytest.mark.parametrize("options", ["remount,size=4m", "remount,nr_inodes=10,size=200m", "remount,ro"])
+def test_a_folder_without_room_is_refused_before_the_first_step(options, small_disk, shard_folder, capsys):
+    subprocess.run(["mount", "-o", options, str(small_disk)], check=True)
+    assert main(["pretrain", "tiny", "--data", str(shard_folder), "--out", str(small_disk), "--workers", "0", "--steps", "1",
+                 "--device", "cpu", "--batch-size", "8", "--img-size", "32", "--patch-size", "8"]) == 2  # fmt: skip
+    (line,) = capsys.readouterr().err.splitlines()
+    says = {"size": r"a checkpoint needs [\d,]{10,} bytes, [\d,]{7,} are free; make room, or give another --out$",
+            "nr_inodes": r"a checkpoint needs 9 files, its disk has room for \d \(df -i\): remove some, or give",
+            "ro": "cannot be written, Read-only file system; choose another output folder$"}  # fmt: skip
+    assert re.match(f"fastmae: {small_disk}: {says[options.split(',')[1].partition('=')[0]]}", line)
+    assert not list(small_disk.glob("*step-*")) and not (small_disk / "metrics.jsonl").exists()
+
+
 _LYING = "import shutil, sys; shutil.disk_usage = lambda _: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40); "
+_LYING_AT_FIRST = """
+import shutil, sys
+true = shutil.disk_usage
+def lie(path):
+    shutil.disk_usage = true
+    return shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)
+shutil.disk_usage = lie
+"""
 _MAIN = "from fastmae.train.cli import main; sys.exit(main())"
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("lies", [False, True], ids=["told beforehand", "found while writing"])
-def test_a_run_on_a_full_disk_goes_on_to_its_end_and_says_that_it_is_not_saved(lies, small_disk, shard_folder):
+def test_a_run_whose_disk_becomes_full_goes_on_to_its_end_and_says_that_it_is_not_saved(lies, small_disk, shard_folder):
     flags = ["--data", shard_folder, *FLAGS, "--steps", "3", "--batch-size", "8", "--save-every", "2", "--out", small_disk]
-    program = ("-c", (_LYING if lies else "import sys; ") + _MAIN)
+    program = ("-c", (_LYING if lies else _LYING_AT_FIRST) + _MAIN)
     code, text = finish(start([*flags, "--no-async-save"] if lies else flags, program=program))
     assert code == 5, text
     assert [r["step"] for r in records(small_disk) if "loss" in r] == [1, 2, 3]

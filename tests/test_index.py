@@ -13,6 +13,7 @@ import xxhash
 from hypothesis import strategies as st
 
 from fastmae import DataError
+from fastmae.data.foreign import index_shards
 from fastmae.data.index import ROW, Index
 from fastmae.data.read import ShardReader
 from fastmae.errors import SampleError
@@ -190,3 +191,39 @@ def test_no_lie_of_an_index_with_right_hashes_causes_another_error(draw, small_f
             loaded.append(load_all(folder))
 
     assert 0.02 < sum(loaded) / len(loaded) < 0.95
+
+
+def test_an_index_whose_tars_were_moved_says_where_it_looks_and_the_advice_finds_them(foreign, tmp_path):
+    tars, index = tmp_path / "tars", tmp_path / "index"
+    shutil.copytree(foreign, tars)
+    before = index_shards(tars, index).fingerprint
+    tars.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError) as raised:
+        Index.load(index)
+    assert str(raised.value) == (
+        f"{index}/../tars/part-0.tar: missing; the index lists 4 shards, this is number 0, and none of them is there: "
+        f"{index}/index.json looks for its tars in {tars}; if they were moved to TARS, "
+        f"`fastmae shards index TARS --out {index}` finds them"
+    )
+    index_shards(tmp_path / "elsewhere", index)
+    assert Index.load(index).fingerprint == before  # so that a run goes on with it
+
+
+def test_an_index_moved_away_from_the_tars_it_was_built_with_says_how_to_put_it_back(copy, tmp_path):
+    before = Index.load(copy).fingerprint
+    away = tmp_path / "away"
+    away.mkdir()
+    for name in ("index.json", "index.npy"):
+        (copy / name).rename(away / name)
+    says = f"{away}/index.json looks for its tars in {away}; move index.json and index.npy to where the tars are, and give that"
+    with pytest.raises(DataError, match=re.escape(says)):
+        Index.load(away)
+    for name in ("index.json", "index.npy"):
+        (away / name).rename(copy / name)
+    assert Index.load(copy).fingerprint == before
+
+
+def test_of_a_single_missing_tar_nothing_is_said_of_moving(copy):
+    (copy / "shard-000002.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-000002\.tar: missing; .* this is number 2; restore it, or build the"):
+        Index.load(copy)

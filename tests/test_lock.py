@@ -26,7 +26,8 @@ from fastmae.train.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 assert lock.acquire() is None
 if sys.argv[2] == "forks" and os.fork() == 0:  # as a loader's worker: it has the lock's file open
-    Path(sys.argv[1], "child").write_text(str(os.getpid()))
+    Path(sys.argv[1], "pid").write_text(str(os.getpid()))
+    Path(sys.argv[1], "pid").rename(Path(sys.argv[1], "child"))  # complete once it is there
     time.sleep(600)
     os._exit(0)
 print("held", flush=True)

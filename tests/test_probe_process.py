@@ -1,6 +1,8 @@
 """Backends are tried in another process: whatever they do to it, this one goes on and knows which did it."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -95,11 +97,17 @@ assert child.message(20) == {{"opened": True}} and child.message(20) == {{"begin
 Path({str(tmp_path / "pid")!r}).write_text(str(child._process.pid))
 time.sleep(1000)"""
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
-    pid = tmp_path / "pid"
-    assert wait_until(lambda: pid.exists() and pid.read_text(), 20) and is_alive(int(pid.read_text()))
+    file = tmp_path / "pid"
+    assert wait_until(lambda: file.exists() and file.read_text(), 20)
+    pid = int(file.read_text())
+    assert is_alive(pid)
     parent.kill()
     parent.wait()
-    assert wait_until(lambda: not is_alive(int(pid.read_text())))
+    try:
+        assert wait_until(lambda: not is_alive(pid))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_ctrl_c_does_not_reach_a_child(child):

@@ -3,10 +3,13 @@
 import os
 
 import pytest
+import torch
 
 from fastmae import InputError
+from fastmae.train import pretrain
 from fastmae.train.run import default_workers
-from tests.support.runs import run_of
+from fastmae.train.world import World
+from tests.support.runs import RECIPE, run_of
 from tests.support.slurm import STEP_OF_TWO
 
 
@@ -22,6 +25,19 @@ def test_processes_of_a_machine_share_its_cores_among_their_workers(cores, monke
                         ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):  # fmt: skip
         monkeypatch.setenv(name, value)
     assert default_workers() == 2
+
+
+def test_workers_wait_until_the_processes_of_the_machine_are_counted(cores, monkeypatch, tmp_path):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    counted = []
+    monkeypatch.setattr(pretrain, "join_world", lambda *_: World(0, 1, torch.device("cpu"), local_size=4))
+    monkeypatch.setattr(pretrain, "Trainer", lambda recipe, run, *_: counted.append(run.workers))
+    run = run_of("shards", tmp_path, workers=None)
+    assert run.workers is None
+    with pytest.raises(AttributeError):
+        pretrain.pretrain(RECIPE, run)
+    assert counted == [2]
 
 
 @pytest.mark.parametrize(("on_node", "workers"), [("12", 5), ("24", 11)])

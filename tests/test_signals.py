@@ -1,5 +1,6 @@
 """Signals that ask a run to stop, to any of its processes, at any moment: all end the same step, save, and end well."""
 
+import os
 import re
 import signal
 import time
@@ -9,7 +10,9 @@ import pytest
 
 from fastmae.train.signals import SIGNALS, StopSignals
 from tests.support import faults
-from tests.support.crew import Crew, run
+from tests.support.crew import Crew, run, speak_into
+from tests.support.forked import context
+from tests.support.processes import wait_until
 from tests.support.runs import FLAGS as TINY
 from tests.support.runs import TORCHRUN, assert_same_bits, finish, losses, records, start
 
@@ -59,6 +62,48 @@ def test_only_a_second_interrupt_after_a_while_means_now(monkeypatch):
         assert signals.received == "SIGTERM"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+def test_what_a_terminal_sends_stays_ignored_where_nohup_or_a_script_has_it_ignored(number):
+    signal.signal(number, signal.SIG_IGN)
+    with StopSignals() as signals:
+        signal.raise_signal(number)
+        assert signals.received is None
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == "SIGTERM"
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_what_a_scheduler_sends_is_noted_even_where_a_script_has_it_ignored(number):
+    signal.signal(number, signal.SIG_IGN)
+    with StopSignals() as signals:
+        signal.raise_signal(number)
+        assert signals.received == signal.Signals(number).name
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
+def hold_python(console):
+    speak_into(console)
+    with StopSignals():
+        print("holds", flush=True)
+        faults.hold_interpreter()
+
+
+def test_sigquit_writes_the_stacks_of_a_process_that_holds_python(tmp_path):
+    path = tmp_path / "console"
+    process = context().Process(target=hold_python, args=(path,))
+    process.start()
+    try:
+        assert wait_until(lambda: path.exists() and "holds" in path.read_text(), 30)
+        time.sleep(0.2)
+        os.kill(process.pid, signal.SIGQUIT)
+        assert wait_until(lambda: "in hold_python" in path.read_text(), 30)
+        assert process.exitcode is None
+    finally:
+        process.kill()
+        process.join()
+
+
 @pytest.fixture(scope="module")
 def undisturbed(shard_folder, tmp_path_factory):
     """The folder of a run of two processes to which nothing happened."""
@@ -95,8 +140,8 @@ def assert_goes_on_to(whole, shards, out):
     ("number", "ranks", "how"),
     [
         (signal.SIGTERM, (1,), {}),
-        (signal.SIGUSR1, (0,), {}),
-        (signal.SIGUSR2, (), {}),
+        (signal.SIGQUIT, (0,), {"group": True}),  # as torchrun passes it on, or a terminal sends it
+        (signal.SIGHUP, (), {"group": True, "times": 2}),  # as a terminal that is closed, and then torchrun
         (signal.SIGINT, (), {"group": True}),  # as Ctrl-C does: the loader's workers have it too
         (signal.SIGTERM, (), {"group": True, "times": 3}),
     ],
@@ -110,6 +155,8 @@ def test_all_stop_after_the_same_step_and_the_next_start_goes_on_with_the_same_b
     with Crew(2, shard_folder, out, *FLAGS, fault=fault) as crew:
         crew.wait_for("step 5/")
         assert stop(crew, number, *ranks, **how) >= 5
+        assert ("most recent call first" in crew.text(0)) == (number == signal.SIGQUIT)
+        assert "loader worker" not in crew.text()  # none of them died of it
     assert_goes_on_to(undisturbed, shard_folder, out)
 
 
@@ -130,10 +177,24 @@ def test_a_signal_during_a_save_waits_for_it(how, undisturbed, shard_folder, tmp
 def test_a_signal_during_the_start_stops_before_the_first_step(undisturbed, shard_folder, tmp_path):
     out = tmp_path / "run"
     with Crew(2, shard_folder, out, *FLAGS, fault=partial(faults.slow_start, 0.5)) as crew:
-        crew.wait_for(lambda: "joining" in crew.text(1))
+        crew.wait_for(lambda: "joined" in crew.text(1))
         assert stop(crew, signal.SIGUSR1, 1) == 0
     assert (out / "step-0000000").is_dir()
     assert_goes_on_to(undisturbed, shard_folder, out)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("number", "flags", "code"), [(signal.SIGTERM, (), 130), (signal.SIGINT, (), 130),
+                                                       (signal.SIGUSR1, ("--requeue-exit",), 85)])  # fmt: skip
+def test_a_signal_during_the_rendezvous_ends_the_process_at_once(number, flags, code, shard_folder, tmp_path):
+    with Crew(3, shard_folder, tmp_path / "run", *FLAGS, *flags, fault=partial(faults.never_join, 2)) as crew:
+        crew.wait_for("2 of 3 processes have joined, missing rank 2;")
+        began = crew.send(number, 1)
+        assert crew.end(20, (0, 1)) == [4, code], crew.text()
+        assert time.monotonic() - began < AT_ONCE + faults.load()
+        assert f"fastmae: stopped by {number.name} during the rendezvous" in crew.text(1)
+        assert re.search(rf"fastmae: rank 1 on \S+ has left the rendezvous, stopped by {number.name}; the others", crew.text(0))
+        assert "Traceback" not in crew.text()
 
 
 @pytest.mark.cluster

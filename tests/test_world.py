@@ -19,7 +19,11 @@ def hear_process(environment: dict[str, str], out: Path) -> None:
     os.environ |= environment
     world = join_world("cpu", 60)
     world.set_timeout(30)
-    heard = {"machine": world.machine is not None, "room": resource.getrlimit(resource.RLIMIT_NOFILE)[0]}
+    heard = {
+        "machine": world.machine is not None,
+        "local_size": world.local_size,
+        "room": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    }
     heard["any"] = [world.any(world.rank == r, world.rank != r, False) for r in range(world.size)]
     heard["gather"] = world.gather([f"from {world.rank}"] * (world.rank % 2))
     heard["main"] = world.from_main(f"rank {world.rank}")
@@ -36,22 +40,22 @@ def refuse():
     raise InputError("no")
 
 
-def hear(size: int, local_size: int, folder: Path) -> list[dict]:
-    """What each of ``size`` processes hears, as if ``local_size`` of them shared a machine."""
+def hear(size: int, local_size: int | None, folder: Path) -> list[dict]:
+    """What each of ``size`` processes hears, as if ``local_size`` of them shared a machine; None: they count it."""
     port, arguments = free_port(), []
     for rank in range(size):
-        variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local_size, "LOCAL_WORLD_SIZE": local_size,
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        variables = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables |= {"LOCAL_RANK": rank % local_size, "LOCAL_WORLD_SIZE": local_size} if local_size else {}
         arguments.append(({name: str(value) for name, value in variables.items()}, folder / str(rank)))
     run_together(hear_process, arguments)
     return [json.loads((folder / str(rank)).read_text()) for rank in range(size)]
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(("size", "local_size"), [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize(("size", "local_size"), [(2, 2), (4, 2), (3, 1), (2, None)])
 def test_every_process_hears_the_same(size, local_size, tmp_path):
     for heard in hear(size, local_size, tmp_path):
-        assert heard["machine"] == (1 < local_size < size)
+        assert heard["local_size"] == (local_size or size) and heard["machine"] == (1 < heard["local_size"] < size)
         assert heard["any"] == [[True, True, False]] * size
         assert heard["gather"] == [f"from {r}" for r in range(1, size, 2)]
         assert heard["main"] == "rank 0" and heard["by_main"] == "done by 0" and heard["refused"] == "no"

@@ -2,9 +2,12 @@
 
 import sys
 
+from fastmae.train.console import open_streams
+
 
 def main() -> int:
     """The command line; Ctrl-C while its own modules are imported ends it, too, with one line."""
+    open_streams()  # before any file is opened
     try:
         from fastmae.train.cli import main as run
     except KeyboardInterrupt:

@@ -136,6 +136,7 @@ def _take_named(name: str, shapes: list[Shape], device: str, dtype: torch.dtype,
     """The backend ``name`` for all shapes, if it works on them."""
     for shape in shapes:
         if reason := why_not(name, device, dtype, shape):
+            probe(device, dtype, shapes)
             others = [b for b in BACKENDS if not any(why_not(b, device, dtype, s) for s in shapes)]
             raise InputError(
                 f"attention {name} does not work here for {shape}, {reason}; leave it to auto, or choose "

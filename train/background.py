@@ -3,47 +3,58 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 _TICK = 0.1  # seconds between two looks
-_PAUSES = (0.005, 0.5)  # seconds, the least and the most
+_LEAST, _MOST = 0.005, 0.5  # seconds of a pause
+_EACH = 1e-4  # seconds a pause lasts at least for each process that asks the same: ten thousand questions a second in all
 _NAME = "fastmae-background"
 
 T = TypeVar("T")
 
 
-def wait_in_thread(work: Callable[[], T], look: Callable[[float], None]) -> T:
-    """What ``work`` gives, run in another thread, while this one calls ``look`` with the seconds gone, several times a second.
+class Background(Generic[T]):
+    """A call of ``work`` in a thread of its own, begun at once."""
 
-    Whatever ``look`` or a signal handler raises ends the wait and leaves the thread to itself.
-    """
-    ends: list[tuple[T | None, BaseException | None]] = []
+    def __init__(self, work: Callable[[], T]):
+        self._ends: list[tuple[T | None, BaseException | None]] = []
+        self._thread = threading.Thread(target=self._run, args=(work,), name=_NAME, daemon=True)
+        self._thread.start()
 
-    def run() -> None:
+    def wait(self, look: Callable[[float], None]) -> T:
+        """What ``work`` gives or raises. Until then ``look`` is called with the seconds gone, several times a second.
+
+        Whatever ``look`` or a signal handler raises ends the wait and leaves the thread to itself.
+        """
+        began = time.monotonic()
+        while not self._ends:
+            self._thread.join(_TICK)
+            if not self._ends:
+                look(time.monotonic() - began)
+        given, error = self._ends[0]
+        if error is not None:
+            raise error
+        return given
+
+    def is_over(self, seconds: float = 0.0) -> bool:
+        """Whether ``work`` has ended, at the latest in so many seconds."""
+        self._thread.join(seconds)
+        return bool(self._ends)
+
+    def _run(self, work: Callable[[], T]) -> None:
         try:
-            ends.append((work(), None))
-        except BaseException as error:  # raised again below
-            ends.append((None, error))
-
-    thread, began = threading.Thread(target=run, name=_NAME, daemon=True), time.monotonic()
-    thread.start()
-    while not ends:
-        thread.join(_TICK)
-        if not ends:
-            look(time.monotonic() - began)
-    given, error = ends[0]
-    if error is not None:
-        raise error
-    return given
+            self._ends.append((work(), None))
+        except BaseException as error:  # raised again by ``wait``
+            self._ends.append((None, error))
 
 
-def still_waits() -> bool:
+def has_abandoned() -> bool:
     """Whether a thread was left to itself and is at work yet: in C++ the interpreter cannot end it."""
     return any(thread.name == _NAME for thread in threading.enumerate())
 
 
-def pauses() -> Iterator[float]:
-    """Seconds to sleep between two looks at something, ever longer: a tenth of the time gone, at most half a second."""
-    began = time.monotonic()
+def pauses(processes: int) -> Iterator[float]:
+    """Seconds to sleep between two looks at what so many ``processes`` ask for: a tenth of the time gone, within limits."""
+    began, least = time.monotonic(), max(_LEAST, processes * _EACH)
     while True:
-        yield min(max((time.monotonic() - began) / 10, _PAUSES[0]), _PAUSES[1])
+        yield max(min((time.monotonic() - began) / 10, _MOST), least)

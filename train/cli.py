@@ -15,10 +15,11 @@ from pathlib import Path
 import tyro
 
 from fastmae.errors import CheckpointError, DivergedError, InputError, LostProcessError, RequeueError
+from fastmae.train import console
 from fastmae.train.environment import read_place
 from fastmae.train.interrupt import end, interrupts
 from fastmae.train.run import check_kernels
-from fastmae.train.settings import PretrainSettings
+from fastmae.train.settings import DoctorSettings, PretrainSettings
 from fastmae.train.shards import build, index, info, verify
 
 Positional = tyro.conf.Positional
@@ -88,11 +89,24 @@ def convert(src: Positional[Path], dst: Positional[Path], encoder_only: bool = F
     print(f"{dst}: {len(weights.tensors)} tensors")
 
 
-def doctor() -> None:
-    """Print versions, devices, and which kernels and attention are used and why not faster ones."""
-    from fastmae.train.doctor import report as describe_machine
+def doctor(settings: tyro.conf.OmitArgPrefixes[DoctorSettings]) -> int:
+    """Print versions, devices, and which kernels and attention are used and why not faster ones; under a launcher, or with a
+    run's own flags, what would make that run fail."""
+    place = read_place()
+    if settings.distributed and place.launcher == "none":
+        raise InputError(
+            "--distributed looks at the processes of a launcher, and none has started this one: torchrun --nproc-per-node 8 -m "
+            "fastmae.train doctor, or srun, with the flags of the run; docs/launch.md shows how on several machines"
+        )
+    if place.size == 1 and not settings.distributed:
+        from fastmae.train.doctor import report as describe_machine
 
-    print("\n".join(describe_machine()))
+        print("\n".join(describe_machine()))
+        if not settings.is_of_run:
+            return 0
+    from fastmae.train.preflight import preflight
+
+    return preflight(settings)
 
 
 def demo(out: Path = Path("runs/demo"), steps: int = 1400, workers: int = 1) -> None:
@@ -119,15 +133,18 @@ def shards() -> None:
 
 
 SHARDS = {f.__name__: f for f in (build, verify, info, index)}
+PRINTING = {info, doctor}
+"""Commands whose result is what they print: without standard output they end. The others' is a file, or their exit code."""
 COMMANDS = {f.__name__: f for f in (shards, pretrain, reconstruct, report, convert, bench, doctor, demo)}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 2 wrong input, 3 diverged, 4 a process lost or stuck, 5 no checkpoint
-    could be written, 85 stopped and to be started again, 130 interrupted.
+    could be written, 85 stopped and to be started again, 130 interrupted. SystemExit 141: nobody reads what it prints.
 
     A process of a run of several that fails does not return: it ends here with that code, or with 1.
     """
+    console.open_streams()
     try:
         with interrupts(is_last=arguments is None):
             code = _run(sys.argv[1:] if arguments is None else arguments)
@@ -149,19 +166,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    """One line on the console. One that cannot be written, on a full disk say, does not change the exit code."""
-    with contextlib.suppress(OSError):
-        print(f"fastmae: {text}", file=sys.stderr)
+    print(f"fastmae: {text}", file=sys.stderr)
 
 
 def _run(arguments: list[str]) -> int:
     try:
         if arguments[:1] == ["bench"]:
             return _run_benchmarks(arguments[1:])
-        if arguments[:1] == ["shards"]:
-            _run_shards(arguments[1:])
-        else:
-            _run_one(COMMANDS, "fastmae", "Masked-autoencoder pretraining.", arguments)
+        with console.flushed():
+            if arguments[:1] == ["shards"]:
+                _run_shards(arguments[1:])
+            else:
+                return _run_one(COMMANDS, "fastmae", "Masked-autoencoder pretraining.", arguments)
     except (InputError, DivergedError, LostProcessError, CheckpointError, RequeueError) as error:
         _say(str(error))
         return error.exit_code
@@ -188,19 +204,20 @@ def _run_shards(arguments: list[str]) -> None:
     _run_one(SHARDS, "fastmae shards", "Shards of images, and their index.", arguments)
 
 
-def _run_one(commands: dict[str, Callable], prog: str, description: str, arguments: list[str]) -> None:
-    """Parse ``arguments``, and run the one of ``commands`` that they name."""
+def _run_one(commands: dict[str, Callable], prog: str, description: str, arguments: list[str]) -> int:
+    """Parse ``arguments``, and run the one of ``commands`` that they name; return its exit code, 0 if it has none."""
     checked = {name: _checked(command) for name, command in commands.items()}
-    tyro.extras.subcommand_cli_from_dict(checked, prog=prog, description=description, args=arguments)
+    return tyro.extras.subcommand_cli_from_dict(checked, prog=prog, description=description, args=arguments) or 0
 
 
 def _checked(command: Callable) -> Callable:
-    """``command``, after ``check_kernels``."""
+    """``command``, after ``check_kernels``; it outlives its console unless it is one of ``PRINTING``."""
 
     @functools.wraps(command)
     def run(*args, **kwargs):
         check_kernels()
-        return command(*args, **kwargs)
+        with contextlib.nullcontext() if command in PRINTING else console.outlived():
+            return command(*args, **kwargs)
 
     return run
 

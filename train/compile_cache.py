@@ -2,7 +2,7 @@
 
 Inductor and Triton keep their results in folders. Here these are on the node's own disk (``use_local_folders``), because
 hundreds of processes that write thousands of small files would stall a network file system, and the node may be another one
-next time. So after a first step all of it goes into one file (``torch.compiler.save_cache_artifacts``), which starts read.
+next time. So after a first step it goes into one file (``torch.compiler.save_cache_artifacts``), which every start reads.
 
 That file holds code, which is executed. It therefore lies in the user's own cache folder and never in a run's, which may come
 from elsewhere, and it is read only if it belongs to this user and nobody else can write it.

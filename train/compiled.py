@@ -26,15 +26,17 @@ def compiled(module: LossModule, how: str, processes: int = 1) -> nn.Module:
 
     ``model``: one graph of the whole loss, so that work fuses across blocks. ``blocks``: one small graph that all blocks of
     a kind share, compiled in seconds. ``auto``: ``off`` on CPUs, where torch's own kernels are faster; on GPUs ``model``, or
-    ``blocks`` in a run of several processes, whose gradients are shared while earlier blocks still run backwards.
+    ``blocks`` in a run of several processes, whose gradients are shared while earlier blocks still run backwards. ``model`` is
+    one graph there too: its gradients come all at once, and are shared when the backward pass has ended.
     """
     if how == "auto":
         on_gpu = module.model.cls_token.is_cuda
         how = "off" if not on_gpu else "model" if processes == 1 else "blocks"
     # Of every image size of a progressive run each kind of block is compiled once more, and all of them count together.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED)
+    if how != "off":
+        torch._dynamo.config.optimize_ddp = False  # would split every graph at DDP's buckets
     if how == "blocks":
-        torch._dynamo.config.optimize_ddp = False  # would cut the blocks at DDP's buckets; they overlap as they are
         for block in (*module.model.blocks, *module.model.decoder_blocks):
             block.compile(dynamic=False)
     return torch.compile(module, dynamic=False) if how == "model" else module

@@ -19,8 +19,8 @@ from fastmae.kernels import dispatch, gather_patches
 from fastmae.probe import notes, probe, why_not
 from fastmae.train.run import default_workers
 
-_SHARED = 8 << 30  # bytes of /dev/shm that a node's streams and collectives can fill
-_FILES = 4096  # open files that let a reader keep a thousand shards open
+SHARED = 8 << 30  # bytes of /dev/shm that a node's streams and collectives can fill
+FILES = 4096  # open files that let a reader keep a thousand shards open
 _PACKAGES = ("torch", "triton", "numpy", "xformers", "webdataset", "fsspec", "simplejpeg", "pillow", "safetensors", "xxhash",
              "tyro", "tqdm")  # fmt: skip
 _OPTIONAL = {"tensorboard": "a run's TensorBoard log", "matplotlib": "the demo's loss.png, plots of benchmarks"}
@@ -73,14 +73,14 @@ def _loading() -> list[str]:
     if shared is None:
         lines.append("  /dev/shm: missing; indexed shards do not need it, streams and NCCL do: mount a tmpfs there")
     else:
-        short = shared.free < _SHARED
+        short = shared.free < SHARED
         advice = (
-            f"; short for streams and NCCL, give it {_SHARED >> 30} GiB (docker: --shm-size {_SHARED >> 30}g)" if short else ""
+            f"; short for streams and NCCL, give it {SHARED >> 30} GiB (docker: --shm-size {SHARED >> 30}g)" if short else ""
         )
         lines.append(f"  /dev/shm: {shared.free / 2**30:.1f} of {shared.total / 2**30:.1f} GiB free{advice}")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     short = (
-        f"; few for many shards, which are then opened again and again: ulimit -n {min(hard, _FILES)}" if soft < _FILES else ""
+        f"; few for many shards, which are then opened again and again: ulimit -n {min(hard, FILES)}" if soft < FILES else ""
     )
     lines.append(f"  open files: {soft} a process, {hard} at most{short}")
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", max(1, torch.cuda.device_count())))

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
+from fastmae.train.console import outlived
+
 _AGAIN = 10.0  # seconds after which a process that is still at work is interrupted once more; cleaning up takes less
 _REPEATED = 1.0  # seconds in which two signals are one: a terminal and a launcher may both have sent it
 _SOON = 0.01  # seconds until one that was seen to be dropped is raised again, outside whatever dropped it
@@ -70,9 +72,8 @@ def interrupts(*, is_last: bool) -> Iterator[None]:
 
 def end(code: int) -> NoReturn:
     """End the process at once: to take torch's modules apart may take the interpreter seconds."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
+    with outlived():  # what it has printed is written, or dropped
+        pass
     os._exit(code)
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fastmae.errors import InputError
 from fastmae.files import write_atomically
 from fastmae.optional import require
+from fastmae.train import console
 
 DRAWINGS = "reconstructions"
 
@@ -30,6 +31,7 @@ class RunLog:
         goes on, and says so."""
         self.is_main, self.out = is_main, out
         self._has_failed = False
+        self._lost: set[str] = set()
         package = require("wandb", "--wandb") if wandb is not None else None
         if not is_main:
             return
@@ -89,6 +91,7 @@ class RunLog:
         """The values of a log interval that ended with ``step`` steps done."""
         if not self.is_main:
             return
+        self._note_console()
         self._write({"step": step, "time": time.time(), **values})
         known = {f"train/{name}": value for name, value in values.items() if value is not None}
         with self._tolerantly():
@@ -111,12 +114,20 @@ class RunLog:
         """Flush and close everything."""
         if self.is_main:
             self._bar.close()
+            self._note_console()
             with self._tolerantly():
                 if self._events is not None:
                     self._events.close()
                 self._jsonl.close()
             if self._wandb is not None:
                 self._wandb.finish()
+
+    def _note_console(self) -> None:
+        """An event, once, for each stream that could not be written."""
+        for stream, reason in console.lost().items():
+            if stream not in self._lost:
+                self._lost.add(stream)
+                self.event("console_lost", stream=stream, reason=reason)
 
     def _write(self, record: dict) -> None:
         # NaN is no JSON: a loss that is none is written as null.
@@ -133,6 +144,11 @@ def _open_tensorboard(folder: Path, first_step: int):
     except InputError as error:
         print(f"{error}; training goes on, with metrics.jsonl", file=sys.stderr)
         return None
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        print(f"{folder}: is no UTF-8, as TensorBoard's log must be; training goes on, with metrics.jsonl", file=sys.stderr)
+        return None
     return events.SummaryWriter(str(folder), purge_step=first_step or None)
 
 
@@ -146,4 +162,4 @@ def _open_for_lines(path: Path) -> TextIO:
 
 def _run_id(out: Path) -> str:
     """The same for every start of the run in ``out``, so that its curves go on."""
-    return require("xxhash", "--wandb").xxh3_64_hexdigest(str(out.resolve()).encode())
+    return require("xxhash", "--wandb").xxh3_64_hexdigest(os.fsencode(out.resolve()))

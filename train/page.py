@@ -70,7 +70,8 @@ def make_table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]],
 
 def escape_text(value: str) -> str:
     """Text for HTML: escaped, without control characters or halves of surrogate pairs, and not endless."""
-    clean = "".join(c if c.isprintable() else " " for c in value[: _LONGEST + 1])
+    named = "".join(f"\\u{ord(c):04x}" if "\udc80" <= c <= "\udcff" else c for c in value[: _LONGEST + 1])  # of no UTF-8
+    clean = "".join(c if c.isprintable() else " " for c in named)
     return escape(clean if len(clean) <= _LONGEST else f"{clean[:_LONGEST]}…")
 
 

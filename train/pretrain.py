@@ -2,9 +2,6 @@
 
 import math
 import os
-import socket
-import time
-import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,22 +9,23 @@ import torch
 from torch.distributed import DistError
 
 from fastmae.cores import cpu_quota
-from fastmae.errors import InputError, LostProcessError, RequeueError
+from fastmae.errors import LostProcessError, RequeueError
 from fastmae.files import make_folder
 from fastmae.train.backend import probe_attention
 from fastmae.train.compile_cache import use_local_folders
 from fastmae.train.compiler import advise_off, compiler_error
+from fastmae.train.console import outlived
 from fastmae.train.lock import RunLock
 from fastmae.train.out_of_memory import out_of_memory
 from fastmae.train.recipes import Recipe
+from fastmae.train.room import bytes_of_checkpoint, check_room
 from fastmae.train.run import Run, default_workers
+from fastmae.train.shared_folder import check_shared
 from fastmae.train.signals import StopSignals
 from fastmae.train.staging import stage_data
 from fastmae.train.trainer import Trainer
 from fastmae.train.watch import Watch
 from fastmae.train.world import World, is_of_collective, join_world, leave_world
-
-_APPEARS = 60.0  # seconds until a new file must be seen from every machine
 
 
 def pretrain(recipe: Recipe, run: Run) -> Path:
@@ -38,7 +36,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     After a signal those that follow are ignored (``StopSignals``).
     """
     make_folder(run.out)
-    with StopSignals() as signals:
+    with outlived(), StopSignals() as signals:
         probe_attention(recipe, run)
         world = _join(run, signals)
         _keep_to_quota(world)
@@ -48,12 +46,13 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
         lock = RunLock(run.out)
         try:
             warning = world.by_main(lock.acquire)
-            _check_shared(run.out, world)
+            check_shared(run.out, world)
             watch = Watch(world, run.out, first=run.first_timeout, later=run.timeout)
             try:
                 data, lines = stage_data(run, world, watch, signals)
                 trainer = Trainer(recipe, run, world, watch, signals, data)
-                trainer.notes += [warning, *lines] if warning else lines
+                short = world.by_main(lambda: _check_room(trainer))
+                trainer.notes += [line for line in (warning, *lines, short) if line]
                 folder = trainer.train()
             except BaseException as error:
                 known = out_of_memory(error, recipe, run, world, watch.doing) or compiler_error(error, run, world)
@@ -66,6 +65,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
                 raise known from error
             finally:
                 watch.end()
+            world.set_timeout(run.timeout)  # nobody watches any more
             world.barrier()  # the main process keeps what the others' watches ask for
             leave_world()  # not after a fault: it would wait for the lost
         finally:
@@ -93,24 +93,15 @@ def _join(run: Run, signals: StopSignals) -> World:
         raise
 
 
+def _check_room(trainer: Trainer) -> str | None:
+    """As ``check_room``, for the checkpoints of ``trainer``."""
+    needed = bytes_of_checkpoint(trainer.tensors)
+    return check_room(trainer.run, needed, processes=trainer.world.size, first_step=trainer.first_step,
+                      total_steps=trainer.total_steps)  # fmt: skip
+
+
 def _name_the_lost(error: BaseException, watch: Watch) -> None:
     """Raise LostProcessError if ``error`` is what a collective raises when a process is gone, naming which."""
     is_lost = isinstance(error, LostProcessError) or (type(error) in (RuntimeError, DistError) and is_of_collective(error))
     if is_lost and (lost := watch.vitals.lost_at_fault()):
         raise LostProcessError(f"{lost}, after step {watch.step}, while {watch.doing}") from error
-
-
-def _check_shared(out: Path, world: World) -> None:
-    """Raise InputError, on every process, that names the machines on which ``out`` is another folder."""
-    name = f".shared-{uuid.uuid4().hex}" if world.is_main else None
-    if world.is_main:
-        (out / name).touch()
-    path, until = out / world.from_main(name), time.monotonic() + _APPEARS
-    while not path.exists() and time.monotonic() < until:
-        list(out.iterdir())  # a network file system looks anew
-        time.sleep(0.1)
-    strangers = sorted(set(world.gather([] if path.exists() else [socket.gethostname()])))
-    if world.is_main:
-        path.unlink(missing_ok=True)
-    if strangers:
-        raise InputError(f"{out}: is not the same folder on {', '.join(strangers[:8])}; give an --out that all machines share")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from fastmae.config import ModelConfig, kept_patches, preset
 from fastmae.data.augment import Augment
 from fastmae.errors import InputError
+from fastmae.seeds import check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class Recipe:
     """Of initial weights, order, crops and masks."""
 
     def __post_init__(self):
+        check_seed(self.seed)
         kept_patches(self.model.patches, self.mask_ratio)
         numbers = (self.epochs, self.warmup_epochs, self.blr, self.min_lr, self.weight_decay, *self.betas)
         if not all(math.isfinite(n) for n in numbers):

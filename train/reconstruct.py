@@ -19,6 +19,7 @@ from fastmae.files import write_atomically
 from fastmae.kernels.philox import MASKS, uniform
 from fastmae.mae import MAE
 from fastmae.pictures import reconstruct, strip
+from fastmae.seeds import check_seed
 from fastmae.train.checkpoint import MODEL, find_checkpoint, verify
 
 
@@ -30,6 +31,7 @@ def reconstruct_images(checkpoint: Path, images: Path, out: Path, *, mask_ratio:
     folder of images, or a folder of indexed shards. Images are cut to the model's aspect ratio from their centre. Raises
     InputError or DataError on an encoder-only file, an image that cannot be read, or a path that cannot be written.
     """
+    check_seed(seed)
     if count < 1:
         raise InputError(f"count must be at least 1, got {count}")
     model = load_model(weights_file(checkpoint), norm_pix_loss=norm_pix_loss)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from fastmae.errors import InputError, LostProcessError
-from fastmae.train.background import pauses, still_waits, wait_in_thread
+from fastmae.train.background import Background, pauses
 from fastmae.train.environment import Place
 from fastmae.train.roster import Peer, repeated, size_conflict
 from fastmae.train.store import STATE, has_torchruns_store, listen, reach
@@ -57,12 +57,13 @@ class Rendezvous:
         Raises LostProcessError, which names the ranks that are missing, after ``timeout`` or once another process has given up;
         KeyboardInterrupt after a signal; InputError if the port is taken or processes contradict each other.
         """
+        self._background = Background(self._lead if self._is_main else self._follow)
         try:
-            return wait_in_thread(self._lead if self._is_main else self._follow, self._look)
+            return self._background.wait(self._look)
         except dist.DistError as error:
             raise LostProcessError(f"{self._where()}: {str(error).partition(chr(10))[0]}") from error
         except BaseException as error:
-            if still_waits() and self._reason is None:  # raised here, by a signal's handler
+            if self._reason is None and not self._background.is_over():  # raised here, by a signal's handler
                 self._give_up(type(error).__name__)
             raise
 
@@ -100,9 +101,7 @@ class Rendezvous:
     def _give_up(self, reason: str) -> None:
         """End the other thread, which tells the others."""
         self._reason = f"rank {self.place.rank} on {self.peer.host} has left the rendezvous, {reason}"
-        until = time.monotonic() + _TO_HEAR + 0.5
-        while still_waits() and time.monotonic() < until:
-            time.sleep(0.01)
+        self._background.is_over(_TO_HEAR + 0.5)
 
     # The other thread.
 
@@ -117,16 +116,16 @@ class Rendezvous:
     def _lead(self) -> tuple[dist.TCPStore, list[Peer]]:
         store, self.address = listen(self.place, self._note)
         self._add(store, arrived=self.peer.to_dict())
-        peers = self._until_all(store, "arrived")
+        self._until_all(store, "arrived")
         store.set(STATE, _COMPLETE)
         self._add(store, confirmed=self.peer.to_dict())
-        self._until_all(store, "confirmed")
+        peers = self._until_all(store, "confirmed")
         store.set(STATE, _GO)
         return store, peers
 
     def _until_all(self, store: dist.TCPStore, word: str) -> list[Peer]:
         """The processes of all ranks, once each has added ``word``."""
-        pause = pauses()
+        pause = pauses(self.place.size)
         while True:
             lines = _read(store)
             if gone := self._reason or next((line["left"] for line in lines if "left" in line), None):
@@ -164,14 +163,14 @@ class Rendezvous:
 
     def _until_go(self, store: dist.TCPStore) -> list[Peer]:
         self._add(store, arrived=self.peer.to_dict())
-        pause, has_confirmed = pauses(), False
+        pause, has_confirmed = pauses(self.place.size), False
         while (state := store.get(STATE).decode()) != _GO:
             if self._reason is not None:
                 self._add(store, left=self._reason)
                 raise LostProcessError(self._reason)
             if state == _COMPLETE and not has_confirmed:
                 self._add(store, confirmed=self.peer.to_dict())
-                has_confirmed, pause = True, pauses()
+                has_confirmed, pause = True, pauses(self.place.size)
             elif state.startswith("{"):
                 told = json.loads(state)
                 for kind in (InputError, LostProcessError):

@@ -34,7 +34,8 @@ from fastmae.train.checkpoint import (
     write_manifest,
 )
 from fastmae.train.metadata import METADATA
-from fastmae.train.snapshot import share_out, total_bytes
+from fastmae.train.room import bytes_of_checkpoint
+from fastmae.train.snapshot import share_out
 from fastmae.train.tensor_files import read_back, write_tensors
 from fastmae.train.world import World
 
@@ -77,8 +78,7 @@ class Saver:
         them have failed on end.
         """
         self.wait()
-        model = {name: tensor for name, tensor in tensors.items() if name.startswith("model/")}
-        needed = total_bytes(tensors) + total_bytes(model) + (1 << 20)
+        needed = bytes_of_checkpoint(tensors)
         staged = self._stager.stage({**share_out(tensors, self.world), **own})
         self._thread = Thread(target=self._save, args=(step, staged, needed, state), name="checkpoint", daemon=True)
         self._thread.start()
@@ -166,7 +166,8 @@ class Saver:
             free = f"{shutil.disk_usage(self.out).free} bytes are free in {self.out}"
         except OSError as gone:
             free = f"{self.out} cannot be read, {gone.strerror}"
-        return f"{text.partition(chr(10))[0]}; it needs {needed} bytes, {free}"
+        quota = ", which a quota does not grant (quota -s)" if "quota" in text.lower() else ""
+        return f"{text.partition(chr(10))[0]}; it needs {needed} bytes, {free}{quota}"
 
     def _named(self, error: OSError) -> str:
         return f"{error.filename or self.out}: {error.strerror or error}"

@@ -1,6 +1,7 @@
 """From the command line's flags to a recipe: a preset or a named recipe, with single settings overridden."""
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -109,6 +110,29 @@ class PretrainSettings(Run):
         if self.preset is not None and preset_config(self.preset, norm_pix_loss=True) != recipe.model:
             raise InputError(f"recipe {self.recipe} is not for preset {self.preset}; leave the preset out")
         return recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorSettings(PretrainSettings):
+    """Print versions, devices, and which kernels and attention are used and why not faster ones. Under a launcher, and with the
+    flags of a run: what would make that run fail, before it starts."""
+
+    distributed: bool = False
+    """All processes of a launcher look together; so they do without it where a launcher has started several."""
+    data: str | None = None
+    """As for pretrain: whether every process reads the same."""
+    out: Path | None = None
+    """As for pretrain: whether it is the same folder for every process, and has room."""
+
+    def run(self) -> Run:
+        """Where and how fast; what was not given is empty."""
+        given = {f.name: getattr(self, f.name) for f in fields(Run)}
+        return Run(**{**given, "data": self.data or "", "out": self.out or Path()})
+
+    @property
+    def is_of_run(self) -> bool:
+        """Whether a run's model, data or output is to be looked at."""
+        return any(value is not None for value in (self.preset, self.recipe, self.data, self.out))
 
 
 def _stage(text: str) -> tuple[float, tuple[int, int]]:

@@ -1,15 +1,21 @@
 """Signals that ask a run to stop: it ends the step it is in, saves, and ends well."""
 
+import faulthandler
 import signal
 import time
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
+_OF_TERMINAL = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _REPEATED = 5.0  # seconds; launchers and clusters send the same signal twice within moments
 
 
 class StopSignals:
-    """Within it, the signals of ``SIGNALS`` are noted instead of ending the process.
+    """Within it, the signals of ``SIGNALS`` are noted instead of ending the process. SIGQUIT also has the stacks of all threads
+    written to standard error, at once, whatever they do.
+
+    What a terminal sends (SIGINT, SIGHUP, SIGQUIT) stays ignored where the process was started so, by nohup, or by a script
+    that put it in the background: it is to outlive the terminal. SIGTERM, SIGUSR1 and SIGUSR2 are meant for this process.
 
     Once one has come, the others but SIGINT stay without effect afterwards, where they would end the process: launchers repeat
     them, and a run that has saved is to end with its own exit code.
@@ -22,10 +28,14 @@ class StopSignals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        noted = [n for n in SIGNALS if n not in _OF_TERMINAL or signal.getsignal(n) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in noted}
+        if signal.SIGQUIT in self._before:
+            faulthandler.register(signal.SIGQUIT, file=2, all_threads=True, chain=True)
         return self
 
     def __exit__(self, *_) -> None:
+        faulthandler.unregister(signal.SIGQUIT)
         for number, handler in self._before.items():
             is_void = self.received and number != signal.SIGINT and handler is signal.SIG_DFL
             signal.signal(number, signal.SIG_IGN if is_void else handler)
@@ -34,5 +44,5 @@ class StopSignals:
         now = time.monotonic()
         if self.received is None:
             self.received, self._at = signal.Signals(number).name, now
-        elif number == signal.SIGINT and now - self._at > _REPEATED:  # Ctrl-C again after a while: the person means now
+        elif number in (signal.SIGINT, signal.SIGQUIT) and now - self._at > _REPEATED:  # by hand, again: the person means now
             raise KeyboardInterrupt

@@ -5,7 +5,6 @@ second: each look is a heartbeat, a copy that fails or a signal ends the wait of
 progress anywhere.
 """
 
-import contextlib
 import threading
 import time
 from pathlib import Path
@@ -14,7 +13,6 @@ from fastmae.data.index import JSON_NAME, Index
 from fastmae.data.stage import Copy
 from fastmae.data.staged import staged_folder
 from fastmae.errors import InputError
-from fastmae.train.environment import read_place
 from fastmae.train.run import Run
 from fastmae.train.signals import StopSignals
 from fastmae.train.watch import Watch
@@ -35,7 +33,7 @@ def stage_data(run: Run, world: World, watch: Watch, signals: StopSignals) -> tu
         return run.data, []
     folder = Path(world.by_main(lambda: _folder(run)))
     began = time.monotonic()
-    copying = _Copying(Copy(run.data, run.stage)) if read_place().local_rank == 0 else None
+    copying = _Copying(Copy(run.data, run.stage)) if world.local_rank == 0 else None
     try:
         is_stopped = _wait(copying, world, watch, signals)
     finally:
@@ -134,8 +132,4 @@ class _Line:
         waits = sorted({process for *_, process in copies if process})
         waiting = f", waiting for {waits[0]}, which copies the same shards" if waits else ""
         if self.world.is_main:
-            with contextlib.suppress(OSError):
-                print(
-                    f"staging: {copied / 1e9:.2f} of {total / 1e9:.2f} GB{machines}, {speed / 1e9:.2f} GB/s{waiting}",
-                    flush=True,
-                )
+            print(f"staging: {copied / 1e9:.2f} of {total / 1e9:.2f} GB{machines}, {speed / 1e9:.2f} GB/s{waiting}", flush=True)

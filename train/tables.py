@@ -29,8 +29,9 @@ def restarts(history: History) -> str:
 
 
 def faults(history: History) -> str:
-    """Samples replaced, updates left out, loss spikes, dead workers."""
-    events = {name: history.events.get(name, []) for name in ("replaced", "left_out", "spike", "worker_died")}
+    """Samples replaced, updates left out, loss spikes, dead workers, consoles lost."""
+    names = ("replaced", "left_out", "spike", "worker_died", "console_lost")
+    events = {name: history.events.get(name, []) for name in names}
     samples: dict[object, list[dict]] = {}
     for event in events["replaced"]:
         samples.setdefault(say_value(event.get("sample")), []).append(event)
@@ -45,10 +46,12 @@ def faults(history: History) -> str:
                newest=True),
         make_table("Dead workers", ["by step", "worker"],
                [[_step(e), say_value(e.get("worker"))] for e in events["worker_died"]], newest=True),
+        make_table("Consoles lost", ["at", "stream", "reason"],
+               [[say_time(e["time"]), say_value(e.get("stream")), say_value(e.get("reason"))] for e in events["console_lost"]]),
     ]  # fmt: skip
     updates = sum(int(number(e.get("updates")) or 0) for e in events["left_out"])
     counts = {"replaced sample": len(samples), "left-out update": updates, "loss spike": len(events["spike"]),
-              "dead worker": len(events["worker_died"])}  # fmt: skip
+              "dead worker": len(events["worker_died"]), "lost console": len(events["console_lost"])}  # fmt: skip
     said = ", ".join(say_count(number, noun) for noun, number in counts.items() if number) or "None"
     return make_section("faults", "Faults", f"<p>{said}.</p>", tables[0], f'<div class="columns">{"".join(tables[1:])}</div>')
 

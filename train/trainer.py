@@ -40,7 +40,7 @@ from fastmae.train.signals import StopSignals
 from fastmae.train.snapshot import random_state, run_tensors
 from fastmae.train.spikes import SpikeDetector
 from fastmae.train.step import MicroBatch, Step
-from fastmae.train.watch import Watch
+from fastmae.train.watch import WATCHED, Watch
 from fastmae.train.world import World
 
 
@@ -60,7 +60,7 @@ class Trainer:
         self.model = MAE(recipe.model).to(world.device)
         module = parallelize(LossModule(self.model), world, how=run.parallel, compile=run.compile, reduce=run.reduce)
         self.groups = groups_of(module)
-        world.set_timeout(run.first_timeout, self.groups)
+        world.set_timeout(WATCHED, self.groups)
         self.optimizer = make_optimizer(self.model, recipe.weight_decay, recipe.betas)
         scale = LossScale(world.device) if self.precision == "fp16" else None
         # On the device where the step itself leaves out spikes; else they are looked for when the losses are read.
@@ -89,7 +89,8 @@ class Trainer:
         """The loop. Returns the newest checkpoint."""
         run, recipe, world = self.run, self.recipe, self.world
         log = RunLog(run.out, is_main=world.is_main, first_step=self.first_step, total_steps=self.total_steps, wandb=run.wandb)
-        incidents = Incidents(log, world, run.out, self.detector, skips_spikes=run.skip_spikes, max_skips=run.max_skips)
+        incidents = Incidents(log, world, run.out, self.detector, skips_spikes=run.skip_spikes, max_skips=run.max_skips,
+                              precision=self.precision)  # fmt: skip
         meter = Meter(world, recipe.model, recipe.mask_ratio, recipe.effective_batch)
         batches = self._micro_batches(meter, incidents)
         try:
@@ -156,8 +157,6 @@ class Trainer:
             done += 1
             for line in self.cache.save() if is_new else ():
                 log.say(line)
-            if done == self.first_step + 1:
-                self.world.set_timeout(run.timeout, self.groups)
             is_last = done == self.total_steps
             is_diverged = done % look_every == 0 and int(self.step.skipped) >= run.max_skips
             saves = done % run.save_every == 0 or is_last

@@ -2,7 +2,7 @@
 
 They pass through a small store that the main process keeps, apart from the collectives, which a lost process blocks. A process
 that fails by itself says so there too. A thread of its own speaks with the store: whoever asks it while the main process is
-stopped waits for ever.
+stopped waits for ever. Time in which this process was suspended is no silence of the others: they may all have been.
 """
 
 import threading
@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from fastmae.clock import RunClock
 from fastmae.train.world import World
 
 _TICK = 1.0  # seconds between two signs
@@ -30,7 +31,7 @@ class Vitals:
         self.world = world
         self._to_say: dict[str, str] = {}
         self._heard = dict.fromkeys(_WORDS, "")
-        self._heard_at = time.monotonic()
+        self._clock, self._heard_at = RunClock(), 0.0
         self._signs: dict[int, tuple[bytes, float]] = {}
         """Of each other process, on the main one: its last sign, and since when."""
         self._refusals = 0
@@ -52,7 +53,7 @@ class Vitals:
         if self._thread is None:
             return
         if not self.failed():
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0].encode(errors="backslashreplace").decode()  # names may be no UTF-8
             self._to_say["failed"] = f"rank {self.world.rank} has failed, {type(error).__name__}: {reason}"
         self.end()
         if self.world.is_main:
@@ -70,15 +71,11 @@ class Vitals:
         """The process that wants the stacks of all, if one does."""
         return self._heard["stacks"] or None
 
-    def forgive(self) -> None:
-        """Begin to count silence anew: this process was stopped for a while, and all others may have been."""
-        self._heard_at, self._signs = time.monotonic(), {}
-
     def lost(self, patience: float) -> str | None:
         """That processes have given no sign for ``patience`` seconds, in words, as the main one has found; or None."""
         if self._thread is None:
             return None
-        now = time.monotonic()
+        now = self._clock.read()
         if not self.world.is_main and (self._refusals >= _GONE or now - self._heard_at > patience):
             return "rank 0 gives no sign of life"
         silent = [r for r, (sign, since) in self._signs.items() if sign != _LEFT.encode() and now - since > patience]
@@ -92,8 +89,8 @@ class Vitals:
 
     def lost_at_fault(self) -> str | None:
         """What has become of others, once a collective has failed: look for some seconds."""
-        until = time.monotonic() + 3 * _AT_FAULT
-        while self._thread is not None and time.monotonic() < until:
+        until = self._clock.read() + 3 * _AT_FAULT
+        while self._thread is not None and self._clock.read() < until:
             if found := self.failed() or self.lost(_AT_FAULT):
                 return found
             time.sleep(0.2)
@@ -127,7 +124,7 @@ class Vitals:
         except RuntimeError:  # the main process and its store are gone: told by ``lost``
             self._refusals += 1
             return
-        now, before = time.monotonic(), self._signs
+        now, before = self._clock.read(), self._signs
         self._refusals, self._heard_at = 0, now
         self._heard = {word: said.decode() for word, said in zip(_WORDS, heard, strict=False)}
         self._signs = {

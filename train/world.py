@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from fastmae.errors import InputError, LostProcessError
-from fastmae.train.background import still_waits, wait_in_thread
+from fastmae.train.background import Background, has_abandoned
 from fastmae.train.environment import Place, read_place
 from fastmae.train.groups import make_groups
 from fastmae.train.nccl import set_nccl_defaults
@@ -43,6 +43,8 @@ class World:
     """The processes of this machine, on the CPU; None unless several machines have several each."""
     leaders: dist.ProcessGroup | None = None
     """The first processes of all machines; None on others."""
+    local_rank: int = 0
+    """This process's number on its machine."""
 
     @property
     def is_main(self) -> bool:
@@ -110,8 +112,9 @@ class World:
         self.any(False)  # gloo's own barrier would put a tensor on the GPU
 
     def set_timeout(self, seconds: float, groups: Iterable[dist.ProcessGroup] = ()) -> None:
-        """How long a step's collectives, those of other ``groups`` too, may take from now on, before they fail."""
-        for group in (dist.group.WORLD, self.control, self.machine, self.leaders, *groups) if self.size > 1 else ():
+        """How long collectives, those of other ``groups`` too, may take from now on, before they fail."""
+        ours = (dist.group.WORLD, self.control, self.background, self.machine, self.leaders)
+        for group in (*ours, *groups) if self.size > 1 else ():
             if group is not None:
                 _set_pg_timeout(timedelta(seconds=seconds + _SLACK), group)
 
@@ -147,12 +150,13 @@ def join_world(device: str, timeout: float = 1800.0, stopped: Callable[[], str |
         return make_groups(everyone, timeout=patience)
 
     try:
-        groups = wait_in_thread(make, _Patience(place.rank, "nccl" if on_gpu else "gloo", stopped))
+        groups = Background(make).wait(_Patience(place.rank, "nccl" if on_gpu else "gloo", stopped))
     except dist.DistError as error:
         reason = str(error).partition("\n")[0]
         raise LostProcessError(f"the {place.size} processes of this run have not joined into a group: {reason}") from error
     control, background, machine, leaders = groups
-    return World(place.rank, place.size, at, control, background, everyone[place.rank].size, address, machine, leaders)
+    here = everyone[place.rank]
+    return World(place.rank, place.size, at, control, background, here.size, address, machine, leaders, here.rank)
 
 
 def _gather_peers(place: Place, peer: Peer, timeout: float, stopped: Callable[[], str | None]):
@@ -209,7 +213,7 @@ def _make_room() -> None:
 
 def in_group() -> bool:
     """Whether this process has joined others, or was about to, and not left them: threads of torch's may wait for them."""
-    return dist.is_initialized() or still_waits()
+    return dist.is_initialized() or has_abandoned()
 
 
 def leave_world() -> None:

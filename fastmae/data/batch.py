@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastmae.data.augment import Augment
 from fastmae.errors import InputError
+from fastmae.seeds import check_seed
 
 
 class Batch(NamedTuple):
@@ -68,6 +69,7 @@ class LoaderConfig:
     """Whether ``pipe:`` URLs, which run shell commands, are streamed."""
 
     def __post_init__(self):
+        check_seed(self.seed)
         if self.channels not in (1, 3):
             raise InputError(f"images from files have 1 or 3 channels, the model asks for {self.channels}")
         if self.workers < 0 or self.prefetch < 1:

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
 """Those that a forked process begins with blocked."""
 _PATIENCE = 5.0  # seconds to wait for a killed process; one that hangs in a dead file system outlives that
 

@@ -136,17 +136,33 @@ class Index:
             except OSError as error:
                 raise DataError(f"{path}: cannot be read, {error.strerror}") from error
             if size is None:
-                raise DataError(f"{path}: missing; the index lists {len(self.shards)} shards, this is number {number}")
+                raise DataError(self._missing(number))
             if size != shard.bytes:
                 raise DataError(
-                    f"{path}: {size} bytes, the index says {shard.bytes}: cut at offset {size}, or another file; restore it "
-                    "or build the shards again"
+                    f"{path}: {size} bytes, the index says {shard.bytes}: cut at offset {size}, or another file; restore it, "
+                    f"or {self._remake}"
                 )
             if shard.xxh3 in of_hash:
                 raise DataError(
                     f"{path}: the same shard as {of_hash[shard.xxh3]}, its samples would come twice; leave one of them out"
                 )
             of_hash[shard.xxh3] = shard.name
+
+    @property
+    def _remake(self) -> str:
+        return "index the tars again" if self.build.get("indexed") else "build the shards again"
+
+    def _missing(self, number: int) -> str:
+        """What to do about the tar of shard ``number``, which is not there: alone, or as all others, which are elsewhere."""
+        path = self.folder / self.shards[number].name
+        lacks = f"{path}: missing; the index lists {len(self.shards)} shards, this is number {number}"
+        if any((self.folder / shard.name).exists() for shard in self.shards):
+            return f"{lacks}; restore it, or {self._remake}"
+        where = f"{lacks}, and none of them is there: {self.folder / JSON_NAME} looks for its tars in {path.parent.resolve()}"
+        if self.build.get("indexed"):
+            classes = " --classes FILE" if self.classes else ""
+            return f"{where}; if they were moved to TARS, `fastmae shards index TARS --out {self.folder}{classes}` finds them"
+        return f"{where}; move {JSON_NAME} and {TABLE_NAME} to where the tars are, and give that folder"
 
 
 _MEND = "build the shards again, or index them anew with `fastmae shards index`"

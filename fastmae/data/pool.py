@@ -11,7 +11,6 @@ import mmap
 import os
 import signal
 import socket
-import time
 import traceback
 import weakref
 from collections import deque
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fastmae.clock import LOOK, RunClock
 from fastmae.data.fork import SIGNALS, fork, kill, readable, reap, uninterrupted
 from fastmae.errors import DataError
 
@@ -87,21 +87,23 @@ class WorkerPool:
     def collect(self, timeout: float) -> tuple[list[tuple[list, Any]], list[Death]]:
         """Wait for something to happen: tasks done with their replies, and workers that died, both perhaps none.
 
-        ``timeout`` in seconds; 0 only looks. After a death all workers are gone, until ``revive``.
+        ``timeout`` in seconds, without those in which the process was suspended; 0 only looks. After a death all workers are
+        gone, until ``revive``.
         """
         if not self._count:
             number = self._waiting.popleft() if self._waiting else None
             return ([] if number is None else [self._finish(number, *self._run(self._open[number], 0))]), []
-        end = time.monotonic() + timeout
+        clock = RunClock()
         while True:
-            ready = readable([self._results.fileno(), *self._processes], max(0.0, end - time.monotonic()))
+            left = max(0.0, timeout - clock.read())
+            ready = readable([self._results.fileno(), *self._processes], min(left, LOOK))
             done, deaths = self._drain(), []
             if dead := ready & self._processes.keys():
                 deaths = self._end_all(dead)
                 done += self._drain()
                 self._close_sockets()
             self._send()
-            if done or deaths or time.monotonic() >= end:
+            if done or deaths or clock.read() >= timeout:
                 return done, deaths
 
     def revive(self) -> None:
@@ -197,7 +199,7 @@ class WorkerPool:
             if not message:
                 break
             number, task = json.loads(message)
-            reply = json.dumps([number, *self._run(task, worker)], ensure_ascii=False).encode(errors="replace")
+            reply = json.dumps([number, *self._run(task, worker)], ensure_ascii=False).encode(errors="surrogatepass")
             try:
                 results.send(reply)
             except OSError:  # the parent is gone

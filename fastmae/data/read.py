@@ -63,7 +63,7 @@ class ShardReader:
             header = os.pread(self._file(shard), 100, offset - _BLOCK)
         except (OSError, DataError):
             return self.place(sample)
-        return f"{self.path(sample)}: {header.rstrip(bytes(1)).decode(errors='replace')}"
+        return f"{self.path(sample)}: {header.rstrip(bytes(1)).decode(errors='surrogateescape')}"
 
     def place(self, sample: int) -> str:
         """Shard and offset of ``sample``, for messages: nothing is read."""

@@ -21,7 +21,7 @@ from pathlib import Path
 import xxhash
 
 from fastmae.data.index import Index, Shard
-from fastmae.data.staged import NOTES, is_complete, is_there, names_in_copy, note_of, read_notes, size_of, staged_folder
+from fastmae.data.staged import NOTES, is_complete, is_there, lacking_bytes, names_in_copy, note_of, read_notes, staged_folder
 from fastmae.errors import DataError, InputError
 from fastmae.files import make_folder, write_atomically
 
@@ -70,7 +70,7 @@ class Copy:
         noted = read_notes(folder / NOTES)
         for partial in folder.glob(".*.partial"):
             partial.unlink()
-        self._check_space(index, folder, names)
+        self._check_space(index, folder)
         notes = _Notes(folder)
         with ThreadPoolExecutor(self.threads) as pool:
             jobs = [
@@ -122,17 +122,15 @@ class Copy:
             self.copied += count
             self.skipped += skipped
 
-    def _check_space(self, index: Index, folder: Path, names: list[str]) -> None:
+    def _check_space(self, index: Index, folder: Path) -> None:
         """Raise InputError unless what lacks fits the disk."""
-        lacking = [s.bytes for name, s in zip(names, index.shards, strict=True) if size_of(folder / name) != s.bytes]
-        needed = sum(lacking) + index.table.nbytes
-        free = shutil.disk_usage(folder).free
-        if lacking and needed > free:
+        needed, free = lacking_bytes(index, folder), shutil.disk_usage(folder).free
+        if needed > free:
             others = sorted(str(p.parent) for p in self.root.glob(f"*/{NOTES}") if p.parent != folder)
             older = f" (remove copies that no run uses: {', '.join(others[:3])})" if others else ""
             raise InputError(
-                f"{folder}: no room for the copy of {index.folder}: {needed} bytes are needed for {len(lacking)} of "
-                f"{len(index.shards)} shards, {free} bytes are free; make room{older}, or give another --stage"
+                f"{folder}: no room for the copy of {index.folder}: {needed} bytes are needed, {free} bytes are free; make "
+                f"room{older}, or give another --stage"
             )
 
     @contextlib.contextmanager

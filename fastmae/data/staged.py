@@ -38,6 +38,16 @@ def names_in_copy(index: Index) -> list[str]:
     return [f"shard-{number:06d}.tar" for number in range(len(names))]
 
 
+def lacking_bytes(index: Index, folder: Path) -> int:
+    """Bytes that a copy still needs; 0 if no shard lacks. What is of the right length is taken for good."""
+    lacking = [
+        shard.bytes
+        for name, shard in zip(names_in_copy(index), index.shards, strict=True)
+        if size_of(folder / name) != shard.bytes
+    ]
+    return sum(lacking) + index.table.nbytes if lacking else 0
+
+
 def is_there(path: Path, shard: Shard, note: list | None) -> bool:
     """Whether ``path`` is the whole shard: as it was noted, or by its hash. One that is not is removed."""
     if size_of(path) is None:

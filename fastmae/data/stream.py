@@ -7,6 +7,7 @@ damage inside a tar is noticed only where it ends the reading of it. Nothing is 
 
 import contextlib
 import itertools
+import os
 import random
 import tarfile
 import zlib
@@ -19,12 +20,13 @@ import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from fastmae.clock import LOOK
 from fastmae.data.augment import DRAWS, draw_crop
 from fastmae.data.batch import Batch, LoaderConfig
 from fastmae.data.decode import DecodeError, decode
 from fastmae.data.resize import resized_crop
 from fastmae.data.samples import IMAGES, label_of
-from fastmae.data.torch_workers import LOOK, ignore_signals, patiently
+from fastmae.data.torch_workers import ignore_signals, patiently
 from fastmae.data.urls import open_shards
 from fastmae.errors import DataError
 from fastmae.kernels.philox import CROPS, ORDER, permutation, uniform
@@ -125,7 +127,7 @@ class StreamedBatches(IterableDataset):
         label = label_of(sample.get("cls", b"-1"))
         if label is None:
             return f"{name}: its class is no whole number, got {sample['cls'][:32]!r}"
-        number = xxhash.xxh3_64_intdigest(sample["__key__"].encode()) >> 1  # fits a signed 64-bit integer
+        number = xxhash.xxh3_64_intdigest(os.fsencode(sample["__key__"])) >> 1  # fits a signed 64-bit integer
         return pixels, number, epoch, label
 
 

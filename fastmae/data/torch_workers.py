@@ -11,17 +11,18 @@ from multiprocessing.util import Finalize
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
+from fastmae.clock import RunClock
+from fastmae.data.fork import SIGNALS
 from fastmae.errors import DataError
 
-LOOK = 5.0
-"""Seconds of a loader's own timeout, at whose end alone torch looks whether a worker that is waited for has died."""
 _GRACE = 2.0  # seconds for workers that are asked to end
+_TO_END = 5.0  # seconds for workers that were killed
 
 
 def ignore_signals(_: int) -> None:
     """A signal to the whole process group is for the training process: it saves and ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def patiently(loader: DataLoader, patience: float, source: str) -> Iterator:
@@ -56,18 +57,18 @@ def patiently(loader: DataLoader, patience: float, source: str) -> Iterator:
 
 def _wait(items: Iterator, patience: float) -> Iterator:
     """``items``, waited for longer than the loader's own timeout."""
-    until = time.monotonic() + patience
+    clock, since = RunClock(), 0.0
     while True:
         try:
             item = next(items)
         except StopIteration:
             return
         except RuntimeError as error:
-            if "timed out" not in str(error) or time.monotonic() >= until:
+            if "timed out" not in str(error) or clock.read() - since >= patience:
                 raise
         else:
             yield item
-            until = time.monotonic() + patience
+            since = clock.read()
 
 
 def _dead(processes: set[BaseProcess]) -> list[BaseProcess]:
@@ -95,7 +96,7 @@ def _end(items: Iterator, processes: set[BaseProcess]) -> None:
         killer.cancel()
         _kill(processes)
         for process in processes:
-            process.join(LOOK)
+            process.join(_TO_END)
 
 
 def _kill(processes: set[BaseProcess]) -> None:

@@ -148,7 +148,7 @@ def _read_images(path: Path, part: Index, listed: list[Sample] | None, size: int
                 continue
             file.seek(row["offset"] - BLOCK)
             header, data = file.read(BLOCK), file.read(row["size"])
-            name = names[place] if names else header[:100].rstrip(b"\0").decode(errors="replace")
+            name = names[place] if names else header[:100].rstrip(b"\0").decode(errors="surrogateescape")
             where = f"{path}: {name[:200]!r} at offset {row['offset']}"
             if not states_size(header, row["size"]):
                 yield f"{where}: the header before it does not state its {row['size']} bytes; restore the shard"

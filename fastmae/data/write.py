@@ -25,6 +25,7 @@ from fastmae.data.recoders import RecoderError, recode_all
 from fastmae.errors import InputError
 from fastmae.files import digest, make_folder, write_atomically
 from fastmae.kernels.philox import SHARDS, permutation
+from fastmae.seeds import check_seed
 
 
 def write_shards(
@@ -44,6 +45,7 @@ def write_shards(
     killed goes on when it is called again with the same source, settings and ``out``. Raises InputError if there is no image
     that opens, if ``out`` holds other shards or another process builds there, or if a worker dies.
     """
+    check_seed(seed)
     if samples_per_shard < 1:
         raise InputError(f"samples per shard must be at least 1, got {samples_per_shard}")
     listing = list_images(Path(source))

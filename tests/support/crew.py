@@ -32,12 +32,13 @@ class Crew:
     """``size`` processes of the run ``flags``. Used with ``with``: none outlives it."""
 
     def __init__(self, size: int, data: Path, out: Path, *flags, fault: Callable[[int], None] | None = None,
-                 local: int | None = None):  # fmt: skip
-        """``local``: processes that think themselves on one machine, by default all."""
+                 local: int | None = None, command: str = "pretrain"):  # fmt: skip
+        """``local``: processes that think themselves on one machine, by default all. ``command``: pretrain, or one that takes
+        its flags."""
         self.out, self.console = Path(out), Path(out).with_name(f"{Path(out).name}.console")
         self.console.mkdir(parents=True, exist_ok=True)
         batch_size = [] if "--batch-size" in flags else ["--batch-size", BATCH // size]
-        words = ["pretrain", "tiny", *FLAGS, "--effective-batch", BATCH, "--data", data, "--out", out, *batch_size, *flags]
+        words = [command, "tiny", *FLAGS, "--effective-batch", BATCH, "--data", data, "--out", out, *batch_size, *flags]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fastmae.data.crops import Cropper
-from fastmae.train import pretrain, saver, vitals, watch
+from fastmae.train import pretrain, rendezvous, saver, vitals, watch, world
 from fastmae.train.compiled import LossModule
 from fastmae.train.log import RunLog
 from fastmae.train.step import Step
@@ -47,9 +47,14 @@ def sleep_at(step, on, rank):
     before_step(act, rank, on, step)
 
 
+def hold_interpreter():
+    """As a call into C does that never gives Python's lock back; one that a signal does not end."""
+    ours, _ = os.pipe()
+    ctypes.PyDLL(None).read(ours, ctypes.create_string_buffer(1), 1)
+
+
 def hold_interpreter_at(step, on, rank):
-    """As a call into C does that never gives Python's lock back."""
-    before_step(lambda: ctypes.PyDLL(None).sleep(FOREVER), rank, on, step)
+    before_step(hold_interpreter, rank, on, step)
 
 
 def raise_at(step, on, rank):
@@ -76,7 +81,7 @@ def count_steps(folder, rank):
 
 def change_loss(change, first, last, on, rank):
     """Pass the losses of the steps ``first`` to ``last`` on rank ``on`` through ``change``."""
-    run, loss, count = Step.run, Step._loss, []
+    run, loss, count = Step.run, Step.loss, []
 
     def noted(self, batches):
         count.append(1)
@@ -84,7 +89,7 @@ def change_loss(change, first, last, on, rank):
         return run(self, batches)
 
     Step.run = noted
-    Step._loss = lambda self, batch: change(loss(self, batch)) if getattr(self, "is_changed", False) else loss(self, batch)
+    Step.loss = lambda self, batch: change(loss(self, batch)) if getattr(self, "is_changed", False) else loss(self, batch)
 
 
 def to_nan(loss):
@@ -128,15 +133,24 @@ def slow_start(seconds, rank):
     join = pretrain.join_world
 
     def slow(*arguments):
-        print("joining", flush=True)
+        world = join(*arguments)
+        print("joined", flush=True)
         time.sleep(seconds)
-        return join(*arguments)
+        return world
 
     pretrain.join_world = slow
 
 
+def never_join(on, rank):
+    """Rank ``on`` does not come; the others report it at once."""
+    rendezvous._FIRST_REPORT = 0.1
+    if rank == on:
+        time.sleep(FOREVER)
+
+
 def quick_watch(seconds, rank):
-    """Processes count as lost after ``seconds`` without a sign of life."""
+    """Processes count as lost after ``seconds`` without a sign of life, and no collective waits longer than its timeout."""
+    world._SLACK = 0.0
     watch._LOST_AFTER = watch._LOST_AT_START = seconds
     vitals._AT_FAULT = min(seconds, vitals._AT_FAULT)
 

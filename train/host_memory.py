@@ -1,0 +1,57 @@
+"""How much memory this machine, or the container that the process is in, can still give.
+
+Sources: proc_meminfo(5), ``MemAvailable``; the kernel's "Control Group v2", section "Memory Interface Files"
+(``memory.max``, ``memory.current``, ``inactive_file`` of ``memory.stat``, which the kernel takes back), and "Memory Resource
+Controller" for version 1.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+_V2, _V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes, the least of what the machine and each cgroup above this process have left; None where nothing is known.
+
+    ``root``: where ``proc`` and ``sys`` are.
+    """
+    known = [_machine(root), *(_cgroup(folder) for folder in _folders(root))]
+    return min((max(0, left) for left in known if left is not None), default=None)
+
+
+def _machine(root: Path) -> int | None:
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """Where a limit may be set. In a container the paths may be the host's, whose ends are not there."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        is_v2 = number == "0" and not controllers
+        if is_v2 or "memory" in controllers.split(","):
+            for part in (own := PurePosixPath(path.lstrip("/")), *own.parents):
+                yield root / (_V2 if is_v2 else _V1) / part
+
+
+def _cgroup(folder: Path) -> int | None:
+    """What ``folder`` itself has left; None without a limit."""
+    for limit_name, used_name, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit, used = _text(folder / limit_name).strip(), _text(folder / used_name).strip()
+        if limit.isdecimal() and used.isdecimal():
+            found = re.search(rf"^{cache} (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
+            return int(limit) - int(used) + (int(found[1]) if found else 0)
+    return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

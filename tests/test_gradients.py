@@ -11,8 +11,8 @@ from fastmae.benchmarks import gradients, step
 from fastmae.benchmarks.cli import main
 from fastmae.benchmarks.equality import LossesDiffer
 from fastmae.benchmarks.gradients import measure_gradients, wrong_parameters
-from fastmae.benchmarks.timing import Times
 from fastmae.benchmarks.photographs import generated, photographs
+from fastmae.benchmarks.timing import Times
 from fastmae.config import PRESETS, preset
 from fastmae.mae import MAE
 

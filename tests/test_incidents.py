@@ -24,7 +24,13 @@ def make(tmp_path):
     def made(**options):
         logs.append(RunLog(tmp_path, is_main=True, first_step=0, total_steps=100))
         detector = SpikeDetector(8.0, CPU)
-        return Incidents(logs[-1], World(0, 1, CPU), tmp_path, detector, **{"skips_spikes": False, "max_skips": 3, **options})
+        return Incidents(
+            logs[-1],
+            World(0, 1, CPU),
+            tmp_path,
+            detector,
+            **{"skips_spikes": False, "max_skips": 3, "precision": "bf16", **options},
+        )
 
     yield made
     for log in logs:
@@ -55,11 +61,30 @@ def test_too_many_on_end_diverge_with_the_samples_of_the_last_steps(make, tmp_pa
         incidents.remember(step, [micro_batch(10 * step, 10 * step + 1), micro_batch(10 * step + 2)])
     incidents.tell(4, [result(), result(skipped=1), result(skipped=2)])
     path = tmp_path / "diverged-step-0000005-rank-0.json"
-    with pytest.raises(DivergedError, match=r"for 3 steps on end at step 5; .* the samples of these steps are in .*rank-0"):
+    with pytest.raises(
+        DivergedError, match=r"^3 consecutive updates were skipped up to step 5: .* samples of these steps are in .*rank-0"
+    ):
         incidents.tell(5, [result(skipped=3)])
     steps = [{"step": s, "sample_ids": [10 * s, 10 * s + 1, 10 * s + 2]} for s in (3, 4, 5)]
     assert json.loads(path.read_text()) == {"rank": 0, "steps": steps}
     assert told(tmp_path, "diverged") == [{"step": 5, "reason": "3 updates on end were left out"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "results", "says"),
+    [
+        ({"precision": "fp32"}, [result(skipped=3)], "gradients were not finite; try a lower --blr; the samples"),
+        ({}, [result(skipped=3)], "gradients were not finite; try a lower --blr or --precision fp32; the samples"),
+        ({"skips_spikes": True}, [result(9.0, skipped=n, spike=30.0) for n in (1, 2, 3)],
+         "losses spiked; try a lower --blr or a --spike-z above 8 or --no-skip-spikes; the samples"),
+        ({"skips_spikes": True, "precision": "fp16"}, [result(9.0, skipped=2, spike=30.0), result(skipped=3)],
+         "gradients were not finite or losses spiked; try a lower --blr or --precision fp32 or a --spike-z above 8 or "),
+    ],
+)  # fmt: skip
+def test_what_may_help_is_not_what_the_run_does_already(options, results, says, make):
+    with pytest.raises(DivergedError) as raised:
+        make(**options).tell(9, results)
+    assert f"3 consecutive updates were skipped up to step 9: {says}" in str(raised.value)
 
 
 def test_a_sample_file_that_cannot_be_written_does_not_hide_the_divergence(make, tmp_path):

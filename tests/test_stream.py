@@ -192,7 +192,14 @@ def test_image_sizes_follow_their_schedule_in_a_stream(foreign):
     assert [tuple(b.images.shape[2:]) for b in batches] == [(16, 16)] * 2 + [(24, 24)] * 2 + [(32, 40)] * 2
 
 
-@pytest.mark.parametrize("fields", [{"crop": "device"}, {"shuffle_window": 2}])
-def test_what_a_stream_cannot_do_is_said(foreign, fields):
-    with pytest.raises(InputError, match="has no index, and a stream is cropped on the CPU"):
+@pytest.mark.parametrize(
+    ("fields", "flags"),
+    [
+        ({"crop": "device"}, "--crop device"),
+        ({"shuffle_window": 2}, "--shuffle-window"),
+        ({"decode": "nvjpeg", "crop": "device"}, "--crop device and --decode nvjpeg"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_said(foreign, fields, flags):
+    with pytest.raises(InputError, match=f"has no index, and a stream is decoded .*: remove {flags}, or make an index"):
         Loader(foreign, LoaderConfig(**fields), batch_size=1)

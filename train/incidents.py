@@ -19,9 +19,10 @@ from fastmae.train.world import World
 class Incidents:
     """Samples that cannot be used, lost workers, updates left out, loss spikes, saves that failed."""
 
-    def __init__(self, log: RunLog, world: World, out: Path, detector: SpikeDetector, *, skips_spikes: bool, max_skips: int):
+    def __init__(self, log: RunLog, world: World, out: Path, detector: SpikeDetector, *, skips_spikes: bool, max_skips: int,
+                 precision: str):  # fmt: skip
         self.log, self.world, self.out, self.detector = log, world, out, detector
-        self.skips_spikes, self.max_skips = skips_spikes, max_skips
+        self.skips_spikes, self.max_skips, self.precision = skips_spikes, max_skips, precision
         self.replaced: list[str] = []
         self.deaths: list[str] = []
         self._recent: deque[tuple[int, list[torch.Tensor]]] = deque(maxlen=max_skips)
@@ -47,10 +48,11 @@ class Incidents:
             self.log.say(line)
             self.log.event("worker_died", step=step, worker=line)
         self.replaced, self.deaths = [], []
-        left_out = 0
+        left_out, spiked = 0, 0
         for number, result in enumerate(results, step - len(results) + 1):
             is_spike = self._tell_spike(number, result)
             left_out += int(result.skipped > 0 and not is_spike)
+            spiked += int(is_spike)
         if left_out:
             self.log.say(f"step {step}: {left_out} updates were left out, their gradients were not finite")
             self.log.event("left_out", step=step, updates=left_out)
@@ -59,8 +61,8 @@ class Incidents:
             self.log.event("diverged", step=step, reason=reason)
             where = self._write_samples(step)
             raise DivergedError(
-                f"gradients were not finite, or losses spiked, for {on_end} steps on end at step {step}; no such update was "
-                f"applied: lower --blr, or train with --precision fp32; the samples of these steps are in {where}"
+                f"{on_end} consecutive updates were skipped up to step {step}: {self._advice(left_out, spiked)}; the samples "
+                f"of these steps are in {where}"
             )
 
     def tell_saves(self, saves: list[Saved]) -> None:
@@ -87,6 +89,17 @@ class Incidents:
             self.log.say(f"step {step}: loss spike, {loss:.4f} is {z:.1f} robust deviations above the recent losses{done}")
             self.log.event("spike", step=step, loss=loss, z=z, skipped=self.skips_spikes)
         return z > self.detector.threshold and self.skips_spikes
+
+    def _advice(self, not_finite: int, spiked: int) -> str:
+        """Why updates were skipped, and what of the run's settings may help."""
+        why, ways = [], ["a lower --blr"]
+        if not_finite:
+            why.append("gradients were not finite")
+            ways += ["--precision fp32"] if self.precision != "fp32" else []
+        if spiked:
+            why.append("losses spiked")
+            ways += [f"a --spike-z above {self.detector.threshold:g}", "--no-skip-spikes"]
+        return f"{' or '.join(why)}; try {' or '.join(ways)}"
 
     def _write_samples(self, step: int) -> str:
         path = self.out / f"diverged-step-{step:07d}-rank-{self.world.rank}.json"

@@ -24,9 +24,10 @@ def check_replicas(model: nn.Module, world: World, step: int) -> None:
     for rank, theirs in enumerate(everyone):
         different = [name for (name, _), a, b in zip(named, everyone[0], theirs, strict=True) if a != b]
         if different:
+            suspect = "machine" if world.local_size < world.size else "GPU" if world.device.type == "cuda" else "memory"
             raise DivergedError(
                 f"the weights of rank {rank} are not those of rank 0 after step {step}: {different[0]} and "
-                f"{len(different) - 1} others differ; resume from a checkpoint, without that machine"
+                f"{len(different) - 1} others differ; resume from a checkpoint, once that rank's {suspect} is replaced"
             )
 
 

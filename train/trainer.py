@@ -89,7 +89,8 @@ class Trainer:
         """The loop. Returns the newest checkpoint."""
         run, recipe, world = self.run, self.recipe, self.world
         log = RunLog(run.out, is_main=world.is_main, first_step=self.first_step, total_steps=self.total_steps, wandb=run.wandb)
-        incidents = Incidents(log, world, run.out, self.detector, skips_spikes=run.skip_spikes, max_skips=run.max_skips)
+        incidents = Incidents(log, world, run.out, self.detector, skips_spikes=run.skip_spikes, max_skips=run.max_skips,
+                              precision=self.precision)  # fmt: skip
         meter = Meter(world, recipe.model, recipe.mask_ratio, recipe.effective_batch)
         batches = self._micro_batches(meter, incidents)
         try:

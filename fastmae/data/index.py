@@ -139,8 +139,8 @@ class Index:
                 raise DataError(self._missing(number))
             if size != shard.bytes:
                 raise DataError(
-                    f"{path}: {size} bytes, the index says {shard.bytes}: cut at offset {size}, or another file; restore it "
-                    "or build the shards again"
+                    f"{path}: {size} bytes, the index says {shard.bytes}: cut at offset {size}, or another file; restore it, "
+                    f"or {self._remake}"
                 )
             if shard.xxh3 in of_hash:
                 raise DataError(
@@ -148,12 +148,16 @@ class Index:
                 )
             of_hash[shard.xxh3] = shard.name
 
+    @property
+    def _remake(self) -> str:
+        return "index the tars again" if self.build.get("indexed") else "build the shards again"
+
     def _missing(self, number: int) -> str:
         """What to do about the tar of shard ``number``, which is not there: alone, or as all others, which are elsewhere."""
         path = self.folder / self.shards[number].name
         lacks = f"{path}: missing; the index lists {len(self.shards)} shards, this is number {number}"
         if any((self.folder / shard.name).exists() for shard in self.shards):
-            return f"{lacks}; restore it, or build the shards again"
+            return f"{lacks}; restore it, or {self._remake}"
         where = f"{lacks}, and none of them is there: {self.folder / JSON_NAME} looks for its tars in {path.parent.resolve()}"
         if self.build.get("indexed"):
             classes = " --classes FILE" if self.classes else ""

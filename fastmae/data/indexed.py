@@ -200,9 +200,10 @@ class IndexedBatches:
             return
         self._deaths += 1
         if self._deaths > _MOST_DEATHS:
+            fewer = self.config.workers // 2  # 0: in the training process
             raise DataError(
-                f"{self._deaths} loader workers died while one batch was made; take fewer workers, or look into the system's "
-                f"log; the last{where} was {death.how}"
+                f"{self._deaths} loader workers died while one batch was made; try --workers {fewer} instead of "
+                f"{self.config.workers}, or look into the system's log; the last{where} was {death.how}"
             )
 
 

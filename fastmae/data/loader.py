@@ -47,15 +47,17 @@ class Loader:
             self.kind = f"stream of {len(self.shards)} shards"
             self.samples, self.fingerprint = None, f"{self.kind} {xxhash.xxh3_64_hexdigest(urls)}"
             self.crop = "cpu"
-            if config.crop == "device" or config.shuffle_window is not None:
+            given = {"--crop device": config.crop == "device", "--decode nvjpeg": config.decode == "nvjpeg",
+                     "--shuffle-window": config.shuffle_window is not None}  # fmt: skip
+            if flags := [flag for flag, is_given in given.items() if is_given]:
                 raise InputError(
-                    f"{data}: has no index, and a stream is cropped on the CPU and shuffled in its own way: leave out --crop "
-                    "device and --shuffle-window, or make an index with `fastmae shards index`"
+                    f"{data}: has no index, and a stream is decoded and cropped on the CPU and shuffled in its own way: remove "
+                    f"{' and '.join(flags)}, or make an index with `fastmae shards index`"
                 )
         if config.decode == "nvjpeg":
             make_decoder(self.device)  # or say now why not
             if self.crop != "device":
-                raise InputError("decode nvjpeg leaves pixels on the GPU: crop there too, leave --crop out")
+                raise InputError(f"decode nvjpeg leaves pixels on the GPU: crop there too, remove --crop {config.crop}")
         if state:
             self._check(state)
 

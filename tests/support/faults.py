@@ -81,7 +81,7 @@ def count_steps(folder, rank):
 
 def change_loss(change, first, last, on, rank):
     """Pass the losses of the steps ``first`` to ``last`` on rank ``on`` through ``change``."""
-    run, loss, count = Step.run, Step._loss, []
+    run, loss, count = Step.run, Step.loss, []
 
     def noted(self, batches):
         count.append(1)
@@ -89,7 +89,7 @@ def change_loss(change, first, last, on, rank):
         return run(self, batches)
 
     Step.run = noted
-    Step._loss = lambda self, batch: change(loss(self, batch)) if getattr(self, "is_changed", False) else loss(self, batch)
+    Step.loss = lambda self, batch: change(loss(self, batch)) if getattr(self, "is_changed", False) else loss(self, batch)
 
 
 def to_nan(loss):

@@ -121,7 +121,7 @@ def test_other_tests(report: Item):
 
 
 @pytest.mark.worth(9)
-@pytest.mark.seconds(45, 60)
+@pytest.mark.seconds(45, 10)
 def test_sanitizer(report: Item):
     """The kernels' `gpu` tests under compute-sanitizer's memory checker, as many as there is time for."""
     if not shutil.which("compute-sanitizer"):

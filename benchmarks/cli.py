@@ -94,23 +94,19 @@ def parser() -> argparse.ArgumentParser:
     command = add("gradients", partial(_report, _gradients), "compiled gradients against eager ones, on photographs",
                   "device", "out", "model", "batch", "image-size", "modes")  # fmt: skip
     command.add_argument("--data", type=Path, metavar="SHARDS", help="of photographs; else those that come with scikit-image")
-    command = add("kernels", _kernels_or_resources, "each op: Triton, twin, compiled twin", *common, "batch")
-    command.add_argument("--resources", action="store_true", help="compile for sm_80, 90, 100 and print what the binaries need")
-    command.add_argument("--save", action="store_true", help="with --resources: write resources.json")
+    add("kernels", _kernels_or_resources, "each op: Triton, twin, compiled twin", *common, "batch", "resources", "save")
     add("attention", partial(_report, _attention), "each attention backend on the shapes of training", *common)
     add("waterfall", partial(_report, _waterfall), "the step with each optimisation switched off alone",
         "device", "out", "model", "batch", "rounds", "minutes", "image-size", "only", "together")  # fmt: skip
     command = add("loader", partial(_report, _loader), "images per second from shards to batches, against other pipelines",
-                  "device", "out", "data", "originals", "workers", "rounds", "model", "batch")  # fmt: skip
-    command.add_argument("--gpu", action="store_true", help="also fed-step")
+                  "device", "out", "data", "originals", "workers", "rounds", "model", "batch", "gpu")  # fmt: skip
     command.set_defaults(steps=FLAGS["steps"]["default"], image_size=FLAGS["image-size"]["default"])
     add("fed-step", partial(_report, _fed_step), "the training step from shards beside the same step from memory",
         "device", "out", "data", "workers", "model", "batch", "image-size", "steps")  # fmt: skip
     add("all", partial(_report, _all), "every benchmark, one after the other",
         *common, "model", "batches", "batch", "rounds", "minutes", "image-size", "reference", "contenders", "compile",
         "profile", "only", "together")  # fmt: skip
-    command = add("scaling", _scaling, "on paper: step time and efficiency on 8 to 512 GPUs", "models")
-    add_scaling_flags(command)
+    add_scaling_flags(add("scaling", _scaling, "on paper: step time and efficiency on 8 to 512 GPUs", "models"))
     add("readme", _readme, "write README's table from benchmarks/results")
     return top
 
@@ -231,21 +227,16 @@ def _kernels_or_resources(options: argparse.Namespace) -> int:
 
 
 def _scaling(options: argparse.Namespace) -> int:
-    from fastmae.benchmarks import chart, scaling, scaling_page, step
+    from fastmae.benchmarks import scaling, scaling_page, step
 
     models = options.models or list(scaling.MODELS)
     step.check_models(models, None)
     cluster = Cluster(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Cluster)})
     section = scaling.predict_scaling(models, options.gpus or scaling.GPUS, cluster, RESULTS,
                                       effective_batch=options.effective_batch, micro_batch=options.micro_batch)  # fmt: skip
-    for name, rows in scaling_page.tables(section).items():
-        print(f"{name}\n\n{align(rows)}\n")
-    for note in section["notes"]:
-        print(f"note: {note}")
     if options.docs:
         scaling_page.write_page(SCALING, section)
-        chart.draw(section, SCALING.with_suffix(".png"))
-    print(json.dumps({"scaling": section}))
+    scaling_page.show(section)
     return 0
 
 
@@ -257,10 +248,9 @@ def _readme(options: argparse.Namespace) -> int:
 def _device(options: argparse.Namespace) -> "torch.device":
     import torch
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda was asked for, but torch sees no CUDA device; `fastmae doctor` tells more")
-    on_gpu = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    from fastmae.train.world import trains_on_gpu
+
+    return torch.device("cuda", torch.cuda.current_device()) if trains_on_gpu(options.device) else torch.device("cpu")
 
 
 def _models(options: argparse.Namespace, on_gpu: list[str], on_cpu: list[str]) -> list[str]:

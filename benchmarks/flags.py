@@ -40,6 +40,9 @@ FLAGS: dict[str, dict] = {
     "data": {"type": Path, "metavar": "SHARDS", "required": True, "help": "a folder of shards of 256 px, say"},
     "originals": {"type": Path, "metavar": "SHARDS", "help": "shards of the untouched images, for the reference's pipeline"},
     "workers": {"type": positive, "metavar": "N", "default": usable_cores(), "help": "processes, one per core"},
+    "resources": {"action": "store_true", "help": "compile for sm_80, 90, 100 and print what the binaries need"},
+    "save": {"action": "store_true", "help": "with --resources: write resources.json"},
+    "gpu": {"action": "store_true", "help": "also fed-step"},
     "reference": {"type": Path, "metavar": "CLONE", "help": "a clone of facebookresearch/mae (needs timm)"},
     "contenders": {
         "nargs": "+",

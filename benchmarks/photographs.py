@@ -23,7 +23,7 @@ def photographs(model: MAE, count: int, data: Path | None = None) -> tuple[Tenso
 
         found = load_images(data, model, count)
         times = -(-count // len(found))
-        return found.repeat(times, 1, 1, 1)[:count], f"{len(found)} images of {data}"
+        return found.repeat(times, 1, 1, 1)[:count], f"{len(found)} images of {data.name}"
     try:
         return _bundled(model, count)
     except (ImportError, ValueError) as error:  # InputError is one

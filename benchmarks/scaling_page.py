@@ -1,11 +1,13 @@
 """``scaling`` for people: its tables, its chart, and docs/scaling.md, whose numbers are written between two marks."""
 
+import json
 from pathlib import Path
 
+from fastmae.benchmarks import chart
 from fastmae.benchmarks.cluster import Cluster, explained
 from fastmae.benchmarks.collectives import trained_elements
 from fastmae.benchmarks.peers import table as peers_table
-from fastmae.benchmarks.report import markdown
+from fastmae.benchmarks.report import align, markdown
 from fastmae.benchmarks.scaling import WAYS
 from fastmae.config import preset
 from fastmae.errors import InputError
@@ -32,13 +34,23 @@ def tables(section: dict) -> dict[str, list[list[str]]]:
     return found
 
 
+def show(section: dict) -> None:
+    """Print the tables, the notes, and all of it as one JSON document in the last line."""
+    for name, rows in tables(section).items():
+        print(f"{name}\n\n{align(rows)}\n")
+    for note in section["notes"]:
+        print(f"note: {note}")
+    print(json.dumps({"scaling": section}))
+
+
 def write_page(page: Path, section: dict) -> None:
-    """Write the tables between the page's two marks. Raises InputError if they are not there."""
+    """Write the tables between the page's two marks, and the chart beside it. Raises InputError if the marks are not there."""
     text = page.read_text() if page.exists() else ""
     if BEGIN not in text or END not in text:
         raise InputError(f"{page}: the marks {BEGIN} and {END} are not there")
     head, rest = text.split(BEGIN)
     page.write_text(f"{head}{BEGIN}\n{body(section)}\n{END}{rest.split(END)[1]}")
+    chart.draw(section, page.with_suffix(".png"))
 
 
 def body(section: dict) -> str:

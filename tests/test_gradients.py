@@ -127,7 +127,7 @@ def test_gradients_that_are_missing_are_wrong_and_those_of_nothing_are_right():
 def test_photographs_come_from_shards_from_packages_or_are_generated(shard_folder, shallow, monkeypatch):
     model = MAE(preset("tiny", img_size=32))
     images, source = photographs(model, 40, shard_folder)
-    assert images.shape == (40, 3, 32, 32) and source == f"37 images of {shard_folder}"
+    assert images.shape == (40, 3, 32, 32) and source == f"37 images of {shard_folder.name}"
     assert torch.equal(images[0], images[37]) and not torch.equal(images[0], images[1])
 
     monkeypatch.setattr("fastmae.train.demo._PHOTOGRAPHS", ())

@@ -34,7 +34,7 @@ Part = tuple[str, dict, Callable[[dict], list[list[str]]]]  # a section's name, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one benchmark; return its exit code: 0 done, 1 results are wrong, 2 input is, 130 interrupted, 141 nobody reads it."""
+    """Run one benchmark; return its exit code: 0 done, 1 a wrong result, 2 wrong input, 130 interrupted, 141 unread."""
     console.open_streams()
     try:
         with interrupts(is_last=arguments is None):

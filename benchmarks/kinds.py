@@ -57,7 +57,8 @@ def profile_calls(call: Callable[[], object], device: torch.device, calls: int) 
     call()
     microseconds = 1e6 * seconds_per_call(call, device, calls)
     on_gpu = device.type == "cuda"
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]) as profiler:
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profiler:  # torch 2.11 warns of its default
         for _ in range(calls):
             call()
         synchronize(device)

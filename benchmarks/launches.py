@@ -31,7 +31,7 @@ class Launch:
     constants: dict[tuple[int, ...], Any]
     """Of the arguments at these positions their values: those declared so, and integers that are 1."""
     attributes: dict[tuple[int, ...], list]
-    """What Triton assumes of the arguments at these positions: ``tt.divisibility``."""
+    """What Triton assumes of the arguments at these positions: ``tt.divisibility``, or nothing."""
     options: dict[str, Any]
     """``num_warps``, ``num_stages`` and the rest."""
     target: int

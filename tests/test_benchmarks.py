@@ -1,8 +1,6 @@
 """The benchmarks: equal work is shown before time is taken, turns are fair, and results are what was measured."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,15 +13,14 @@ import torch
 from fastmae import linear
 from fastmae.benchmarks import kernels, waterfall
 from fastmae.benchmarks.cli import main
-from fastmae.benchmarks.contenders import NAMES, Contender, Workload, make
+from fastmae.benchmarks.contenders import NAMES, Workload, make
 from fastmae.benchmarks.equality import LossesDiffer, check_losses
 from fastmae.benchmarks.reference import Draw
 from fastmae.benchmarks.step import measure_steps
 from fastmae.benchmarks.step import profiles as profiles_of
 from fastmae.benchmarks.timing import Times, interleave
-from fastmae.benchmarks.worker import OutOfMemory, Worker, losses_of
+from fastmae.benchmarks.worker import OutOfMemory
 from fastmae.config import preset
-from fastmae.errors import InputError
 
 CPU = torch.device("cpu")
 
@@ -65,34 +62,10 @@ def test_a_draw_of_noise_is_made_and_then_replaced(compiler):
     drawn, then = draw(2, 5, device=CPU), torch.rand(1)
     draw.noise = noise = torch.arange(10.0).reshape(2, 5)
     torch.manual_seed(3)
-    assert torch.equal(torch.compile(draw, fullgraph=True)(2, 5, device=CPU), noise) and torch.equal(torch.rand(1), then)
+    assert torch.equal(draw(2, 5, device=CPU), noise) and torch.equal(torch.rand(1), then)
+    assert torch.equal(torch.compile(draw, fullgraph=True)(2, 5, device=CPU), noise)
     torch.manual_seed(3)
     assert torch.equal(drawn, torch.rand(2, 5))
-
-
-class FullWorker:
-    """Has memory for its losses once the others have theirs."""
-
-    order: ClassVar[list[str]] = []
-
-    def __init__(self, name, fails):
-        self.name, self.fails = name, fails
-
-    def ask_losses(self, seed):
-        self.order.append(f"ask {self.name}")
-
-    def losses(self, seed):
-        self.order.append(self.name)
-        if self.fails:
-            self.fails = False
-            raise OutOfMemory("out of memory")
-        return 1.0, 2.0
-
-
-def test_losses_are_asked_of_all_at_once_and_again_of_whom_memory_lacked():
-    workers = {"a": FullWorker("a", True), "b": FullWorker("b", False)}
-    assert list(losses_of(workers, 7).items()) == [("a", (1.0, 2.0)), ("b", (1.0, 2.0))]
-    assert FullWorker.order == ["ask a", "ask b", "a", "b", "a"]
 
 
 @pytest.mark.parametrize("losses", [{"a": (1.0, 2.0), "b": (1.0001, 2.0)}, {"a": (1.0, 2.0), "b": (1.0, 2.0001)},
@@ -184,28 +157,6 @@ def test_turns_alternate_and_ratios_are_taken_within_a_round():
     assert Times((1.0, 2.0, 4.0)).spread == 1.5
 
 
-def broken(kind):
-    if kind == "input":
-        raise InputError("no such clone")
-    if kind == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    nothing = torch.zeros(())
-    return Contender(lambda: 1 / 0, lambda *_: nothing, nothing, lambda: nothing, description="broken")
-
-
-@pytest.mark.parametrize(
-    ("kind", "error", "message"),
-    [
-        ("input", InputError, "no such clone"),
-        ("killed", OutOfMemory, "was killed"),
-        ("step", RuntimeError, "ZeroDivision"),
-    ],
-)
-def test_a_workers_failure_is_told(kind, error, message):
-    with Worker(partial(broken, kind), CPU) as worker, pytest.raises(error, match=message):
-        worker.seconds(1)
-
-
 def test_the_waterfall_measures_each_switch_against_the_whole(monkeypatch):
     monkeypatch.setattr(waterfall, "SWITCHES", [s for s in waterfall.SWITCHES if s.name.startswith("no exact")])
     found = waterfall.measure_waterfall("tiny", 2, CPU, rounds=2, image_size=32)
@@ -268,9 +219,13 @@ def test_wrong_arguments_are_one_line(arguments, message, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_gpu_that_is_not_there_is_said(capsys):
-    assert main(["step", "--device", "cuda"]) == 2
-    assert "torch sees no CUDA device" in capsys.readouterr().err
+@pytest.mark.parametrize("command", [["step"], ["step", "--profile"], ["gradients"], ["kernels"], ["attention"], ["waterfall"],
+                                     ["loader", "--gpu", "--data", "x"], ["fed-step", "--data", "x"], ["all"]],
+                         ids=" ".join)  # fmt: skip
+def test_a_gpu_that_is_not_there_is_said_in_one_line(command, capsys):
+    assert main([*command, "--device", "cuda"]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and "no CUDA device" in error
 
 
 def test_the_command_line_hands_over(tmp_path):

@@ -199,7 +199,8 @@ def a_terminal_that_is_closed(rank):
 )
 def test_a_run_outlives_its_console_and_its_log_says_so_once(fault, lost, shard_folder, tmp_path):
     out = tmp_path / "run-äü"
-    with Crew(1, shard_folder, out, "--steps", STEPS, "--save-every", 1000, fault=fault) as crew:
+    flags = ("--steps", STEPS, "--save-every", 1000, "--workers", 0)  # a worker would hold the other end open
+    with Crew(1, shard_folder, out, *flags, fault=fault) as crew:
         assert crew.end() == [0], crew.text()
     found = records(out)
     told = [(r["stream"], r["reason"]) for r in found if r.get("event") == "console_lost"]

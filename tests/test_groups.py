@@ -55,15 +55,25 @@ def splits_of_all(size, make):
 @pytest.mark.parametrize(("machines", "local"), LAYOUTS)
 def test_no_rank_splits_the_communicator_for_the_groups_of_a_run(machines, local):
     size = machines * local
-    counts, names = splits_of_all(size, lambda rank: make_groups(blocks(machines, local), backend="fake"))
+
+    def make(rank):  # twice, since names tell how many groups there were
+        return [group for _ in range(2) for group in make_groups(blocks(machines, local), backend="fake")]
+
+    counts, names = splits_of_all(size, make)
     assert counts == [0] * size
+    check_groups([made[:4] for made in names], size, local)
+    check_groups([made[4:] for made in names], size, local)
+
+
+def check_groups(names, size, local):
+    """Each is made of the right ranks, and under one name by all of them, which no other one has."""
     for rank, (control, background, machine, leaders) in enumerate(names):
         first = rank - rank % local
         assert control[0] == background[0] == list(range(size)) and control[1] != background[1]
         assert machine[0] == list(range(first, first + local)) and machine == names[first][2]
         assert leaders == (names[0][3] if rank == first else None)
     assert names[0][3][0] == list(range(0, size, local))
-    assert len({machine[1] for _, _, machine, _ in names} | {names[0][3][1]}) == machines + 1  # each meets by its own name
+    assert len({machine[1] for _, _, machine, _ in names} | {names[0][3][1]}) == size // local + 1
 
 
 @pytest.mark.parametrize("everyone", [UNEVEN, blocks(2, 2)[::2] + blocks(2, 2)[1::2], blocks(4, 1), blocks(1, 4)])

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,11 @@ def test_imports_point_down(module, path):
         if target.partition(".")[0] == "fastmae":
             assert layer_of(target) in {layer, *ALLOWED[layer]}, f"{module} imports {target}"
         assert target.partition(".")[0] != "tests", f"{module} imports {target}"
+
+
+@pytest.mark.parametrize("module", sorted(m for m in modules() if not m.rpartition(".")[2].startswith(("__main__", "test_"))))
+def test_everything_can_be_imported(module):
+    importlib.import_module(module)
 
 
 def test_kernels_import_torch_and_triton_only():

@@ -63,7 +63,7 @@ def a_process_that_never_gives_python_back_is_ended_by_its_watchdog(shards, fold
         assert code == 4 and "fastmae: rank 1 gives no sign of life, after step 2" in crew.text(0), crew.text()
         assert crew.end(60, (1,)) == [-signal.SIGKILL]
         print(f"{time.monotonic() - began:.1f} s to the end, of which 17 s are patience")
-        assert re.search(r"Python has not run in it for 17 s", crew.text(1)) and "faults.py" in crew.text(1)
+        assert re.search(r"Python has not run in it for 1[78] s", crew.text(1)) and "faults.py" in crew.text(1)
 
 
 @scene

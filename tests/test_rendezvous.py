@@ -244,7 +244,7 @@ def test_rank_0_that_is_gone_is_named(reports):
 def test_torchruns_store_leads_to_rank_0_of_this_start(reports, monkeypatch):
     """What an earlier start has left there is a port where nobody listens, or by now somebody else."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    monkeypatch.setattr(store, "_ATTEMPT", 0.3)
+    monkeypatch.setattr(store, "_SETTLES", 0.3)
     options = {"is_master": True, "timeout": timedelta(seconds=5), "wait_for_workers": False}
     agents, others = (dist.TCPStore(HOST, 0, **options) for _ in range(2))
     start = Start(2, port=agents.port)
@@ -259,15 +259,17 @@ def test_torchruns_store_leads_to_rank_0_of_this_start(reports, monkeypatch):
     assert ends[0][1] == ends[1][1] and ends[0][0].port == ends[1][0].port not in (agents.port, others.port)
 
 
-def test_looks_at_the_store_become_rare(monkeypatch):
+@pytest.mark.parametrize("processes", [2, 64, 512])
+def test_questions_to_the_store_grow_with_the_processes_and_not_with_their_square(processes, monkeypatch):
     now, looks = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    for pause in pauses():
+    for pause in pauses(processes):
         looks.append(now[0])
         now[0] += pause
         if now[0] > 60:
             break
     assert sum(look > 5 for look in looks) <= 2 * 55 + 1 and sum(look < 5 for look in looks) < 80
+    assert processes * sum(look < 1 for look in looks) <= 1.1e4
 
 
 def test_a_thread_that_never_ends_keeps_nobody_waiting():

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 _TICK = 0.1  # seconds between two looks
-_PAUSES = (0.005, 0.5)  # seconds, the least and the most
+_LEAST, _MOST = 0.005, 0.5  # seconds of a pause
+_EACH = 1e-4  # seconds a pause lasts at least for each process that asks the same: ten thousand questions a second in all
 _NAME = "fastmae-background"
 
 T = TypeVar("T")
@@ -52,8 +53,8 @@ def has_abandoned() -> bool:
     return any(thread.name == _NAME for thread in threading.enumerate())
 
 
-def pauses() -> Iterator[float]:
-    """Seconds to sleep between two looks at something, ever longer: a tenth of the time gone, at most half a second."""
-    began = time.monotonic()
+def pauses(processes: int) -> Iterator[float]:
+    """Seconds to sleep between two looks at what so many ``processes`` ask for: a tenth of the time gone, within limits."""
+    began, least = time.monotonic(), max(_LEAST, processes * _EACH)
     while True:
-        yield min(max((time.monotonic() - began) / 10, _PAUSES[0]), _PAUSES[1])
+        yield max(min((time.monotonic() - began) / 10, _MOST), least)

@@ -4,7 +4,6 @@ Inductor builds C++ on CPUs, Triton a small C launcher for GPUs. What they have 
 compiler, so none is looked for beforehand: the first step shows.
 """
 
-import contextlib
 import os
 import re
 import subprocess
@@ -86,8 +85,7 @@ def advise_off(error: BaseException, run: Run) -> None:
 
 
 def _warn(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads any more
-        print(f"fastmae: {text}", file=sys.stderr, flush=True)
+    print(f"fastmae: {text}", file=sys.stderr, flush=True)
 
 
 def _named(variable: str, otherwise: str) -> str:

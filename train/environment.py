@@ -1,8 +1,9 @@
 """Which process of how many this is, from the variables that a launcher sets: torchrun, Slurm's srun, or an MPI's mpirun.
 
-Sources, each the list of variables that a launcher gives its processes: torchrun, "Environment Variables"; Slurm, srun(1),
-"OUTPUT ENVIRONMENT VARIABLES"; Open MPI, "Environment variables set for MPI applications"; MPICH's Hydra, whose
-``hydra_pmi_proxy`` sets PMI_* and MPI_LOCAL* (Intel MPI's mpiexec as well); HPE PALS, mpiexec(1).
+Sources, each the list of variables that a launcher gives its processes: torchrun, "Environment Variables"; DeepSpeed,
+``launcher/launch.py`` (LOCAL_SIZE); Slurm, srun(1), "OUTPUT ENVIRONMENT VARIABLES"; Open MPI, "Environment variables set for
+MPI applications"; MPICH's Hydra, whose ``hydra_pmi_proxy`` sets PMI_* and MPI_LOCAL* (Intel MPI's mpiexec as well); HPE PALS,
+mpiexec(1).
 
 Where several launchers have left their variables, the innermost one counts: torchrun is started inside steps and jobs, and
 mpirun starts its daemons through srun, so that their step's variables are not those of the processes.

@@ -6,6 +6,7 @@ P trained parameters. What is kept is counted on fake tensors (torch's ``FakeTen
 at two batch sizes; it grows in a straight line. An estimate: memory of libraries, loaders and fragmentation is not in it.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,6 +37,7 @@ class Estimate:
         return max(0, (available - self.fixed) // self.per_image)
 
 
+@functools.cache
 def estimate_step(config: ModelConfig, mask_ratio: float, autocast: torch.dtype | None) -> Estimate:
     """The estimate for a model that trains under ``autocast``, or without it."""
     with FakeTensorMode():

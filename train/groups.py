@@ -29,9 +29,13 @@ def machine_groups(size: int, local_size: int, **options) -> tuple[dist.ProcessG
     """The groups ``World.machine`` and ``World.leaders`` of a run of ``size``; ``options`` as of ``dist.new_group``."""
     if not 1 < local_size < size or size % local_size:
         return None, None
-    first = dist.get_rank() - dist.get_rank() % local_size
+    rank = dist.get_rank()
+    first = rank - rank % local_size
+    # A group that its members make by themselves is named after its ranks and how many groups they have made before: a group
+    # of one, on those that are no leaders, keeps that number the same everywhere.
+    theirs = range(0, size, local_size) if rank == first else [rank]
     machine, leaders = (
         dist.new_group([*ranks], use_local_synchronization=True, **options)
-        for ranks in (range(first, first + local_size), range(0, size, local_size))
+        for ranks in (range(first, first + local_size), theirs)
     )
-    return machine, leaders
+    return machine, leaders if rank == first else None

@@ -125,7 +125,7 @@ class Rendezvous:
 
     def _until_all(self, store: dist.TCPStore, word: str) -> list[Peer]:
         """The processes of all ranks, once each has added ``word``."""
-        pause = pauses()
+        pause = pauses(self.place.size)
         while True:
             lines = _read(store)
             if gone := self._reason or next((line["left"] for line in lines if "left" in line), None):
@@ -163,14 +163,14 @@ class Rendezvous:
 
     def _until_go(self, store: dist.TCPStore) -> list[Peer]:
         self._add(store, arrived=self.peer.to_dict())
-        pause, has_confirmed = pauses(), False
+        pause, has_confirmed = pauses(self.place.size), False
         while (state := store.get(STATE).decode()) != _GO:
             if self._reason is not None:
                 self._add(store, left=self._reason)
                 raise LostProcessError(self._reason)
             if state == _COMPLETE and not has_confirmed:
                 self._add(store, confirmed=self.peer.to_dict())
-                has_confirmed, pause = True, pauses()
+                has_confirmed, pause = True, pauses(self.place.size)
             elif state.startswith("{"):
                 told = json.loads(state)
                 for kind in (InputError, LostProcessError):

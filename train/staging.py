@@ -5,7 +5,6 @@ second: each look is a heartbeat, a copy that fails or a signal ends the wait of
 progress anywhere.
 """
 
-import contextlib
 import threading
 import time
 from pathlib import Path
@@ -133,8 +132,4 @@ class _Line:
         waits = sorted({process for *_, process in copies if process})
         waiting = f", waiting for {waits[0]}, which copies the same shards" if waits else ""
         if self.world.is_main:
-            with contextlib.suppress(OSError):
-                print(
-                    f"staging: {copied / 1e9:.2f} of {total / 1e9:.2f} GB{machines}, {speed / 1e9:.2f} GB/s{waiting}",
-                    flush=True,
-                )
+            print(f"staging: {copied / 1e9:.2f} of {total / 1e9:.2f} GB{machines}, {speed / 1e9:.2f} GB/s{waiting}", flush=True)

@@ -22,8 +22,9 @@ STATE = "fastmae/state"
 """The key by which such a store is known: rank 0 sets it first."""
 _KEEPER, _PORT = "fastmae/keeper", "fastmae/port"
 _LOOPBACK = "127.0.0.1"
-_ANSWER = timedelta(seconds=5)  # for one word of the store
-_ATTEMPT = 2.0  # seconds for a connection, and for its store's first word: both may be of an earlier start
+_ANSWER = timedelta(seconds=60)  # for one word of a store that many ask at once
+_ATTEMPT = 2.0  # seconds for a connection
+_SETTLES = 10.0  # seconds for a store's first word; it may be somebody else's, where rank 0 of an earlier start was
 
 Note = Callable[..., None]
 """Called with what is waited for, and ``at_once`` if waiting will hardly mend it; raises to end the wait."""
@@ -35,7 +36,7 @@ def listen(place: Place, note: Note) -> tuple[dist.TCPStore, str]:
     Raises InputError if the port is taken or another rank 0 is at the run's address.
     """
     is_torchruns = has_torchruns_store()
-    launcher = _connect(place.address, place.port, note)[0] if is_torchruns else None
+    launcher = _connect(place, note)[0] if is_torchruns else None
     port = 0 if is_torchruns else place.port
     try:
         store = dist.TCPStore(_LOOPBACK, port, is_master=True, timeout=_ANSWER, wait_for_workers=False)
@@ -56,8 +57,8 @@ def listen(place: Place, note: Note) -> tuple[dist.TCPStore, str]:
 
 def reach(place: Place, note: Note) -> tuple[dist.TCPStore, str]:
     """The store that rank 0 keeps, and the address by which this process reaches it; looked for until it is there."""
-    pause = pauses()
-    launcher = _connect(place.address, place.port, note)[0] if has_torchruns_store() else None
+    pause = pauses(place.size)
+    launcher = _connect(place, note)[0] if has_torchruns_store() else None
     while True:
         if launcher is None:
             port = place.port
@@ -79,9 +80,9 @@ def has_torchruns_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _connect(address: str, port: int, note: Note) -> tuple[dist.TCPStore, str]:
-    pause = pauses()
-    while (found := _try(address, port, note)) is None:
+def _connect(place: Place, note: Note) -> tuple[dist.TCPStore, str]:
+    pause = pauses(place.size)
+    while (found := _try(place.address, place.port, note)) is None:
         time.sleep(next(pause))
     return found
 
@@ -104,12 +105,12 @@ def _try(address: str, port: int, note: Note) -> tuple[dist.TCPStore, str] | Non
 
 
 def _is_rendezvous(store: dist.TCPStore) -> bool:
-    until = time.monotonic() + _ATTEMPT
+    until = time.monotonic() + _SETTLES
     with contextlib.suppress(dist.DistError):
         while time.monotonic() < until:
             if store.check([STATE]):
                 return True
-            time.sleep(0.01)
+            time.sleep(0.1)
     return False
 
 

@@ -20,9 +20,9 @@ from fastmae.train.watchdog import Watchdog
 from fastmae.train.world import World
 
 HANGS = "hangs"
-WATCHED = 30 * 86400.0
+WATCHED = 20 * 86400.0
 """Seconds that collectives may take where a watch ends those that hang: their own timers would count the time that a run was
-suspended."""
+suspended. The milliseconds fit 32 bits."""
 _TICK = 1.0  # seconds between two looks
 _LOST_AFTER = 30.0  # seconds without a sign of life, in a run that otherwise goes on
 _LOST_AT_START = 120.0  # the same while libraries are loaded and models compiled, which may keep a process's threads waiting

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu.made_shards FOLDER COUNT``: shards of made pictures, where nobody's photographs are at hand.
+"""``python made_shards.py FOLDER COUNT``: shards of made pictures, where nobody's photographs are at hand.
 
 JPEGs of 256 x 256 pixels and about 30 kB, as photographs of that size have: they cost what those cost to read and decode.
 """

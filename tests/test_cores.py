@@ -1,6 +1,7 @@
 """How many cores a process may use, where a container's quota allows fewer than the affinity mask names."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from fastmae import cores
 from fastmae.cores import affinity_cores, cpu_quota, usable_cores
 from fastmae.train import pretrain, run
 from fastmae.train.world import World
+from tests.support.runs import RECIPE, run_of
 from tests.support.slurm import STEP_OF_TWO
 
 POD = "/kubepods.slice/pod7/main"
@@ -87,7 +89,9 @@ def test_a_task_that_srun_has_bound_shares_its_containers_quota_and_not_its_own_
 
 
 @pytest.mark.parametrize(("allowed", "of_user", "threads"), [(6, None, 3), (None, None, 64), (6, "9", 64), (0.5, None, 1)])
-def test_torchs_threads_follow_the_quota_unless_the_user_says_how_many(quota, monkeypatch, allowed, of_user, threads):
+def test_threads_of_torch_follow_the_quota_unless_the_user_sets_them(
+    quota, monkeypatch, allowed, of_user, threads, shard_folder, tmp_path
+):
     quota(allowed)
     chosen = [64]
     monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
@@ -95,5 +99,6 @@ def test_torchs_threads_follow_the_quota_unless_the_user_says_how_many(quota, mo
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if of_user:
         monkeypatch.setenv("OMP_NUM_THREADS", of_user)
-    pretrain._keep_to_quota(World(0, 2, torch.device("cpu"), local_size=2))
+    monkeypatch.setattr(pretrain, "join_world", lambda *_: World(0, 1, torch.device("cpu"), local_size=2))
+    pretrain.pretrain(replace(RECIPE, steps=1), run_of(shard_folder, tmp_path))
     assert chosen[-1] == threads

@@ -15,6 +15,8 @@ import torch
 
 from fastmae.convert import load_model
 from fastmae.data.index import Index
+from fastmae.data.pool import WorkerPool
+from fastmae.errors import DataError
 from fastmae.train import log as log_file
 from fastmae.train.cli import main
 from fastmae.train.log import RunLog
@@ -117,6 +119,20 @@ def test_members_of_tars_are_read_and_those_that_do_not_decode_are_named(is_inde
     (line,) = {line for line in text.splitlines() if line.startswith("replaced a sample that cannot be used: ")}
     assert f"/t{SEEN}.tar: " in line and f"{SEEN}3" in line and "cannot be decoded" in line
     assert any(odd(b"t\xff.tar: ") in r.get("sample", "") for r in records(place / "run"))
+
+
+def test_what_ends_a_worker_keeps_the_name(monkeypatch):
+    def work(task, at):
+        raise DataError(odd(b"t\xff.tar: missing"))
+
+    pool = WorkerPool(work, 1)
+    try:
+        pool.submit([0])
+        with pytest.raises(DataError) as raised:
+            pool.collect(30)
+        assert str(raised.value) == odd(b"t\xff.tar: missing")
+    finally:
+        pool.close()
 
 
 def test_what_ends_one_process_is_heard_by_the_others_under_any_name(monkeypatch):

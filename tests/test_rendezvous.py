@@ -241,6 +241,20 @@ def test_rank_0_that_is_gone_is_named(reports):
     assert str(start.error(1)) == "rank 0 was there and is gone, before all processes had joined"
 
 
+def test_a_process_that_comes_once_the_run_goes_waits_for_the_next_start(reports):
+    """An operator has started it again at once, while rank 0 still waits for the one before."""
+    start = Start(2)
+    server = dist.TCPStore(HOST, start.place["port"], is_master=True, timeout=timedelta(seconds=5), wait_for_workers=False)
+    server.set(store.STATE, "go")
+    start.join(1, local_rank=0, local_size=1)
+    with waiting_for(reports, "that rank 0's run has begun without this process"):
+        time.sleep(0.2)
+    assert not start.ends[1].done()
+    del server
+    start.join(0, local_rank=0, local_size=1)
+    assert [len(start.ends[rank].result(20)[1]) for rank in range(2)] == [2, 2]
+
+
 def test_torchruns_store_leads_to_rank_0_of_this_start(reports, monkeypatch):
     """What an earlier start has left there is a port where nobody listens, or by now somebody else."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")

@@ -46,7 +46,7 @@ class Rendezvous:
         self.address = place.address
         """By which this process reaches rank 0."""
         self._status, self._alarms = "looks for rank 0", []
-        self._is_connected = self._is_main
+        self._is_connected, self._is_late = self._is_main, False
         self._due, self._has_told = _FIRST_REPORT, False
         self._reason: str | None = None
         """Why this process gives up; the other thread tells the others."""
@@ -158,14 +158,18 @@ class Rendezvous:
                 return store, self._until_go(store)
             except dist.DistError as error:
                 self._is_connected = False
-                if not has_torchruns_store():  # which may have led to the rank 0 of an earlier start
+                if not (self._is_late or has_torchruns_store()):  # which may have led to the rank 0 of an earlier start
                     raise LostProcessError("rank 0 was there and is gone, before all processes had joined") from error
+                self._is_late = False
 
     def _until_go(self, store: dist.TCPStore) -> list[Peer]:
         self._add(store, arrived=self.peer.to_dict())
         pause, has_confirmed = pauses(self.place.size), False
-        while (state := store.get(STATE).decode()) != _GO:
-            if self._reason is not None:
+        while (state := store.get(STATE).decode()) != _GO or not has_confirmed:
+            if state == _GO:  # with the process that had this rank before: rank 0 will miss that one, and end
+                self._is_late = True
+                self._note("that rank 0's run has begun without this process, which waits for the next start", at_once=True)
+            elif self._reason is not None:
                 self._add(store, left=self._reason)
                 raise LostProcessError(self._reason)
             if state == _COMPLETE and not has_confirmed:

@@ -45,8 +45,10 @@ def probe(device_type: str, dtype: torch.dtype, shapes: list[Shape], backends: t
     if rest := [pair for pair in pairs if (device_type, dtype, pair) not in _found]:
         verdicts = _probe_apart(dtype, rest, index)
         _keep(device_type, dtype, verdicts)
+        # Where nothing works the fault is this machine's, and the file may be other machines' too.
+        is_sound = any(verdict.reason is None for verdict in verdicts.values())
         for (backend, shape), (reason, lasts) in verdicts.items():
-            if lasts:
+            if lasts and is_sound:
                 known.setdefault(entry_key(dtype, shape), {})[backend] = reason
         write_entries(device_type, PROBES, known)
 

@@ -1,6 +1,10 @@
 """Which attention a run computes with: chosen once, kept in its checkpoints, used again where it is resumed."""
 
 import json
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,7 +12,7 @@ import torch
 
 from fastmae import choice
 from fastmae.backends import Shape
-from fastmae.errors import InputError
+from fastmae.errors import InputError, RequeueError
 from fastmae.train import backend, pretrain
 from fastmae.train.backend import choose_attention, probe_attention, run_shapes
 from fastmae.train.checkpoint import SCHEMA, STATE, find_checkpoint, write_json, write_manifest
@@ -221,6 +225,24 @@ def test_a_run_probes_before_it_joins_the_others(shard_folder, tmp_path, monkeyp
     monkeypatch.setattr(pretrain, "join_world", join)
     with pytest.raises(Joined):
         pretrain.pretrain(RECIPE, run_of(shard_folder, tmp_path))
+
+
+@pytest.mark.parametrize(("requeues", "kind"), [(False, KeyboardInterrupt), (True, RequeueError)])
+def test_a_signal_ends_a_run_that_probes_at_once(requeues, kind, shard_folder, tmp_path, monkeypatch):
+    hangs = threading.Event()
+
+    def hang(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        hangs.wait(30)
+
+    monkeypatch.setattr(pretrain, "probe_attention", hang)
+    began = time.monotonic()
+    try:
+        with pytest.raises(kind, match="stopped by SIGINT while attention backends were probed"):
+            pretrain.pretrain(RECIPE, run_of(shard_folder, tmp_path, requeue_exit=requeues))
+    finally:
+        hangs.set()
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.gpu

@@ -163,6 +163,21 @@ def test_what_one_start_keeps_the_next_one_loads(compiler, tmp_path):
     assert again.save() and again.save() == [] and open_cache(tmp_path).load() and compiler.loaded[-1] == b"a b c"
 
 
+def test_files_that_no_start_has_read_for_long_are_removed_when_one_is_written(compiler, tmp_path):
+    compiler.made = ["a"]
+    old, read, new = (open_cache(tmp_path, batch_size=n) for n in (1, 2, 4))
+    left_over = tmp_path / "cache" / ".compiled-0.bin.partial"
+    for cache in (old, read):
+        cache.save()
+    left_over.touch()
+    (tmp_path / "cache" / "attention-0.json").touch()
+    for path in left_over.parent.iterdir():
+        os.utime(path, (0, 0))
+    open_cache(tmp_path, batch_size=2).load()
+    new.save()
+    assert {p.name for p in left_over.parent.iterdir()} == {read.path.name, new.path.name, "attention-0.json"}
+
+
 @pytest.mark.parametrize("how", ["cut", "flipped", "another file", "empty"])
 def test_a_damaged_file_is_not_given_to_torch_and_is_replaced(how, compiler, tmp_path):
     cache = open_cache(tmp_path)

@@ -13,7 +13,8 @@ from fastmae.train.estimate import Estimate, estimate_step
 from fastmae.train.findings import Report
 from fastmae.train.fit import check_fit
 from fastmae.train.host_memory import available_memory
-from fastmae.train.trial import MOST, Found, is_out_of_memory, largest_batch, try_batches
+from fastmae.train.out_of_memory import is_out_of_memory
+from fastmae.train.trial import MOST, Found, largest_batch, try_batches
 from fastmae.train.world import World
 from tests.support.runs import MODEL, RECIPE, run_of
 

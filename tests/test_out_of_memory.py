@@ -122,6 +122,18 @@ def test_advice_fits_what_the_run_does_already(doing, fields, model, world, says
     assert says in text and not_says not in text
 
 
+@pytest.mark.parametrize("doing", ["saving", "waiting for the checkpoint", "staging"])
+def test_no_smaller_batch_is_advised_where_it_would_not_help(doing):
+    said = str(out_of_memory(MemoryError(), LARGE, run_of("s", "o", workers=8), CPU, doing))
+    assert said.endswith("give the job more memory, or --workers 4 instead of 8") and "--batch-size" not in said
+
+
+def test_an_interrupt_is_no_lack_of_memory():
+    interrupt = KeyboardInterrupt()
+    interrupt.__context__ = MemoryError()
+    assert not is_out_of_memory(interrupt)
+
+
 @pytest.mark.parametrize(("effective", "batch", "processes"), [(96, 96, 1), (4096, 64, 64), (90, 15, 2), (7, 7, 1), (10, 5, 2)])
 def test_the_smaller_batch_makes_up_the_same_effective_batch(effective, batch, processes):
     size = smaller_batch(effective, batch, processes)

@@ -152,11 +152,25 @@ def test_long_sequences_are_compared_on_the_heads_that_fit(monkeypatch):
     assert shapes == [("sdpa", 5), ("math", 2)]
 
 
-def test_short_memory_is_no_fault_that_lasts(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\n Tried to allocate 2 GiB"),
+        RuntimeError("CUDA error:\n out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED\n when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_short_memory_is_no_fault_that_lasts(error, monkeypatch):
     def run_out(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.\n Tried to allocate 2 GiB")
+        raise error
 
     monkeypatch.setattr(trial, "attend", run_out)
-    assert try_out("sdpa", "cpu", torch.float32, SHAPES[0]) == Verdict(
-        "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", lasts=False
-    )
+    said = f"{type(error).__name__}: {error}".replace("\n", "")
+    assert try_out("sdpa", "cpu", torch.float32, SHAPES[0]) == Verdict(said, lasts=False)
+
+
+def test_where_nothing_works_nothing_is_remembered_for_other_machines(gpu):
+    gpu.verdicts = {b: Verdict("CUDA error: uncorrectable ECC error encountered") for b in BACKENDS}
+    probe.probe("cuda", DTYPE, SHAPES[1:])
+    assert "ECC" in why_not("sdpa", "cuda", DTYPE, SHAPES[1])
+    assert json.loads(choice_file.cache_file("cuda").read_text())["probes"] == {}

@@ -15,6 +15,7 @@ import os
 import platform
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +36,7 @@ from fastmae.train.run import Run
 from fastmae.train.world import World
 
 _MAGIC = b"fastmae compiled 1\n"
+_UNUSED = 30 * 86400.0  # seconds after which a file that no start has read is removed
 _DIGITS = 16  # of an xxh3-64 in hex
 _VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
@@ -87,6 +89,8 @@ class CompileCache:
             return []
         except Exception as error:  # torch's own as well: whatever it finds wrong costs time alone
             return [f"{self.path}: compiled code is not taken from there, {getattr(error, 'strerror', None) or error}"]
+        with contextlib.suppress(OSError):  # a cache that is read alone
+            os.utime(self.path)  # in use
         self._known = _keys(info)
         return [f"compiled code of an earlier start: {self.path}"] if self._known else []
 
@@ -105,7 +109,16 @@ class CompileCache:
         except (OSError, InputError) as error:  # the next start compiles again
             return [f"{self.path}: compiled code cannot be kept there, {getattr(error, 'strerror', None) or error}"]
         self._known = _keys(info)
+        _remove_unused(self.path.parent)
         return [f"compiled code is kept for the next start: {self.path}, {len(artifacts) / 1e6:.1f} MB"]
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove the files of programs not started for long: each change of settings, sources or versions makes another."""
+    for path in [*folder.glob("compiled-*.bin"), *folder.glob(".compiled-*.bin.partial")]:
+        with contextlib.suppress(OSError):  # another process's to remove, or done by it
+            if path.lstat().st_mtime < time.time() - _UNUSED:
+                path.unlink()
 
 
 def _private(folder: Path) -> Path | None:

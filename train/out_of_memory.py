@@ -22,6 +22,7 @@ _CPU = re.compile(
     re.I,
 )
 _SETTLED = (InputError, DivergedError, CheckpointError, RequeueError)  # which say already what they lack
+_OF_BATCH = ("reading data", "in a step", "drawing")  # what takes less of a smaller batch
 _WORKER = re.compile(r"loader worker failed|DataLoader worker process")  # the words of our pool's, of torch's
 _ASKED = re.compile(r"tried to allocate ([\d.]+ [KMGTPE]iB|\d+ bytes)|Unable to allocate ([\d.]+ [KMGTPE]iB)", re.I)
 _CAPACITY = re.compile(r"total capacity of ([\d.]+ [KMGTPE]iB) of which ([\d.]+ [KMGTPE]iB|\d+ bytes) is free")
@@ -29,11 +30,15 @@ _CAPACITY = re.compile(r"total capacity of ([\d.]+ [KMGTPE]iB) of which ([\d.]+ 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error``, or what it came from, says that memory could not be had."""
-    return not isinstance(error, _SETTLED) and any(
-        isinstance(e, MemoryError)
-        or (isinstance(e, OSError) and e.errno == errno.ENOMEM)
-        or (isinstance(e, RuntimeError) and bool(_GPU.search(str(e)) or _CPU.search(str(e))))
-        for e in chain(error)
+    return (
+        isinstance(error, Exception)
+        and not isinstance(error, _SETTLED)
+        and any(
+            isinstance(e, MemoryError)
+            or (isinstance(e, OSError) and e.errno == errno.ENOMEM)
+            or (isinstance(e, RuntimeError) and bool(_GPU.search(str(e)) or _CPU.search(str(e))))
+            for e in chain(error)
+        )
     )
 
 
@@ -48,6 +53,9 @@ def out_of_memory(error: BaseException, recipe: Recipe, run: Run, world: World, 
     head = f"{who}out of memory on {world.device if _GPU.search(text) else 'the CPU'}, {doing}{_figures(text)}"
     if doing == "starting":
         return InputError(f"{head}: the model, its gradients and moments do not fit; {_smaller_model(run, world)}")
+    if doing not in _OF_BATCH and not _GPU.search(text):  # a checkpoint's copy, shards that are staged: whatever the batch
+        fewer = f", or --workers {run.workers // 2} instead of {run.workers}" if (run.workers or 0) > 1 else ""
+        return InputError(f"{head}: give the job more memory{fewer}")
     pictures = " --draw-every None does without pictures;" if doing == "drawing" else ""
     return InputError(f"{head}:{pictures} {_smaller_batch(recipe, run, world)}")
 

@@ -12,6 +12,7 @@ from fastmae.cores import cpu_quota
 from fastmae.errors import LostProcessError, RequeueError
 from fastmae.files import make_folder
 from fastmae.train.backend import probe_attention
+from fastmae.train.background import Background
 from fastmae.train.compile_cache import use_local_folders
 from fastmae.train.compiler import advise_off, compiler_error
 from fastmae.train.console import outlived
@@ -37,8 +38,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     """
     make_folder(run.out)
     with outlived(), StopSignals() as signals:
-        probe_attention(recipe, run)
-        world = _join(run, signals)
+        world = _join(recipe, run, signals)
         _keep_to_quota(world)
         if run.workers is None:  # this machine's processes were counted
             run = replace(run, workers=default_workers(world.local_size))
@@ -83,9 +83,16 @@ def _keep_to_quota(world: World) -> None:
         torch.set_num_threads(min(torch.get_num_threads(), max(1, math.ceil(quota) // world.local_size)))
 
 
-def _join(run: Run, signals: StopSignals) -> World:
-    """All processes of the run, once they have come. A signal before that ends this one at once: there is nothing to save."""
+def _join(recipe: Recipe, run: Run, signals: StopSignals) -> World:
+    """All processes of the run, once they have come; before that this one's attention is probed. A signal until then ends this
+    process at once: there is nothing to save."""
+
+    def look(_: float) -> None:
+        if signals.received:
+            raise KeyboardInterrupt(f"stopped by {signals.received} while attention backends were probed")
+
     try:
+        Background(lambda: probe_attention(recipe, run)).wait(look)
         return join_world(run.device, run.first_timeout, lambda: signals.received)
     except KeyboardInterrupt as interrupt:
         if run.requeue_exit and signals.received:

@@ -20,9 +20,10 @@ from fastmae.train.environment import Place
 
 STATE = "fastmae/state"
 """The key by which such a store is known: rank 0 sets it first."""
+ANSWER = timedelta(seconds=60)
+"""For one word of a store that many ask at once."""
 _KEEPER, _PORT = "fastmae/keeper", "fastmae/port"
 _LOOPBACK = "127.0.0.1"
-_ANSWER = timedelta(seconds=60)  # for one word of a store that many ask at once
 _ATTEMPT = 2.0  # seconds for a connection
 _SETTLES = 10.0  # seconds for a store's first word; it may be somebody else's, where rank 0 of an earlier start was
 
@@ -39,7 +40,7 @@ def listen(place: Place, note: Note) -> tuple[dist.TCPStore, str]:
     launcher = _connect(place, note)[0] if is_torchruns else None
     port = 0 if is_torchruns else place.port
     try:
-        store = dist.TCPStore(_LOOPBACK, port, is_master=True, timeout=_ANSWER, wait_for_workers=False)
+        store = dist.TCPStore(_LOOPBACK, port, is_master=True, timeout=ANSWER, wait_for_workers=False)
     except dist.DistError as error:
         raise InputError(
             f"rank 0 cannot listen at port {port} ({place.source}): {str(error).partition(', ')[0]}; is another run there? "
@@ -100,7 +101,7 @@ def _try(address: str, port: int, note: Note) -> tuple[dist.TCPStore, str] | Non
         return None
     note(f"{address}:{port} takes connections, but no store answers there")  # torch waits for that without end
     with contextlib.suppress(dist.DistError):
-        return dist.TCPStore(number, port, is_master=False, timeout=_ANSWER, wait_for_workers=False), number
+        return dist.TCPStore(number, port, is_master=False, timeout=ANSWER, wait_for_workers=False), number
     return None
 
 

@@ -5,6 +5,7 @@ sends the processes of the next start to those that are gone (torch 2.13). So th
 """
 
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -26,6 +27,7 @@ _KEEPER, _PORT = "fastmae/keeper", "fastmae/port"
 _LOOPBACK = "127.0.0.1"
 _ATTEMPT = 2.0  # seconds for a connection
 _SETTLES = 10.0  # seconds for a store's first word; it may be somebody else's, where rank 0 of an earlier start was
+_ENDS = 10.0  # seconds for an earlier rank 0, or a loader worker of it, that was killed just now to give back its port
 
 Note = Callable[..., None]
 """Called with what is waited for, and ``at_once`` if waiting will hardly mend it; raises to end the wait."""
@@ -39,6 +41,7 @@ def listen(place: Place, note: Note) -> tuple[dist.TCPStore, str]:
     is_torchruns = has_torchruns_store()
     launcher = _connect(place, note)[0] if is_torchruns else None
     port = 0 if is_torchruns else place.port
+    _wait_until_free(port, note)
     try:
         store = dist.TCPStore(_LOOPBACK, port, is_master=True, timeout=ANSWER, wait_for_workers=False)
     except dist.DistError as error:
@@ -103,6 +106,21 @@ def _try(address: str, port: int, note: Note) -> tuple[dist.TCPStore, str] | Non
     with contextlib.suppress(dist.DistError):
         return dist.TCPStore(number, port, is_master=False, timeout=ANSWER, wait_for_workers=False), number
     return None
+
+
+def _wait_until_free(port: int, note: Note) -> None:
+    """Until nobody listens at ``port``, or some seconds have gone. Python asks, as above."""
+    pause, until = pauses(1), time.monotonic() + _ENDS
+    while time.monotonic() < until:
+        try:
+            socket.create_server(("", port)).close()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:  # torch's own error tells
+                return
+            note(f"port {port} is still in use on this machine")
+            time.sleep(next(pause))
+        else:
+            return
 
 
 def _is_rendezvous(store: dist.TCPStore) -> bool:

@@ -214,7 +214,18 @@ def test_what_contradicts_ends_all_with_the_same_input_error(reports):
     assert str(start.error(0)).startswith("WORLD_SIZE=4 on rank 1 (")
 
 
+def test_a_port_that_an_earlier_start_still_holds_is_waited_for(reports):
+    start = Start(2)
+    with socket.create_server((HOST, start.place["port"])):
+        start.join(0)
+        time.sleep(0.3)
+        assert not start.ends[0].done()
+    start.join(1)
+    assert [len(start.ends[rank].result(20)[1]) for rank in range(2)] == [2, 2]
+
+
 def test_a_second_rank_0_and_a_taken_port_are_input_errors(reports, monkeypatch):
+    monkeypatch.setattr(store, "_ENDS", 0.3)
     start = Start(2)
     start.join(0)
     client_of(start)

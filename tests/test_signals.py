@@ -198,6 +198,19 @@ def test_a_signal_during_the_rendezvous_ends_the_process_at_once(number, flags, 
 
 
 @pytest.mark.cluster
+@pytest.mark.parametrize("on", [0, 1])
+def test_a_signal_while_torch_connects_the_processes_ends_the_others_too(on, shard_folder, tmp_path):
+    with Crew(3, shard_folder, tmp_path / "run", *FLAGS, fault=partial(faults.never_connect, on)) as crew:
+        crew.wait_for(lambda: crew.text().count("connects") == 3)
+        began = crew.send(signal.SIGTERM, on)
+        assert crew.end(40) == [130 if rank == on else 4 for rank in range(3)], crew.text()
+        assert time.monotonic() - began < AT_ONCE + faults.load()
+        assert crew.text(on).endswith("fastmae: stopped by SIGTERM while gloo was set up\n")
+        assert f"fastmae: rank {on} on " in crew.text(2) and "stopped by SIGTERM" in crew.text(2)
+        assert "Traceback" not in crew.text()
+
+
+@pytest.mark.cluster
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_run_that_wants_to_go_on_says_so_by_its_exit_code_until_it_is_done(size, shard_folder, tmp_path):
     out, flags = tmp_path / "run", (*FLAGS, "--requeue-exit")

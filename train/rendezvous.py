@@ -11,6 +11,7 @@ of the time that it has waited and at most twice a second: traffic that grows wi
 import contextlib
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -20,11 +21,12 @@ from fastmae.errors import InputError, LostProcessError
 from fastmae.train.background import Background, pauses
 from fastmae.train.environment import Place
 from fastmae.train.roster import Peer, repeated, size_conflict
-from fastmae.train.store import STATE, has_torchruns_store, listen, reach
+from fastmae.train.store import ANSWER, STATE, has_torchruns_store, listen, reach
 
-_ROSTER = "fastmae/roster"
+_ROSTER, _LEFT = "fastmae/roster", "fastmae/left"
 _COMPLETE, _GO = "complete", "go"
 _TO_HEAR = 1.5  # seconds that rank 0 and its store stay for the others once it has failed
+_LOOK = 1.0  # seconds between two looks at whether a process has left
 _FIRST_REPORT = 30.0  # seconds; each later one comes after twice the time
 _MOST_NAMED = 16
 
@@ -187,6 +189,40 @@ class Rendezvous:
 
     def _add(self, store: dist.TCPStore, **words) -> None:
         store.append(_ROSTER, json.dumps({"rank": self.place.rank, **words}) + "\n")
+
+
+class Departures:
+    """Whether a process has left while torch connects all of them, which would wait for it: a key of the store that each looks
+    at in a thread, by a connection of its own."""
+
+    def __init__(self, store: dist.TCPStore, peer: Peer, address: str):
+        self.heard: str | None = None
+        """Which one has, and why."""
+        self._peer, self._address, self._port = peer, address, store.port
+        self._reason, self._is_over = "", threading.Event()
+        self._background = Background(self._run)
+
+    def leave(self, reason: str) -> None:
+        """This process leaves, or ends with an error: the others are told."""
+        self._reason = f"rank {self._peer.rank} on {self._peer.host} has left while all were being connected, {reason}"
+        self.end()
+        self._background.is_over(_TO_HEAR)
+        if self._peer.rank == 0:
+            time.sleep(_TO_HEAR)
+
+    def end(self) -> None:
+        """All are connected."""
+        self._is_over.set()
+
+    def _run(self) -> None:
+        try:
+            store = dist.TCPStore(self._address, self._port, is_master=False, timeout=ANSWER, wait_for_workers=False)
+            while self.heard is None and not self._is_over.wait(_LOOK):
+                self.heard = store.get(_LEFT).decode() if store.check([_LEFT]) else None
+            if self._reason:
+                store.compare_set(_LEFT, "", self._reason)  # the first one counts
+        except dist.DistError:
+            self.heard = "rank 0 is gone"
 
 
 def _read(store: dist.TCPStore) -> list[dict]:

@@ -5,6 +5,7 @@ sends the processes of the next start to those that are gone (torch 2.13). So th
 """
 
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -20,11 +21,13 @@ from fastmae.train.environment import Place
 
 STATE = "fastmae/state"
 """The key by which such a store is known: rank 0 sets it first."""
+ANSWER = timedelta(seconds=60)
+"""For one word of a store that many ask at once."""
 _KEEPER, _PORT = "fastmae/keeper", "fastmae/port"
 _LOOPBACK = "127.0.0.1"
-_ANSWER = timedelta(seconds=60)  # for one word of a store that many ask at once
 _ATTEMPT = 2.0  # seconds for a connection
 _SETTLES = 10.0  # seconds for a store's first word; it may be somebody else's, where rank 0 of an earlier start was
+_ENDS = 10.0  # seconds for an earlier rank 0, or a loader worker of it, that was killed just now to give back its port
 
 Note = Callable[..., None]
 """Called with what is waited for, and ``at_once`` if waiting will hardly mend it; raises to end the wait."""
@@ -38,8 +41,9 @@ def listen(place: Place, note: Note) -> tuple[dist.TCPStore, str]:
     is_torchruns = has_torchruns_store()
     launcher = _connect(place, note)[0] if is_torchruns else None
     port = 0 if is_torchruns else place.port
+    _wait_until_free(port, note)
     try:
-        store = dist.TCPStore(_LOOPBACK, port, is_master=True, timeout=_ANSWER, wait_for_workers=False)
+        store = dist.TCPStore(_LOOPBACK, port, is_master=True, timeout=ANSWER, wait_for_workers=False)
     except dist.DistError as error:
         raise InputError(
             f"rank 0 cannot listen at port {port} ({place.source}): {str(error).partition(', ')[0]}; is another run there? "
@@ -100,8 +104,23 @@ def _try(address: str, port: int, note: Note) -> tuple[dist.TCPStore, str] | Non
         return None
     note(f"{address}:{port} takes connections, but no store answers there")  # torch waits for that without end
     with contextlib.suppress(dist.DistError):
-        return dist.TCPStore(number, port, is_master=False, timeout=_ANSWER, wait_for_workers=False), number
+        return dist.TCPStore(number, port, is_master=False, timeout=ANSWER, wait_for_workers=False), number
     return None
+
+
+def _wait_until_free(port: int, note: Note) -> None:
+    """Until nobody listens at ``port``, or some seconds have gone. Python asks, as above."""
+    pause, until = pauses(1), time.monotonic() + _ENDS
+    while time.monotonic() < until:
+        try:
+            socket.create_server(("", port)).close()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:  # torch's own error tells
+                return
+            note(f"port {port} is still in use on this machine")
+            time.sleep(next(pause))
+        else:
+            return
 
 
 def _is_rendezvous(store: dist.TCPStore) -> bool:

@@ -17,7 +17,7 @@ from fastmae.train.background import Background, has_abandoned
 from fastmae.train.environment import Place, read_place
 from fastmae.train.groups import make_groups
 from fastmae.train.nccl import set_nccl_defaults
-from fastmae.train.rendezvous import Rendezvous, report
+from fastmae.train.rendezvous import Departures, Rendezvous, report
 from fastmae.train.roster import Peer, gpus_of, locals_of, this_peer
 
 _FIRST_REPORT = 30.0  # seconds
@@ -149,11 +149,18 @@ def join_world(device: str, timeout: float = 1800.0, stopped: Callable[[], str |
                                     timeout=patience, device_id=at if on_gpu else None)  # fmt: skip
         return make_groups(everyone, timeout=patience)
 
+    departures = None if store is None else Departures(store, peer, address)
     try:
-        groups = Background(make).wait(_Patience(place.rank, "nccl" if on_gpu else "gloo", stopped))
-    except dist.DistError as error:
+        groups = Background(make).wait(_Patience(place.rank, "nccl" if on_gpu else "gloo", stopped, departures))
+    except BaseException as error:
         reason = str(error).partition("\n")[0]
-        raise LostProcessError(f"the {place.size} processes of this run have not joined into a group: {reason}") from error
+        if departures is not None:
+            departures.leave(reason or type(error).__name__)
+        if isinstance(error, dist.DistError):
+            raise LostProcessError(f"the {place.size} processes of this run have not joined into a group: {reason}") from error
+        raise
+    if departures is not None:
+        departures.end()
     control, background, machine, leaders = groups
     here = everyone[place.rank]
     return World(place.rank, place.size, at, control, background, here.size, address, machine, leaders, here.rank)
@@ -176,12 +183,15 @@ def _gather_peers(place: Place, peer: Peer, timeout: float, stopped: Callable[[]
 class _Patience:
     """Looks at signals, and reports from rank 0, while torch sets up the communication of all processes."""
 
-    def __init__(self, rank: int, backend: str, stopped: Callable[[], str | None]):
+    def __init__(self, rank: int, backend: str, stopped: Callable[[], str | None], departures: Departures | None):
         self._rank, self._backend, self._stopped, self._due = rank, backend, stopped, _FIRST_REPORT
+        self._departures = departures
 
     def __call__(self, seconds: float) -> None:
         if name := self._stopped():
             raise KeyboardInterrupt(f"stopped by {name} while {self._backend} was set up")
+        if self._departures is not None and self._departures.heard:
+            raise LostProcessError(f"{self._departures.heard}; the others end")
         if seconds >= self._due and self._rank == 0:
             self._due *= 2
             variable = "NCCL_DEBUG=INFO" if self._backend == "nccl" else "TORCH_CPP_LOG_LEVEL=INFO"

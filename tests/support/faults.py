@@ -148,6 +148,19 @@ def never_join(on, rank):
         time.sleep(FOREVER)
 
 
+def never_connect(on, rank):
+    """Rank ``on`` takes part in the rendezvous, but not in what torch does then."""
+    make = world.dist.init_process_group
+
+    def hang(*arguments, **options):
+        print("connects", flush=True)
+        if rank == on:
+            time.sleep(FOREVER)
+        return make(*arguments, **options)
+
+    world.dist.init_process_group = hang
+
+
 def quick_watch(seconds, rank):
     """Processes count as lost after ``seconds`` without a sign of life, and no collective waits longer than its timeout."""
     world._SLACK = 0.0

@@ -54,13 +54,13 @@ def run(command: Sequence[str], *, limit: float, log: Path, environment: Mapping
     of ``fine`` are ok.
 
     At the limit Python programs write the stacks of their threads (faulthandler, on SIGABRT); then the whole process group is
-    killed, as it is when this is interrupted.
+    killed, as it is when this is interrupted. The program stays in the session, with which a batch system ends all it started.
     """
     began = time.monotonic()
     status = "timeout"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=folder,
-                                   env={**environment, "PYTHONFAULTHANDLER": "1"}, start_new_session=True)  # fmt: skip
+                                   env={**environment, "PYTHONFAULTHANDLER": "1"}, process_group=0)  # fmt: skip
         try:
             while time.monotonic() - began < limit:
                 with contextlib.suppress(subprocess.TimeoutExpired):

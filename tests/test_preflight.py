@@ -30,6 +30,7 @@ def quick(rank):
     bandwidth._BYTES = {"cpu": 1 << 20}
 
 
+@pytest.mark.all
 @pytest.mark.cluster
 def test_two_machines_that_are_fine(shard_folder, tmp_path):
     with Crew(4, shard_folder, tmp_path / "run", local=2, command="doctor", fault=quick) as crew:
@@ -101,12 +102,13 @@ def test_one_process_with_a_run_s_flags_looks_at_that_run(shard_folder, tmp_path
     text = capsys.readouterr().out
     assert "devices:" in text and "1 process on 1 machine" in text and "all-reduce" not in text
     assert "batch 4 per process in fp32: fits" in text and "errors: 0, " in text
+    monkeypatch.setattr("fastmae.train.doctor.report", list)
     assert main([*flags, "--batch-size", "100000000"]) == 2
     text = capsys.readouterr().out
     pattern = (
-        r"error: batch 10{8} per process in fp32: does not fit; the largest that does is \d+ .*give --batch-size \d+ or --c"
+        r"error: batch 10{8} per process in fp32: does not fit; the largest that does is \d+ .*give --batch-size \d+ --eff"
     )
-    assert re.search(pattern + r"heckpointing \(the largest is \d+ with it\)", text), text
+    assert re.search(pattern + r"ective-batch 10{8} or --checkpointing True \(the largest is \d+ with it\)", text), text
     stage = ["--data", str(shard_folder), "--stage", str(tmp_path / "disk" / "deep")]
     assert main([*flags, *stage]) == 0 and "GB to copy to each machine, there is room" in capsys.readouterr().out
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 0, 1000))

@@ -18,6 +18,7 @@ import triton
 import xxhash
 
 import fastmae
+from fastmae.cores import usable_cores
 from fastmae.kernels import dispatch
 from fastmae.train import step
 from fastmae.train.world import World
@@ -77,7 +78,7 @@ def take_inventory(world: World, device: str) -> Inventory:
         versions=versions(),
         shared=shared and (shared.free, shared.total),
         files=resource.getrlimit(resource.RLIMIT_NOFILE),
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(),
         variables={name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)},
     )
 

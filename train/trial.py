@@ -13,6 +13,7 @@ from fastmae.config import ModelConfig
 from fastmae.mae import MAE
 from fastmae.train.compiled import LossModule
 from fastmae.train.optimizer import make_optimizer
+from fastmae.train.out_of_memory import is_out_of_memory
 from fastmae.train.step import MicroBatch, Step
 
 MOST = 8192  # images; larger batches on one GPU are nobody's
@@ -65,11 +66,6 @@ def try_batches(config: ModelConfig, mask_ratio: float, autocast: torch.dtype | 
     finally:
         del trial
         _give_back()
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether ``error`` is of the allocator, or of a library of NVIDIA's that asks for memory of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error) or "out of memory" in str(error)
 
 
 class _Trial:

@@ -6,6 +6,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -111,7 +112,7 @@ def test_a_fault_of_the_copy_reaches_the_main_thread(copy, tmp_path, monkeypatch
 def test_progress_of_a_copy_keeps_the_watch_from_ending_the_run_and_its_end_does_not(tmp_path, monkeypatch):
     ended = threading.Event()
     monkeypatch.setattr(Watch, "_abort", lambda self, waited: ended.set())
-    monkeypatch.setattr(Watch, "_set_timer", lambda self: None)  # the system's, which would end the tests
+    monkeypatch.setattr("fastmae.train.watch.Watchdog", Mock)  # which would end the tests
     monkeypatch.setattr("fastmae.train.watch._TICK", 0.02)
     watch = Watch(_WORLD, tmp_path, first=0.4, later=0.4)
     for _ in range(16):

@@ -139,6 +139,7 @@ def _gpu(world: World) -> tuple[Gpu | None, str | None]:
         return None, f"process {world.local_rank} of its machine sees {visible} GPUs; start fewer processes there"
     try:
         found = torch.cuda.get_device_properties(index)
+        torch.cuda.empty_cache()  # what a look at this machine has left is not another process's
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError as error:
         return None, f"its GPU {index} does not answer: {str(error).partition(chr(10))[0]}"

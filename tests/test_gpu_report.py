@@ -36,7 +36,7 @@ def test_too_long(report):
 
 @item(1, 3, 20)
 def test_well(report):
-    report.run(sys.executable, "-c", "import json; print('some text'); print(json.dumps({'rows': [7]}))")
+    report.run(sys.executable, "-c", "import json; print('some text'); print(json.dumps({'rows': [7]})); print('bye')")
     report.values["found"] = 3
 
 @item(1, 1, 1)
@@ -101,7 +101,9 @@ def test_an_item_that_fails_or_hangs_costs_its_own_result_alone(tmp_path):
     }, text  # fmt: skip
     well, hanging = items["part1-well"], items["part1-hanging"]
     assert (
-        well["documents"] == [{"rows": [7]}] and well["programs"][0]["tail"] == "some text" and well["values"] == {"found": 3}
+        well["documents"] == [{"rows": [7]}]
+        and well["programs"][0]["tail"] == "some text\nbye"
+        and well["values"] == {"found": 3}
     )
     assert items["part1-failing"]["reason"] == "exit code 3: what went wrong"
     assert items["part1-too-long"]["reason"].startswith("expected to take 999 s, and ")
@@ -165,6 +167,12 @@ def test_an_item_whose_benchmark_has_not_measured_fastmae_fails(rows, tmp_path, 
     document = {"step base": {"rows": rows, "notes": ["fastmae, base at batch 256: out of memory"]}}
     monkeypatch.setattr(Item, "run", lambda self, *command: Mock(document=document))
     with pytest.raises(pytest.fail.Exception, match=r"step base: fastmae was not measured: .* out of memory"):
+        running(tmp_path).bench("step")
+
+
+def test_a_benchmark_without_a_result_has_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(Item, "run", lambda self, *command: Mock(document=None))
+    with pytest.raises(pytest.fail.Exception, match="ended without a result"):
         running(tmp_path).bench("step")
 
 

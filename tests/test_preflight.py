@@ -14,7 +14,7 @@ from fastmae.train import bandwidth, clocks, inventory, shared_folder
 from fastmae.train.bandwidth import Rate
 from fastmae.train.cli import main
 from fastmae.train.comparison import compare
-from fastmae.train.findings import Report, describe_groups, name_ranks
+from fastmae.train.findings import Report
 from fastmae.train.inventory import Gpu, Inventory, machines_of
 from fastmae.train.preflight import examine, preflight
 from fastmae.train.settings import DoctorSettings
@@ -133,17 +133,6 @@ def test_one_process_of_a_launcher_is_looked_at_alone(capsys, monkeypatch):
 
 
 # What was found, in words.
-
-
-@pytest.mark.parametrize(
-    ("ranks", "text"), [([3], "rank 3"), ([2, 0, 1], "ranks 0-2"), ([0, 1, 2, 5, 7, 8], "ranks 0-2, 5, 7-8")]
-)
-def test_ranks_are_named_in_spans(ranks, text):
-    assert name_ranks(ranks) == text
-
-
-def test_values_are_told_with_their_ranks_the_usual_one_first():
-    assert describe_groups({0: "b", 1: "a", 2: "a"}) == "a on ranks 1-2; b on rank 0"
 
 
 def gpu(**fields):

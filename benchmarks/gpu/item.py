@@ -56,7 +56,9 @@ class Item:
     def bench(self, name: str, *flags: object) -> Outcome:
         """Run a benchmark that writes its section to the day's result file. Fails the item unless fastmae was measured."""
         outcome = self.run(*BENCH, name, "--device", self.device, "--out", self.results, *map(str, flags))
-        for section, found in (outcome.document or {}).items():
+        if not outcome.document:
+            pytest.fail("it ended without a result", pytrace=False)
+        for section, found in outcome.document.items():
             if not any(row.get("contender", "fastmae") == "fastmae" for row in found["rows"]):
                 pytest.fail(f"{section}: fastmae was not measured: {'; '.join(found['notes'])[:300]}", pytrace=False)
         return outcome

@@ -8,10 +8,10 @@ Bandwidth Control" (``cpu.cfs_quota_us``, ``cpu.cfs_period_us``). Knows nothing 
 
 import math
 import os
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-_V2 = ("sys/fs/cgroup", "sys/fs/cgroup/unified")  # alone, or beside v1
+from fastmae.cgroups import folders
+
 _V1 = ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct")
 
 
@@ -31,22 +31,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
     ``root``: where ``proc`` and ``sys`` are.
     """
-    return min((quota for folder in _folders(root) if (quota := _quota(folder)) is not None), default=None)
-
-
-def _folders(root: Path) -> Iterator[Path]:
-    """Where a quota may be set. In a container the paths may be the host's, whose ends are not there."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines()
-    except OSError:  # no Linux, or no /proc
-        return
-    for line in lines:
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        mounts = _V2 if number == "0" and not controllers else _V1 if "cpu" in controllers.split(",") else ()
-        for mount in mounts:
-            for part in (own := PurePosixPath(path.lstrip("/")), *own.parents):
-                yield root / mount / part
+    return min((quota for folder in folders(root, "cpu", _V1) if (quota := _quota(folder)) is not None), default=None)
 
 
 def _quota(folder: Path) -> float | None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import tyro
 
 from fastmae.config import preset
 from fastmae.mae import MAE
@@ -14,6 +15,7 @@ from fastmae.train.findings import Report
 from fastmae.train.fit import check_fit
 from fastmae.train.host_memory import available_memory
 from fastmae.train.out_of_memory import is_out_of_memory
+from fastmae.train.settings import DoctorSettings
 from fastmae.train.trial import MOST, Found, largest_batch, try_batches
 from fastmae.train.world import World
 from tests.support.runs import MODEL, RECIPE, run_of
@@ -41,7 +43,13 @@ def step_that_fits(limit):
     return run
 
 
-def test_what_the_device_refuses_is_caught_and_the_largest_batch_found(monkeypatch):
+@pytest.fixture
+def kept(monkeypatch):
+    """Memory is not given back: what Python's collector looks at is all of the tests' process."""
+    monkeypatch.setattr("fastmae.train.trial._give_back", lambda: None)
+
+
+def test_what_the_device_refuses_is_caught_and_the_largest_batch_found(monkeypatch, kept):
     monkeypatch.setattr("fastmae.train.step.Step.run", step_that_fits(21))
     monkeypatch.setattr("fastmae.train.step.Step.__call__", lambda self, batches, lr: self.run(batches))
     assert try_batches(MODEL, 0.75, None, CPU, 64).largest in (20, 21)
@@ -49,7 +57,7 @@ def test_what_the_device_refuses_is_caught_and_the_largest_batch_found(monkeypat
     assert try_batches(MODEL, 0.75, None, CPU, 64) == Found(largest=0, peak=0)
 
 
-def test_libraries_that_lack_memory_count_as_well_and_other_faults_do_not(monkeypatch):
+def test_libraries_that_lack_memory_count_as_well_and_other_faults_do_not(monkeypatch, kept):
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
     text = "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"
 
@@ -100,9 +108,9 @@ def test_the_estimate_is_what_a_step_really_keeps(autocast, checkpointing):
 
 
 def test_checkpointing_takes_less_and_larger_models_more():
-    base, large = (preset(name, img_size=64) for name in ("small", "base"))
-    full = estimate_step(base, 0.75, None)
-    assert estimate_step(replace(base, checkpointing=True), 0.75, None).per_image < full.per_image / 2
+    small, large = (preset(name, img_size=64) for name in ("tiny", "small"))
+    full = estimate_step(small, 0.75, None)
+    assert estimate_step(replace(small, checkpointing=True), 0.75, None).per_image < full.per_image / 2
     assert estimate_step(large, 0.75, None).per_image > full.per_image
 
 
@@ -131,8 +139,27 @@ def test_a_batch_that_does_not_fit_is_an_error_with_one_that_does_and_makes_up_t
     check_fit(report, report.world, run_of("x", "y"), RECIPE, CPU)  # batch 8 of 8
     (line,) = report.lines
     start = r"error: batch 8 per process in fp32: does not fit; the largest that does is 7 \(an estimate: "
-    middle = r"0\.\d\d GB of the 0\.\d\d GB that are available to a process\); give --batch-size 4 or --checkpointing "
-    assert re.fullmatch(start + middle + r"\(the largest is \d+ with it\)", line), line
+    middle = r"0\.\d\d GB of the 0\.\d\d GB that are available to a process\); give --batch-size 4 --effective-batch "
+    end = r"8 or --checkpointing True \(the largest is \d+ with it\)"
+    assert re.fullmatch(start + middle + end, line), line
+
+
+def test_the_advice_can_be_given_as_it_stands(monkeypatch):
+    monkeypatch.setattr("fastmae.train.fit.available_memory", lambda: estimate_step(RECIPE.model, 0.75, None).needed(7))
+    report = Lines()
+    check_fit(report, report.world, run_of("x", "y"), RECIPE, CPU)
+    for flags in re.findall(r"(--\S+ (?:\d+|True)(?: --\S+ \d+)?)", report.lines[0]):
+        tyro.cli(tyro.conf.OmitArgPrefixes[DoctorSettings], args=["tiny", *flags.split()])
+
+
+def test_a_sharded_run_is_not_refused_for_what_an_unsharded_one_lacks(monkeypatch):
+    monkeypatch.setattr("fastmae.train.fit.try_batches", lambda *_: Found(largest=0, peak=0))
+    monkeypatch.setattr(World, "gather", lambda self, found: found)
+    report = Lines()
+    world = World(0, 2, CPU)
+    recipe = replace(RECIPE, effective_batch=16)
+    check_fit(report, world, run_of("x", "y", parallel="fsdp"), recipe, torch.device("cuda", 0))
+    assert (report.errors, report.warnings) == (0, 1) and "--parallel fsdp" not in report.lines[0], report.lines
 
 
 def test_on_a_gpu_the_process_with_the_least_memory_decides(monkeypatch):

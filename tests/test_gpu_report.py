@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ import torch
 
 from benchmarks.gpu.archive import pack
 from benchmarks.gpu.checkout import ROOT, environment
-from benchmarks.gpu.item import counts_of, worths_of
+from benchmarks.gpu.command import Outcome
+from benchmarks.gpu.item import Item, counts_of, reason_in, worths_of
 
 ITEMS = r"""
 import sys, pytest
@@ -33,7 +36,7 @@ def test_too_long(report):
 
 @item(1, 3, 20)
 def test_well(report):
-    report.run(sys.executable, "-c", "import json; print('some text'); print(json.dumps({'rows': [7]}))")
+    report.run(sys.executable, "-c", "import json; print('some text'); print(json.dumps({'rows': [7]})); print('bye')")
     report.values["found"] = 3
 
 @item(1, 1, 1)
@@ -53,6 +56,26 @@ def test_lacking(report):
 @item(2, 1, 1)
 def test_other_part(report):
     pass
+"""
+
+ENDLESS = r"""
+import pytest, sys
+from benchmarks.gpu.item import Item
+pytestmark = [pytest.mark.part(1), pytest.mark.seconds(60, 60)]
+
+@pytest.mark.worth(1)
+def test_done(report):
+    report.run(sys.executable, "-c", "pass")
+
+@pytest.mark.worth(2)
+def test_endless(report, monkeypatch):
+    run = Item._run
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(99)"
+    endless = [sys.executable, "-c", code]
+    monkeypatch.setattr(Item, "_run", lambda self, command, *more, **others: run(self, endless, *more, **others))
+    monkeypatch.setattr("benchmarks.gpu.item.worths_of", lambda path: {1} if path.stem in ("a", "b") else set())
+    monkeypatch.setattr("pathlib.Path.glob", lambda folder, pattern: [folder / "a.py", folder / "b.py"])
+    report.test(1, together=2)
 """
 
 
@@ -78,7 +101,9 @@ def test_an_item_that_fails_or_hangs_costs_its_own_result_alone(tmp_path):
     }, text  # fmt: skip
     well, hanging = items["part1-well"], items["part1-hanging"]
     assert (
-        well["documents"] == [{"rows": [7]}] and well["programs"][0]["tail"] == "some text" and well["values"] == {"found": 3}
+        well["documents"] == [{"rows": [7]}]
+        and well["programs"][0]["tail"] == "some text\nbye"
+        and well["values"] == {"found": 3}
     )
     assert items["part1-failing"]["reason"] == "exit code 3: what went wrong"
     assert items["part1-too-long"]["reason"].startswith("expected to take 999 s, and ")
@@ -128,6 +153,64 @@ def test_files_are_found_by_what_their_tests_are_worth():
     found = {path.stem: worths_of(path) for path in (ROOT / "tests").glob("test_*.py")}
     assert found["test_masked_mse"] == {1} and found["test_step"] == {2} and found["test_loader"] == {2, 3}
     assert found["test_snapshot"] == {9} and found["test_files"] == set()
+    assert found["test_save_cost"] == {9}  # whose fixture takes the device
+
+
+def running(folder: Path, **fields) -> Item:
+    (folder / "items").mkdir()
+    return Item(name="part1-x", results=folder, memory=0, tiny=False, data=None, reference=None, environment={},
+                deadline=time.monotonic() + 60, **{"device": "cuda", **fields})  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [[], [{"contender": "rival"}]])
+def test_an_item_whose_benchmark_has_not_measured_fastmae_fails(rows, tmp_path, monkeypatch):
+    document = {"step base": {"rows": rows, "notes": ["fastmae, base at batch 256: out of memory"]}}
+    monkeypatch.setattr(Item, "run", lambda self, *command: Mock(document=document))
+    with pytest.raises(pytest.fail.Exception, match=r"step base: fastmae was not measured: .* out of memory"):
+        running(tmp_path).bench("step")
+
+
+def test_a_benchmark_without_a_result_has_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(Item, "run", lambda self, *command: Mock(document=None))
+    with pytest.raises(pytest.fail.Exception, match="ended without a result"):
+        running(tmp_path).bench("step")
+
+
+def test_an_item_all_of_whose_tests_were_skipped_fails_where_there_is_a_device(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    log.write_text("tests/test_a.py::test_c SKIPPED (no CUDA device) [100%]\n")
+    outcome = Outcome(command="", status="ok", exit_code=0, seconds=1.0, log=log)
+    monkeypatch.setattr(Item, "_run", lambda *_, **__: outcome)
+    with pytest.raises(pytest.fail.Exception, match=r"no test ran: .*test_masked_mse \(1 skipped\)"):
+        running(tmp_path).test(1)
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.all), signal.SIGTERM])
+def test_a_report_that_is_interrupted_ends_its_programs_and_keeps_what_it_has(number, tmp_path):
+    (tmp_path / "items").mkdir()
+    (tmp_path / "items" / "conftest.py").write_text("from benchmarks.gpu.conftest import *\n")
+    (tmp_path / "items" / "test_items.py").write_text(ENDLESS)
+    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), str(tmp_path / "items"), "--device", "cpu",
+               "--results", str(tmp_path / "results")]  # fmt: skip
+    program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    logs = [tmp_path / "results" / "items" / f"part1-endless.{name}.log" for name in "ab"]
+    until = time.monotonic() + 60
+    while not all(log.exists() and log.read_text().endswith("\n") for log in logs) and time.monotonic() < until:
+        time.sleep(0.05)
+    children = [int(log.read_text()) for log in logs]
+    began = time.monotonic()
+    program.send_signal(number)
+    assert program.wait(30) == 2 and time.monotonic() - began < 15
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    with tarfile.open(tmp_path / "results" / "gpu.tar.gz") as archive:
+        assert {"items/part1-done.json", "items/part1-endless.a.log"} <= set(archive.getnames())
+
+
+def test_the_reason_of_a_failure_is_the_error_and_not_the_advice_after_it():
+    assert reason_in("Traceback:\n  File x\ntorch.X.InductorError: no compiler\n\nSet TORCH_LOGS\n") == (
+        "torch.X.InductorError: no compiler"
+    )
+    assert reason_in("what went wrong\n") == "what went wrong" and reason_in("") == ""
 
 
 def test_programs_of_a_report_import_this_checkout_from_anywhere(tmp_path):

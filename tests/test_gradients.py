@@ -115,6 +115,12 @@ def test_a_gradient_may_be_twice_as_far_off_as_eager_mode_and_one_rounding():
         assert line.startswith(name)
 
 
+@pytest.mark.parametrize("broken", [0.6, float("inf"), float("nan")])
+def test_a_gradient_of_zero_is_wrong_beside_an_eager_one_that_is_wrong_too(broken):
+    (line,) = wrong_parameters({"a": 1.0}, {"a": broken})
+    assert line.startswith("a is off by 1")
+
+
 def test_gradients_that_are_missing_are_wrong_and_those_of_nothing_are_right():
     some, none = torch.ones(3), torch.zeros(3)
     assert gradients.errors({"a": None}, {"a": some}) == gradients.errors({"a": some}, {"a": None}) == {"a": float("inf")}

@@ -1,5 +1,6 @@
 """A copy of shards on another disk: whole or not there, whatever happens while it is made."""
 
+import errno
 import os
 import shutil
 import signal
@@ -246,3 +247,12 @@ def test_a_root_that_cannot_be_written_is_refused(shard_folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file"):
         run_copy(shard_folder, tmp_path / "file")
+
+
+def test_a_file_system_without_locks_is_refused_with_what_to_do(shard_folder, tmp_path, monkeypatch):
+    def flock(handle, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(InputError, match=r"\.lock: cannot be locked, No locks available; give a --stage on the machine's own"):
+        Copy(shard_folder, tmp_path).run()

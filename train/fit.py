@@ -29,10 +29,14 @@ def check_fit(report: Report, world: World, run: Run, recipe: Recipe, device: to
         report.line(f"{asked}: fits; the largest that does is {largest}{how}")
         return
     batch = _advised(largest, recipe.effective_batch, world.size)
-    advice = [f"--batch-size {batch}"] if batch else []
+    advice = [f"--batch-size {batch} --effective-batch {recipe.effective_batch}"] if batch else []
     if not recipe.model.checkpointing:
         other, _ = _largest(world, run, recipe, replace(recipe.model, checkpointing=True), device)
-        advice += [f"--checkpointing (the largest is {other} with it)"] if other > largest else []
+        advice += [f"--checkpointing True (the largest is {other} with it)"] if other > largest else []
+    if run.parallel != "ddp" and world.size > 1:
+        report.warning(f"{asked}: may not fit; the largest that does unsharded is {largest}{how}; if it fails, give "
+                       f"{' or '.join([*advice, 'more processes'])}")  # fmt: skip
+        return
     if not advice:
         advice = ["fewer processes on a machine" if device.type == "cpu" else "--parallel fsdp"]
     report.error(f"{asked}: does not fit; the largest that does is {largest}{how}; give {' or '.join(advice)}")

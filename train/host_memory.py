@@ -6,10 +6,11 @@ Controller" for version 1.
 """
 
 import re
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-_V2, _V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+from fastmae.cgroups import folders
+
+_V1 = ("sys/fs/cgroup/memory",)
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
@@ -17,24 +18,13 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
     ``root``: where ``proc`` and ``sys`` are.
     """
-    known = [_machine(root), *(_cgroup(folder) for folder in _folders(root))]
+    known = [_machine(root), *(_cgroup(folder) for folder in folders(root, "memory", _V1))]
     return min((max(0, left) for left in known if left is not None), default=None)
 
 
 def _machine(root: Path) -> int | None:
     found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
     return int(found[1]) * 1024 if found else None
-
-
-def _folders(root: Path) -> Iterator[Path]:
-    """Where a limit may be set. In a container the paths may be the host's, whose ends are not there."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        is_v2 = number == "0" and not controllers
-        if is_v2 or "memory" in controllers.split(","):
-            for part in (own := PurePosixPath(path.lstrip("/")), *own.parents):
-                yield root / (_V2 if is_v2 else _V1) / part
 
 
 def _cgroup(folder: Path) -> int | None:

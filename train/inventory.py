@@ -18,6 +18,7 @@ import triton
 import xxhash
 
 import fastmae
+from fastmae.cores import usable_cores
 from fastmae.kernels import dispatch
 from fastmae.train import step
 from fastmae.train.world import World
@@ -77,7 +78,7 @@ def take_inventory(world: World, device: str) -> Inventory:
         versions=versions(),
         shared=shared and (shared.free, shared.total),
         files=resource.getrlimit(resource.RLIMIT_NOFILE),
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(),
         variables={name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)},
     )
 
@@ -138,6 +139,7 @@ def _gpu(world: World) -> tuple[Gpu | None, str | None]:
         return None, f"process {world.local_rank} of its machine sees {visible} GPUs; start fewer processes there"
     try:
         found = torch.cuda.get_device_properties(index)
+        torch.cuda.empty_cache()  # what a look at this machine has left is not another process's
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError as error:
         return None, f"its GPU {index} does not answer: {str(error).partition(chr(10))[0]}"

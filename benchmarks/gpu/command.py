@@ -35,17 +35,22 @@ class Outcome:
 
     @property
     def document(self) -> dict | None:
-        """Its last line, if that is a JSON document, as benchmarks end with."""
-        last = self.text.strip().rpartition("\n")[2]
-        with contextlib.suppress(ValueError):
-            return found if isinstance(found := json.loads(last), dict) else None
-        return None
+        """The last line that is a JSON document, as benchmarks end with; libraries may have written after it."""
+        return self._split()[0]
 
     def to_json(self) -> dict[str, object]:
         """For an item's file: without the document, which stands there by itself."""
-        text = self.text.strip()
-        text = text.rpartition("\n")[0] if self.document else text
-        return {**asdict(self), "seconds": round(self.seconds, 1), "log": self.log.name, "tail": text[-_TAIL:]}
+        tail = self._split()[1][-_TAIL:]
+        return {**asdict(self), "seconds": round(self.seconds, 1), "log": self.log.name, "tail": tail}
+
+    def _split(self) -> tuple[dict | None, str]:
+        """The document and all other text."""
+        lines = self.text.strip().splitlines()
+        for number in reversed(range(len(lines))):
+            with contextlib.suppress(ValueError):
+                if lines[number].startswith("{") and isinstance(found := json.loads(lines[number]), dict):
+                    return found, "\n".join(lines[:number] + lines[number + 1 :])
+        return None, "\n".join(lines)
 
 
 def run(command: Sequence[str], *, limit: float, log: Path, environment: Mapping[str, str], folder: Path,
@@ -54,13 +59,13 @@ def run(command: Sequence[str], *, limit: float, log: Path, environment: Mapping
     of ``fine`` are ok.
 
     At the limit Python programs write the stacks of their threads (faulthandler, on SIGABRT); then the whole process group is
-    killed, as it is when this is interrupted.
+    killed, as it is when this is interrupted. The program stays in the session, with which a batch system ends all it started.
     """
     began = time.monotonic()
     status = "timeout"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=folder,
-                                   env={**environment, "PYTHONFAULTHANDLER": "1"}, start_new_session=True)  # fmt: skip
+                                   env={**environment, "PYTHONFAULTHANDLER": "1"}, process_group=0)  # fmt: skip
         try:
             while time.monotonic() - began < limit:
                 with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,11 +1,13 @@
 """The clock of a report: which items run, in which order, for how long, and what is left of each when it ends.
 
 Items of a part run by ``worth``. One whose expected ``seconds`` are not left is skipped and says so; one that runs on is ended
-at 1.6 times them, or with its part. Each writes ``items/<name>.json`` as it ends, and the archive is packed again.
+at 1.6 times them, or with its part. Each writes ``items/<name>.json`` as it ends, and the archive is packed again; also when
+the report is interrupted, by Ctrl-C or as a batch system ends a job, by SIGTERM.
 """
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -67,6 +69,8 @@ class Clock:
     def pytest_sessionstart(self, session):
         """Folders and environment; whether there is a device, asked of a process of its own."""
         self.part_began[self.options.part or 1] = time.monotonic()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.default_int_handler)
         for folder in (self.results / "items", self.archive):
             folder.mkdir(parents=True, exist_ok=True)
         self.environment = environment(self.results)
@@ -89,7 +93,8 @@ class Clock:
             pytest.skip(self.why_not)
         needed = [name for marker in item.iter_markers("needs") for name in marker.args]
         if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-            pytest.skip(f"needs {', '.join(missing)}: pip install -c constraints.txt {' '.join(missing)}")
+            packages = " ".join({"PIL": "pillow"}.get(name, name) for name in missing)
+            pytest.skip(f"needs {', '.join(missing)}: pip install -c constraints.txt {packages}")
         expected = item.get_closest_marker("seconds").args[1 if self.options.tiny else 0]
         if now + expected > end:
             pytest.skip(f"expected to take {expected} s, and {max(0, end - now):.0f} s of part {part} are left")

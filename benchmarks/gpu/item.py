@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -49,13 +50,18 @@ class Item:
         if outcome.status == "timeout":
             pytest.fail(f"timeout: ended after {outcome.seconds:.0f} s", pytrace=False)
         if outcome.status == "failed":
-            last = outcome.text.strip().rpartition("\n")[2]
-            pytest.fail(f"exit code {outcome.exit_code}: {last[:300]}", pytrace=False)
+            pytest.fail(f"exit code {outcome.exit_code}: {reason_in(outcome.text)[:300]}", pytrace=False)
         return outcome
 
     def bench(self, name: str, *flags: object) -> Outcome:
-        """Run a benchmark that writes its section to the day's result file."""
-        return self.run(*BENCH, name, "--device", self.device, "--out", self.results, *map(str, flags))
+        """Run a benchmark that writes its section to the day's result file. Fails the item unless fastmae was measured."""
+        outcome = self.run(*BENCH, name, "--device", self.device, "--out", self.results, *map(str, flags))
+        if not outcome.document:
+            pytest.fail("it ended without a result", pytrace=False)
+        for section, found in outcome.document.items():
+            if not any(row.get("contender", "fastmae") == "fastmae" for row in found["rows"]):
+                pytest.fail(f"{section}: fastmae was not measured: {'; '.join(found['notes'])[:300]}", pytrace=False)
+        return outcome
 
     def test(self, *worths: int, together: int = 1, before: Sequence[str] = ()) -> None:
         """Run the ``gpu`` tests of these ``worth``, a process for each file: an illegal access spoils those after it.
@@ -68,17 +74,29 @@ class Item:
                  # Warnings of this machine's versions are read in the log; here they should not cost a test.
                  "-W", "default", "-o", f"faulthandler_timeout={_PER_TEST}", "--import-mode=append")  # fmt: skip
 
+        interrupted = threading.Event()
+
+        def end(process: subprocess.Popen) -> None:
+            if interrupted.is_set():
+                process.kill()
+
         def run_file(path: Path) -> Outcome:
             command = [*before, sys.executable, "-m", "pytest", *flags, str(path)]
-            return self._run(command, path.stem, fine=(0, _NO_TESTS))
+            return self._run(command, path.stem, end, fine=(0, _NO_TESTS))
 
         with ThreadPoolExecutor(together) as pool:
-            outcomes = list(pool.map(run_file, files))
+            try:
+                outcomes = list(pool.map(run_file, files))
+            except BaseException:
+                interrupted.set()  # the pool waits for those that run, and starts no others
+                raise
         named = {path.stem: outcome for path, outcome in zip(files, outcomes, strict=True)}
         self.values["tests"] = {name: {"status": o.status, **counts_of(o.text)} for name, o in named.items()}
         if wrong := [f"{name}: {o.status}{_within(o)}" for name, o in named.items() if o.status != "ok"]:
             late = "" if any(o.status == "failed" for o in outcomes) else "timeout: "
             pytest.fail(f"{late}{'; '.join(wrong)}", pytrace=False)
+        if self.device == "cuda" and not any("passed" in counts for counts in self.values["tests"].values()):
+            pytest.fail(f"no test ran: {', '.join(f'{name}{_within(o)}' for name, o in named.items())}", pytrace=False)
 
     def _run(self, command: list[str], name: str, meanwhile: Callable | None = None, fine: Sequence[int] = (0,)) -> Outcome:
         limit = max(0.0, self.deadline - time.monotonic())
@@ -91,9 +109,16 @@ class Item:
 def worths_of(path: Path) -> set[int]:
     """The ``worth`` of the ``gpu`` tests in a file, without importing it; 9 where it states none."""
     text = path.read_text()
-    if not re.search(r"mark\.gpu|def test_\w+\((.*, )?device[,)]", text):  # the fixture ``device`` has a GPU's case
+    # The fixture ``device`` has a GPU's case, in a test or in a fixture of its own.
+    if not re.search(r"mark\.gpu|(def test_\w+|@pytest\.fixture\ndef \w+)\((.*, )?device[,)]", text):
         return set()
     return {int(number) for number in re.findall(r"mark\.worth\((\d)\)", text)} or {9}
+
+
+def reason_in(text: str) -> str:
+    """Why a program has failed: the last line of what it wrote that names an exception, for advice may follow; or the last."""
+    lines = text.strip().splitlines() or [""]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[-1])
 
 
 def counts_of(text: str) -> dict[str, object]:

@@ -71,4 +71,4 @@ def test_step_tests(report: Item):
 
 def beside(report: Item) -> int:
     """Test files that run at the same time: compiling kernels takes longest, and each holds some of the device's memory."""
-    return max(1, min(4, cores() // 2, report.memory // 20 if report.device == "cuda" else 2))
+    return max(1, min(cores() // 2, report.memory // 20 if report.device == "cuda" else 2))

@@ -148,6 +148,10 @@ class Copy:
                 except BlockingIOError:
                     self.waits_for = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
                     self._stop.wait(_LOOK)
+                except OSError as error:  # a network file system without locks
+                    raise InputError(
+                        f"{folder / _LOCK}: cannot be locked, {error.strerror}; give a --stage on the machine's own disk"
+                    ) from error
             self.waits_for = None
             if not self._stop.is_set():
                 os.ftruncate(handle, 0)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 def cache_folder() -> Path | None:
     """``FASTMAE_CACHE``, else ``fastmae`` in ``XDG_CACHE_HOME`` or ``~/.cache``; None where there is no home folder."""
-    if named := os.environ.get("FASTMAE_CACHE"):
-        return Path(named).expanduser()
+    named = os.environ.get("FASTMAE_CACHE")
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastmae"
+        return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastmae").expanduser()
     except RuntimeError:  # neither HOME nor an entry for this user
         return None

@@ -99,6 +99,8 @@ import torch
 from fastmae.cache import cache_folder
 from fastmae.train.compile_cache import use_local_folders
 assert cache_folder() is None
+os.environ["FASTMAE_CACHE"] = "~/cache"
+assert cache_folder() is None
 use_local_folders(torch.device("cpu"))
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 import triton

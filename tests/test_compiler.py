@@ -85,6 +85,7 @@ def test_what_lacks_is_named_with_how_to_get_it(monkeypatch):
         CppCompileError(["g++", "x.cpp"], "x.cpp:1:10: error: expected ';'"),
         FileNotFoundError(2, "No such file or directory", "/data/shard-000000.tar"),
         subprocess.CalledProcessError(1, ["nvidia-smi"]),
+        subprocess.CalledProcessError(-2, ["gcc", "x.c"]),  # Ctrl-C
         RuntimeError("CUDA error: an illegal memory access was encountered"),
     ],
 )

@@ -32,6 +32,10 @@ def hear_process(environment: dict[str, str], out: Path) -> None:
         world.by_main(refuse)
     except InputError as error:
         heard["refused"] = str(error)
+    try:
+        world.by_main(lambda: Path("/dev/null/lock").touch())
+    except (InputError, OSError) as error:
+        heard["failed"] = str(error)
     out.write_text(json.dumps(heard))
     leave_world()
 
@@ -59,6 +63,7 @@ def test_every_process_hears_the_same(size, local_size, tmp_path):
         assert heard["any"] == [[True, True, False]] * size
         assert heard["gather"] == [f"from {r}" for r in range(1, size, 2)]
         assert heard["main"] == "rank 0" and heard["by_main"] == "done by 0" and heard["refused"] == "no"
+        assert "/dev/null/lock" in heard["failed"] and "Not a directory" in heard["failed"]
         assert heard["room"] == resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
 

@@ -37,7 +37,9 @@ def lacking(error: BaseException) -> str | None:
             return f"the compiler {e.filename} cannot be run, {e.strerror}: apt-get install g++, or name another in CC and CXX"
         if type(e).__name__ == "CppCompileError" and (header := _NO_HEADER.search(text)):
             return f"the C++ compiler does not find {header[1]}: apt-get install {_package(header[1])}"
-        if isinstance(e, subprocess.CalledProcessError) and isinstance(e.cmd, list) and _is_compiler(e.cmd[0]):
+        # One that a signal has ended, by Ctrl-C or for want of memory, is there and works.
+        failed = isinstance(e, subprocess.CalledProcessError) and e.returncode > 0
+        if failed and isinstance(e.cmd, list) and _is_compiler(e.cmd[0]):
             return f"the C compiler {e.cmd[0]} fails, see its own message; Python.h comes with apt-get install python3-dev"
     return None
 

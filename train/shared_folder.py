@@ -13,10 +13,7 @@ _APPEARS = 60.0  # seconds until a new file must be seen from every machine
 
 def check_shared(out: Path, world: World) -> None:
     """Raise InputError, on every process, that names the machines on which ``out`` is another folder."""
-    name = f".shared-{uuid.uuid4().hex}" if world.is_main else None
-    if world.is_main:
-        (out / name).touch()
-    path, until = out / world.from_main(name), time.monotonic() + _APPEARS
+    path, until = out / world.by_main(lambda: _mark(out)), time.monotonic() + _APPEARS
     while not path.exists() and time.monotonic() < until:
         list(out.iterdir())  # has a network file system look again
         time.sleep(0.1)
@@ -25,3 +22,10 @@ def check_shared(out: Path, world: World) -> None:
         path.unlink(missing_ok=True)
     if strangers:
         raise InputError(f"{out}: is not the same folder on {', '.join(strangers[:8])}; give an --out that all machines share")
+
+
+def _mark(out: Path) -> str:
+    """Make a file in ``out`` that is nowhere else; return its name."""
+    path = out / f".shared-{uuid.uuid4().hex}"
+    path.touch()
+    return path.name

@@ -79,7 +79,7 @@ def guard(process: int) -> None:
             silent += _TICK
             if silent > limit:
                 os.kill(process, STACKS)
-                if not poll.poll(_TO_WRITE * 1000):
+                if not poll.poll(_TO_WRITE * 1000) and os.getppid() == process:  # it has not ended meanwhile
                     _kill(process, silent)
 
 

@@ -95,14 +95,17 @@ class World:
         return box[0]
 
     def by_main(self, work: Callable[[], str | None]) -> str | None:
-        """What ``work`` gives on the main process. Its InputError is raised on every one, so that none waits for one gone."""
-        given, wrong = None, None
+        """What ``work`` gives on the main process. Its InputError or OSError, which others raise as InputError, ends all of them,
+        so that none waits for one gone."""
+        given, wrong, failed = None, None, None
         if self.is_main:
             try:
                 given = work()
             except InputError as error:
-                wrong = error
-        failed = self.from_main(str(wrong) if wrong else None)
+                wrong, failed = error, str(error)
+            except OSError as error:
+                wrong, failed = error, f"{error.filename or 'rank 0'}: {error.strerror or error}"
+        failed = self.from_main(failed)
         if failed is not None:
             raise wrong or InputError(failed)
         return self.from_main(given)

@@ -95,7 +95,7 @@ class World:
         return box[0]
 
     def by_main(self, work: Callable[[], str | None]) -> str | None:
-        """What ``work`` gives on the main process. Its InputError or OSError, which others raise as InputError, ends all of them,
+        """What ``work`` gives on the main process. Its InputError or OSError, an InputError on the others, ends all ranks,
         so that none waits for one gone."""
         given, wrong, failed = None, None, None
         if self.is_main:

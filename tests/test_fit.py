@@ -14,9 +14,9 @@ from fastmae.train.estimate import Estimate, estimate_step
 from fastmae.train.findings import Report
 from fastmae.train.fit import check_fit
 from fastmae.train.host_memory import available_memory
+from fastmae.train.largest_batch import MOST, Found, largest_batch, try_batches
 from fastmae.train.out_of_memory import is_out_of_memory
 from fastmae.train.settings import DoctorSettings
-from fastmae.train.trial import MOST, Found, largest_batch, try_batches
 from fastmae.train.world import World
 from tests.support.runs import MODEL, RECIPE, run_of
 
@@ -46,7 +46,7 @@ def step_that_fits(limit):
 @pytest.fixture
 def kept(monkeypatch):
     """Memory is not given back: what Python's collector looks at is all of the tests' process."""
-    monkeypatch.setattr("fastmae.train.trial._give_back", lambda: None)
+    monkeypatch.setattr("fastmae.train.largest_batch._give_back", lambda: None)
 
 
 def test_what_the_device_refuses_is_caught_and_the_largest_batch_found(monkeypatch, kept):
@@ -73,7 +73,7 @@ def test_libraries_that_lack_memory_count_as_well_and_other_faults_do_not(monkey
 
 def test_a_real_step_goes_through_the_trial():
     assert largest_batch(lambda batch: batch <= 2, 2, most=2) == 2
-    from fastmae.train.trial import _Trial
+    from fastmae.train.largest_batch import _Trial
 
     trial = _Trial(MODEL, 0.75, torch.bfloat16, CPU)
     weights = [p.clone() for p in trial.step.parameters]

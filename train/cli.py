@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         with interrupts(is_last=arguments is None):
             code = _run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt as interrupt:
-        _say(str(interrupt) or "interrupted")
+        console.report(str(interrupt) or "interrupted")
         code = 130
         if arguments is None:
             end(code)
@@ -165,10 +165,6 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def _say(text: str) -> None:
-    print(f"fastmae: {text}", file=sys.stderr)
-
-
 def _run(arguments: list[str]) -> int:
     try:
         if arguments[:1] == ["bench"]:
@@ -179,11 +175,11 @@ def _run(arguments: list[str]) -> int:
             else:
                 return _run_one(COMMANDS, "fastmae", "Masked-autoencoder pretraining.", arguments)
     except (InputError, DivergedError, LostProcessError, CheckpointError, RequeueError) as error:
-        _say(str(error))
+        console.report(str(error))
         return error.exit_code
     except (MemoryError, RuntimeError, OSError) as error:
         if message := _system_error(error):
-            _say(message)
+            console.report(message)
             return InputError.exit_code
         raise
     return 0

@@ -7,7 +7,6 @@ compiler, so none is looked for beforehand: the first step shows.
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 from fastmae.errors import InputError, chain
 from fastmae.kernels import dispatch
+from fastmae.train.console import report
 from fastmae.train.run import Run
 from fastmae.train.step import MicroBatch, Step, StepResult
 from fastmae.train.world import World
@@ -72,7 +72,7 @@ def first_step(step: Step, batches: Sequence[MicroBatch], lr: float, *, world: W
         if how != "auto" or (what := lacking(error)) is None:
             raise
     who = f"rank {world.rank}: " if world.size > 1 else ""
-    _warn(f"{who}goes on without torch.compile, slower: {what}")
+    report(f"{who}goes on without torch.compile, slower: {what}")
     torch.compiler.set_stance("force_eager")  # for good: what was compiled is called as it was written
     step.optimizer.zero_grad(set_to_none=True)
     return work()
@@ -83,11 +83,7 @@ def advise_off(error: BaseException, run: Run) -> None:
     modules = {type(e).__module__ for e in chain(error)}
     if run.compile != "off" and any(m.startswith(("torch._dynamo", "torch._inductor", "triton.compiler")) for m in modules):
         reason = str(error).partition("\n")[0]
-        _warn(f"torch.compile has failed, {type(error).__name__}: {reason}; --compile off trains without it; its traceback:")
-
-
-def _warn(text: str) -> None:
-    print(f"fastmae: {text}", file=sys.stderr, flush=True)
+        report(f"torch.compile has failed, {type(error).__name__}: {reason}; --compile off trains without it; its traceback:")
 
 
 def _named(variable: str, otherwise: str) -> str:

@@ -24,6 +24,11 @@ def lost() -> dict[str, str]:
     return dict(_LOST)
 
 
+def report(text: str) -> None:
+    """One line for people on standard error, from any process."""
+    print(f"fastmae: {text}", file=sys.stderr, flush=True)
+
+
 def open_streams() -> None:
     """At a program's start: closed streams lead to /dev/null, and the two that are written drop, or raise, as said above.
 
@@ -119,7 +124,7 @@ class _Stream(io.RawIOBase):
             self.error = OSError(error.errno, error.strerror, name)
             raise self.error
         if is_first and self.number == 1:
-            print(f"fastmae: {name} cannot be written, {reason}; going on without it", file=sys.stderr)
+            report(f"{name} cannot be written, {reason}; going on without it")
 
 
 def _output() -> _Stream | None:

@@ -10,10 +10,10 @@ from fastmae.train.agreement import agree
 from fastmae.train.estimate import estimate_step
 from fastmae.train.findings import Report
 from fastmae.train.host_memory import available_memory
+from fastmae.train.largest_batch import try_batches
 from fastmae.train.precision import AUTOCAST, precision_of
 from fastmae.train.recipes import Recipe
 from fastmae.train.run import Run
-from fastmae.train.trial import try_batches
 from fastmae.train.world import World
 
 

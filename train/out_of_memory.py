@@ -8,9 +8,9 @@ killer sends SIGKILL, of which no process can tell.
 import errno
 import re
 import resource
-from pathlib import Path
 
 from fastmae.errors import CheckpointError, DivergedError, InputError, RequeueError, chain
+from fastmae.train.host_memory import available_memory
 from fastmae.train.recipes import Recipe
 from fastmae.train.run import Run
 from fastmae.train.words import say_bytes
@@ -113,8 +113,5 @@ def _host_room() -> str:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         return f"a process may have {say_bytes(limit)} (ulimit -v)"
-    try:
-        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        found = None
-    return f"{say_bytes(int(found[1]) << 10)} available" if found else ""
+    available = available_memory()
+    return "" if available is None else f"{say_bytes(available)} available"

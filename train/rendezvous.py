@@ -8,9 +8,7 @@ torch's own rendezvous waits in C++, deaf to signals and without a word. Each pr
 of the time that it has waited and at most twice a second: traffic that grows with the number of processes, not its square.
 """
 
-import contextlib
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ import torch.distributed as dist
 
 from fastmae.errors import InputError, LostProcessError
 from fastmae.train.background import Background, pauses
+from fastmae.train.console import report
 from fastmae.train.environment import Place
 from fastmae.train.roster import Peer, repeated, size_conflict
 from fastmae.train.store import ANSWER, STATE, has_torchruns_store, listen, reach
@@ -29,12 +28,6 @@ _TO_HEAR = 1.5  # seconds that rank 0 and its store stay for the others once it 
 _LOOK = 1.0  # seconds between two looks at whether a process has left
 _FIRST_REPORT = 30.0  # seconds; each later one comes after twice the time
 _MOST_NAMED = 16
-
-
-def report(text: str) -> None:
-    """One line for people, on any process. A console that cannot be written changes nothing."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"fastmae: {text}", file=sys.stderr, flush=True)
 
 
 class Rendezvous:

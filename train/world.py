@@ -14,10 +14,11 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from fastmae.errors import InputError, LostProcessError
 from fastmae.train.background import Background, has_abandoned
+from fastmae.train.console import report
 from fastmae.train.environment import Place, read_place
 from fastmae.train.groups import make_groups
 from fastmae.train.nccl import set_nccl_defaults
-from fastmae.train.rendezvous import Departures, Rendezvous, report
+from fastmae.train.rendezvous import Departures, Rendezvous
 from fastmae.train.roster import Peer, gpus_of, locals_of, this_peer
 
 _FIRST_REPORT = 30.0  # seconds

@@ -40,13 +40,14 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[demo,dev]"
 	touch $@
 
-OLDEST_TESTS := $(addsuffix .py,$(addprefix tests/test_,layers ahead_of_time masked_mse patches take_rows decoder_input \
-	random_masking resized_crop philox compile gradients linear mae step parallel device loader))
+OLDEST_TESTS := tests/test_layers.py $(addsuffix .py,$(addprefix tests/kernels/test_,ahead_of_time masked_mse patches take_rows \
+	decoder_input random_masking resized_crop philox compile) tests/benchmarks/test_gradients tests/model/test_linear \
+	tests/model/test_mae tests/step/test_step tests/step/test_parallelize tests/data/test_to_device tests/data/test_loader)
 test-oldest: export CUDA_VISIBLE_DEVICES :=
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
 	$(OLDEST)/bin/python -m pytest -m "not gpu and not timing" $(OLDEST_TESTS)
-	$(OLDEST)/bin/python -m pytest tests/test_benchmarks.py -k gpu_that_is_not_there
+	$(OLDEST)/bin/python -m pytest tests/benchmarks/test_benchmarks.py -k gpu_that_is_not_there
 	$(OLDEST)/bin/python -m pytest -m gpu
 	$(MAKE) gpu PYTHON=$(OLDEST)/bin/python RESULTS=runs/oldest
 

@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastmae.benchmarks.cluster import Cluster
 from fastmae.benchmarks.flags import FLAGS, add_scaling_flags
 from fastmae.benchmarks.report import align, save, update_readme
+from fastmae.benchmarks.scaling.cluster import Cluster
 from fastmae.errors import InputError
 from fastmae.train import console
-from fastmae.train.interrupt import end, interrupts
-from fastmae.train.run import check_kernels
+from fastmae.train.cli.interrupt import end, interrupts
+from fastmae.train.config.run import check_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +134,7 @@ def _report(measure: Callable[[argparse.Namespace], Iterator[Part]], options: ar
 
 
 def _step(options: argparse.Namespace) -> Iterator[Part]:
-    from fastmae.benchmarks import kinds, step
+    from fastmae.benchmarks.training import kinds, step
 
     models = _models(options, ["base", "large", "huge"], ["base"])
     step.check_models(models, options.reference)
@@ -150,7 +150,7 @@ def _step(options: argparse.Namespace) -> Iterator[Part]:
 
 
 def _gradients(options: argparse.Namespace) -> Iterator[Part]:
-    from fastmae.benchmarks import gradients, step
+    from fastmae.benchmarks.training import gradients, step
 
     step.check_models([options.model], None)
     section = gradients.measure_gradients(options.model, options.batch, _device(options), data=options.data,
@@ -159,21 +159,21 @@ def _gradients(options: argparse.Namespace) -> Iterator[Part]:
 
 
 def _kernels(options: argparse.Namespace) -> Iterator[Part]:
-    from fastmae.benchmarks import kernels
+    from fastmae.benchmarks.kernels import speed as kernels
 
     models = _models(options, ["base", "large", "huge"], ["base"])
     yield "kernels", kernels.measure_kernels(models, options.batch, _device(options)), kernels.table
 
 
 def _attention(options: argparse.Namespace) -> Iterator[Part]:
-    from fastmae.benchmarks import attention
+    from fastmae.benchmarks.kernels import attention
 
     models = _models(options, ["base", "large", "huge"], ["base", "huge"])
     yield "attention", attention.measure_attention(models, _device(options)), attention.table
 
 
 def _waterfall(options: argparse.Namespace) -> Iterator[Part]:
-    from fastmae.benchmarks import step, waterfall
+    from fastmae.benchmarks.training import step, waterfall
 
     step.check_models([options.model], None)
     section = waterfall.measure_waterfall(options.model, options.batch, _device(options), options.rounds, options.image_size,
@@ -182,7 +182,7 @@ def _waterfall(options: argparse.Namespace) -> Iterator[Part]:
 
 
 def _loader(options: argparse.Namespace) -> Iterator[Part]:
-    from fastmae.benchmarks import step
+    from fastmae.benchmarks.training import step
 
     device = _device(options)
     if options.gpu and device.type != "cuda":
@@ -196,7 +196,7 @@ def _loader(options: argparse.Namespace) -> Iterator[Part]:
 
 
 def _fed_step(options: argparse.Namespace) -> Iterator[Part]:
-    from fastmae.benchmarks import step
+    from fastmae.benchmarks.training import step
 
     device = _device(options)
     step.check_models([options.model], None)
@@ -220,13 +220,15 @@ def _all(options: argparse.Namespace) -> Iterator[Part]:
 def _kernels_or_resources(options: argparse.Namespace) -> int:
     if not options.resources:
         return _report(_kernels, options)
-    from fastmae.benchmarks import resources
+    from fastmae.benchmarks.kernels import resources
 
     return resources.report(save=options.save)
 
 
 def _scaling(options: argparse.Namespace) -> int:
-    from fastmae.benchmarks import scaling, scaling_page, step
+    from fastmae.benchmarks.scaling import model as scaling
+    from fastmae.benchmarks.scaling import page as scaling_page
+    from fastmae.benchmarks.training import step
 
     models = options.models or list(scaling.MODELS)
     step.check_models(models, None)
@@ -247,13 +249,13 @@ def _readme(options: argparse.Namespace) -> int:
 def _device(options: argparse.Namespace) -> "torch.device":
     import torch
 
-    from fastmae.train.world import trains_on_gpu
+    from fastmae.train.distributed.world import trains_on_gpu
 
     return torch.device("cuda", torch.cuda.current_device()) if trains_on_gpu(options.device) else torch.device("cpu")
 
 
 def _models(options: argparse.Namespace, on_gpu: list[str], on_cpu: list[str]) -> list[str]:
-    from fastmae.benchmarks import step
+    from fastmae.benchmarks.training import step
 
     models = options.models or (on_gpu if _device(options).type == "cuda" else on_cpu)
     step.check_models(models, None)

@@ -4,9 +4,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from fastmae.benchmarks.cluster import Cluster, explained
+from fastmae.benchmarks.scaling.cluster import Cluster, explained
 from fastmae.cores import usable_cores
-from fastmae.train.run import COMPILE
+from fastmae.train.config.run import COMPILE
 
 
 def positive(text: str) -> int:

@@ -14,13 +14,13 @@ import torch
 
 from fastmae.benchmarks.pipelines import BATCH, Bare, Ours, folder_bytes, open_index, reference_loader, webdataset_loader
 from fastmae.benchmarks.timing import interleave, synchronize
-from fastmae.config import preset
 from fastmae.data.batch import LoaderConfig
 from fastmae.data.loader import Loader
-from fastmae.mae import MAE
-from fastmae.train.compiled import LossModule, compiled
-from fastmae.train.optimizer import make_optimizer
-from fastmae.train.step import MicroBatch, Step
+from fastmae.model.config import preset
+from fastmae.model.mae import MAE
+from fastmae.train.step.loss_module import LossModule, compiled
+from fastmae.train.step.optimizer import make_optimizer
+from fastmae.train.step.step import MicroBatch, Step
 
 _BATCHES = 6  # in a turn
 _WARM_UP_STEPS = 8

@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastmae.data.augment import DRAWS, Augment, crop_box
 from fastmae.data.batch import LoaderConfig
-from fastmae.data.foreign import index_shards
-from fastmae.data.index import JSON_NAME, Index
-from fastmae.data.indexed import IndexedBatches
+from fastmae.data.indexed_batches import IndexedBatches
 from fastmae.data.order import Order
-from fastmae.data.read import ShardReader
-from fastmae.data.resize import resized_crop
+from fastmae.images.resize import resized_crop
 from fastmae.optional import require
+from fastmae.shards.index import JSON_NAME, Index
+from fastmae.shards.index_tars import index_shards
+from fastmae.shards.read import ShardReader
 
 BATCH = 256
 SIZE = (224, 224)

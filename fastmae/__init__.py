@@ -7,10 +7,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what type checkers and editors read
-    from fastmae.config import ModelConfig
-    from fastmae.convert import load_model
     from fastmae.errors import DataError, DivergedError, InputError
-    from fastmae.mae import (
+    from fastmae.model.config import ModelConfig
+    from fastmae.model.mae import (
         MAE,
         mae_vit_base_patch16,
         mae_vit_huge_patch14,
@@ -18,7 +17,8 @@ if TYPE_CHECKING:  # what type checkers and editors read
         mae_vit_small_patch16,
         mae_vit_tiny_patch16,
     )
-    from fastmae.masking import Masking, random_masking
+    from fastmae.model.masking import Masking, random_masking
+    from fastmae.model.weights import load_model
 
 __version__ = "0.1.0"
 
@@ -38,20 +38,20 @@ __all__ = [
     "random_masking",
 ]
 
-_FILES = {"DataError": "errors", "DivergedError": "errors", "InputError": "errors", "Masking": "masking",
-          "ModelConfig": "config", "load_model": "convert", "random_masking": "masking"}  # fmt: skip
+_FILES = {"DataError": "errors", "DivergedError": "errors", "InputError": "errors", "Masking": "model.masking",
+          "ModelConfig": "model.config", "load_model": "model.weights", "random_masking": "model.masking"}  # fmt: skip
 
-_MODULES = ("config", "errors", "kernels", "mae", "masking")  # attributes, too, without an import of their own
+_MODULES = ("errors", "kernels", "model")  # attributes, too, without an import of their own
 
 if not TYPE_CHECKING:  # where a type checker would take any name for one
 
     def __getattr__(name: str) -> object:
-        """A name of ``__all__`` from its file, ``mae`` where ``_FILES`` says no other, or a module (PEP 562)."""
+        """A name of ``__all__`` from its file, ``model.mae`` where ``_FILES`` says no other, or a module (PEP 562)."""
         if name in _MODULES:
             return importlib.import_module(f"{__name__}.{name}")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        found = getattr(importlib.import_module(f"{__name__}.{_FILES.get(name, 'mae')}"), name)
+        found = getattr(importlib.import_module(f"{__name__}.{_FILES.get(name, 'model.mae')}"), name)
         globals()[name] = found
         return found
 

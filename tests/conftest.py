@@ -102,8 +102,8 @@ def image_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def shard_folder(image_folder, tmp_path_factory) -> Path:
     """Shards of ``image_folder``, 10 to a shard, at their own size."""
-    from fastmae.data.recode import Recode
-    from fastmae.data.write import write_shards
+    from fastmae.images.recode import Recode
+    from fastmae.shards.build import write_shards
 
     out = tmp_path_factory.mktemp("shards")
     write_shards(image_folder, out, Recode(resize=None), samples_per_shard=10)
@@ -113,8 +113,8 @@ def shard_folder(image_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def small_folder(image_folder, tmp_path_factory) -> Path:
     """Three shards that are verified in a few milliseconds."""
-    from fastmae.data.recode import Recode
-    from fastmae.data.write import write_shards
+    from fastmae.images.recode import Recode
+    from fastmae.shards.build import write_shards
 
     out = tmp_path_factory.mktemp("small")
     write_shards(image_folder / "ant", out, Recode(resize=16), samples_per_shard=5)

@@ -23,8 +23,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from fastmae.data.recode import Recode
-from fastmae.data.write import write_shards
+from fastmae.images.recode import Recode
+from fastmae.shards.build import write_shards
 from tests.support import faults
 from tests.support.crew import Crew
 from tests.support.pictures import make_picture

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmae.convert import load_model
-from fastmae.data.index import Index
 from fastmae.data.pool import WorkerPool
 from fastmae.errors import DataError
-from fastmae.train import log as log_file
-from fastmae.train.cli import main
-from fastmae.train.log import RunLog
-from fastmae.train.vitals import Vitals
-from fastmae.train.world import World
+from fastmae.model.weights import load_model
+from fastmae.shards.index import Index
+from fastmae.train.cli.main import main
+from fastmae.train.distributed.heartbeat import Vitals
+from fastmae.train.distributed.world import World
+from fastmae.train.pretrain import log as log_file
+from fastmae.train.pretrain.log import RunLog
 from tests.support import runs
 from tests.support.pictures import make_picture
 from tests.support.runs import records

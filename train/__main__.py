@@ -9,7 +9,7 @@ def main() -> int:
     """The command line; Ctrl-C while its own modules are imported ends it, too, with one line."""
     open_streams()  # before any file is opened
     try:
-        from fastmae.train.cli import main as run
+        from fastmae.train.cli.main import main as run
     except KeyboardInterrupt:
         print("fastmae: interrupted", file=sys.stderr)
         return 130

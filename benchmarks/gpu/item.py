@@ -68,7 +68,7 @@ class Item:
 
         ``together``: so many files at the same time. ``before``: a program that runs pytest.
         """
-        files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if worths_of(p) & set(worths)]
+        files = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if worths_of(p) & set(worths)]
         files = files[:2] if self.tiny else files  # a dry run: that they are found and started
         flags = ("-m", "gpu", "--worth", ",".join(map(str, worths)), "-vv", "-rf", "--tb=short", "--durations=5",
                  # Warnings of this machine's versions are read in the log; here they should not cost a test.

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastmae.data.recode import Recode
-from fastmae.data.write import write_shards
+from fastmae.images.recode import Recode
+from fastmae.shards.build import write_shards
 
 _SIDE, _DIFFERENT = 256, 128
 

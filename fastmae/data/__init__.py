@@ -1,1 +1,1 @@
-"""From images to batches: shards are written, indexed, read, decoded and cropped here, each in its own file."""
+"""From shards to batches on the device: order, augmentation, workers, shared memory, the loader."""

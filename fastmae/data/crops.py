@@ -14,13 +14,13 @@ import torch
 
 from fastmae.data.augment import DRAWS, draw_crop
 from fastmae.data.batch import LoaderConfig
-from fastmae.data.decode import decode, jpeg_sides
-from fastmae.data.read import ShardReader
-from fastmae.data.resize import resized_crop
-from fastmae.data.slots import Field, Slots
+from fastmae.data.shared_memory import Field, Slots
 from fastmae.errors import SampleError
+from fastmae.images.decode import decode, jpeg_sides
+from fastmae.images.resize import resized_crop
 from fastmae.kernels.philox import CROPS, uniform
 from fastmae.optional import require
+from fastmae.shards.read import ShardReader
 
 _REASON = 200  # characters; replies of a whole task must fit into one message
 Arrays = dict[str, np.ndarray]

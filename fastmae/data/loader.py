@@ -11,13 +11,13 @@ import torch
 import xxhash
 
 from fastmae.data.batch import Batch, LoaderConfig
-from fastmae.data.device import device_batches
-from fastmae.data.index import JSON_NAME, Index
-from fastmae.data.indexed import LOST_BEFORE_BUDGET, IndexedBatches
-from fastmae.data.nvjpeg import make_decoder
-from fastmae.data.stream import streamed_batches
-from fastmae.data.urls import find_shards
+from fastmae.data.indexed_batches import LOST_BEFORE_BUDGET, IndexedBatches
+from fastmae.data.streamed_batches import streamed_batches
+from fastmae.data.to_device import device_batches
 from fastmae.errors import DataError, InputError
+from fastmae.images.nvjpeg import make_decoder
+from fastmae.shards.index import JSON_NAME, Index
+from fastmae.shards.urls import find_shards
 
 
 class Loader:

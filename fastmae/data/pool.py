@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from fastmae.clock import LOOK, RunClock
-from fastmae.data.fork import SIGNALS, fork, kill, readable, reap, uninterrupted
 from fastmae.errors import DataError
+from fastmae.fork import SIGNALS, fork, kill, readable, reap, uninterrupted
 
 _IN_FLIGHT = 128  # tasks in the socket; its buffer holds some 270 small messages
 _MESSAGE = 1 << 18  # bytes, more than a socket's buffer lets through

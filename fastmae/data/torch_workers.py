@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from fastmae.clock import RunClock
-from fastmae.data.fork import SIGNALS
 from fastmae.errors import DataError
+from fastmae.fork import SIGNALS
 
 _GRACE = 2.0  # seconds for workers that are asked to end
 _TO_END = 5.0  # seconds for workers that were killed

@@ -3,8 +3,8 @@
 import torch
 
 from fastmae.data.batch import Batch, LoaderConfig
-from fastmae.data.index import Index
 from fastmae.data.loader import Loader
+from fastmae.shards.index import Index
 
 N = 37
 

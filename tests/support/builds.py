@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from fastmae.data.recode import Recode
+from fastmae.images.recode import Recode
 from tests.support.processes import wait_until
 
 SETTINGS = {"settings": Recode(resize=64), "samples_per_shard": 7}
@@ -12,8 +12,8 @@ SETTINGS = {"settings": Recode(resize=64), "samples_per_shard": 7}
 # A process for each line, which builds in a session of its own; torch is imported once for all of them.
 FORGE = """
 import os, signal, sys, time
-from fastmae.data.recode import Recode
-from fastmae.data.write import write_shards
+from fastmae.images.recode import Recode
+from fastmae.shards.build import write_shards
 from fastmae.errors import InputError
 
 def build(source, out, log, workers):

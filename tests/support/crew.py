@@ -132,8 +132,8 @@ def _process(rank: int, size: int, local: int, port: int, words: list[str], cons
 
 
 def _main(words: list[str]) -> int:
-    from fastmae.config import PRESETS
-    from fastmae.train import cli
+    from fastmae.model.config import PRESETS
+    from fastmae.train.cli.main import main as cli
 
     PRESETS["tiny"].update(SMALLEST)
     return cli.main(words)

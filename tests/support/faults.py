@@ -14,10 +14,13 @@ from pathlib import Path
 import torch
 
 from fastmae.data.crops import Cropper
-from fastmae.train import pretrain, rendezvous, saver, vitals, watch, world
-from fastmae.train.compiled import LossModule
-from fastmae.train.log import RunLog
-from fastmae.train.step import Step
+from fastmae.train.checkpoint import saver
+from fastmae.train.distributed import heartbeat as vitals
+from fastmae.train.distributed import rendezvous, watch, world
+from fastmae.train.pretrain.log import RunLog
+from fastmae.train.pretrain.pretrain import pretrain
+from fastmae.train.step.loss_module import LossModule
+from fastmae.train.step.step import Step
 
 FOREVER = 3600  # seconds
 

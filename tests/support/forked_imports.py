@@ -5,7 +5,7 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.utils.tensorboard  # noqa: F401
 
-import fastmae.train.cli
-import fastmae.train.pretrain  # noqa: F401
+import fastmae.train.cli.main
+import fastmae.train.pretrain.pretrain  # noqa: F401
 import tests.support.crew
 import tests.support.killed_saves  # noqa: F401

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastmae.data.foreign import index_shards
+from fastmae.shards.index_tars import index_shards
 from tests.support.pictures import make_picture
 
 

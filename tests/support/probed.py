@@ -1,7 +1,7 @@
 """A child that tries attention backends some of which crash it, hang, break the GPU or compute something else.
 
-Run as ``fastmae.probe_process`` is. Backends are named for what they do; with ``torch`` as first argument they are torch's own,
-of which ``flash`` crashes and ``sdpa`` is wrong.
+Run as ``probe_process.py`` is. Backends are named for what they do; with ``torch`` as first argument they are
+torch's own, of which ``flash`` crashes and ``sdpa`` is wrong.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from fastmae.probe_process import main
+from fastmae.model.attention.probe_process import main
 
 _is_broken = False
 
@@ -48,8 +48,8 @@ def open_device(device, index):
 def main_with_torch():
     import torch
 
-    from fastmae import trial
-    from fastmae.backends import Shape
+    from fastmae.model.attention import trial
+    from fastmae.model.attention.backends import Shape
 
     genuine = trial.attend
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from fastmae import ModelConfig
-from fastmae.train.checkpoint import TENSORS
-from fastmae.train.log import RunLog
-from fastmae.train.recipes import Recipe
-from fastmae.train.run import Run
-from fastmae.train.tensor_files import describe_tensors, read_tensors
+from fastmae.train.checkpoint.format import TENSORS
+from fastmae.train.checkpoint.tensors import describe_tensors, read_tensors
+from fastmae.train.config.recipes import Recipe
+from fastmae.train.config.run import Run
+from fastmae.train.pretrain.log import RunLog
 
 MODEL = ModelConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, norm_pix_loss=True,
                     decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fastmae import MAE, ModelConfig
-from fastmae.train.checkpoint import SCHEMA
-from fastmae.train.saver import Saver
-from fastmae.train.snapshot import random_state
-from fastmae.train.world import World
+from fastmae.train.checkpoint.format import SCHEMA
+from fastmae.train.checkpoint.saver import Saver
+from fastmae.train.checkpoint.state import random_state
+from fastmae.train.distributed.world import World
 
 CONFIG = ModelConfig(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, norm_pix_loss=True,
                      decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2)  # fmt: skip

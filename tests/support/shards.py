@@ -4,7 +4,7 @@ import json
 
 import xxhash
 
-from fastmae.data.recode import Recode
+from fastmae.images.recode import Recode
 
 KEEP = Recode(resize=None)
 

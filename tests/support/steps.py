@@ -3,9 +3,9 @@
 import torch
 
 from fastmae import MAE, ModelConfig
-from fastmae.train.compiled import LossModule, compiled
-from fastmae.train.optimizer import make_optimizer
-from fastmae.train.step import MicroBatch, Step
+from fastmae.train.step.loss_module import LossModule, compiled
+from fastmae.train.step.optimizer import make_optimizer
+from fastmae.train.step.step import MicroBatch, Step
 
 CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, norm_pix_loss=True,
                      decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip

@@ -16,8 +16,8 @@ import tyro
 
 from fastmae.errors import InputError, RequeueError
 from fastmae.optional import require
-from fastmae.train.cli import main as fastmae_main
-from fastmae.train.settings import PretrainSettings
+from fastmae.train.cli.main import main as fastmae_main
+from fastmae.train.config.settings import PretrainSettings
 
 _SAVING = 120  # seconds between the signal and the time limit
 _TASKS = ("--kill-on-bad-exit=0", "--wait=300")  # as in slurm.sbatch, which says why

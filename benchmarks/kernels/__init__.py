@@ -1,0 +1,1 @@
+"""Kernels and attention, measured and, without a GPU, counted."""

@@ -1,0 +1,136 @@
+"""``scaling`` for people: its tables, its chart, and docs/scaling.md, whose numbers are written between two marks."""
+
+import json
+from pathlib import Path
+
+from fastmae.benchmarks.report import align, markdown
+from fastmae.benchmarks.scaling import chart
+from fastmae.benchmarks.scaling.cluster import Cluster, explained
+from fastmae.benchmarks.scaling.collectives import trained_elements
+from fastmae.benchmarks.scaling.model import WAYS
+from fastmae.benchmarks.scaling.peers import table as peers_table
+from fastmae.errors import InputError
+from fastmae.model.config import preset
+from fastmae.model.flops import training_flops
+
+BEGIN, END = "<!-- scaling: begin -->", "<!-- scaling: end -->"
+
+
+def tables(section: dict) -> dict[str, list[list[str]]]:
+    """Every table, by its heading."""
+    batch, images = section["effective_batch"], section["micro_batch"]
+    found = {
+        f"Strong scaling: {batch} images a step": scaling_table(section["strong"]),
+        f"Weak scaling: {images} images a GPU": scaling_table(section["weak"]),
+        "What is sent in a step, MB": sent_table(section),
+        "What a GPU holds": model_table(section),
+    }
+    if section["loader"]:
+        first = section["loader"][0]
+        name = f"What the loader must bring ({first['images_per_second_per_core']:.0f} images/s a core, {first['measured_on']})"
+        found[name] = loader_table(section)
+    found["What others reached"] = [*peers_table(), _own_share(section["cluster"])]
+    found["Parameters"] = parameter_table(section)
+    return found
+
+
+def show(section: dict) -> None:
+    """Print the tables, the notes, and all of it as one JSON document in the last line."""
+    for name, rows in tables(section).items():
+        print(f"{name}\n\n{align(rows)}\n")
+    for note in section["notes"]:
+        print(f"note: {note}")
+    print(json.dumps({"scaling": section}))
+
+
+def write_page(page: Path, section: dict) -> None:
+    """Write the tables between the page's two marks, and the chart beside it. Raises InputError if the marks are not there."""
+    text = page.read_text() if page.exists() else ""
+    if BEGIN not in text or END not in text:
+        raise InputError(f"{page}: the marks {BEGIN} and {END} are not there")
+    head, rest = text.split(BEGIN)
+    page.write_text(f"{head}{BEGIN}\n{body(section)}\n{END}{rest.split(END)[1]}")
+    chart.draw(section, page.with_suffix(".png"))
+
+
+def body(section: dict) -> str:
+    """What stands between the marks."""
+    parts = [f"## {name}\n\n{markdown(rows)}" for name, rows in tables(section).items()]
+    return "\n\n".join(["\n".join(f"- {line}" for line in findings(section)), *parts])
+
+
+def findings(section: dict) -> list[str]:
+    """What the tables say, a line for each model, with DDP and float32 gradients, the default."""
+    lines = []
+    for model in dict.fromkeys(r["model"] for r in section["strong"]):
+        strong, weak = ([r for r in section[kind] if r["model"] == model] for kind in ("strong", "weak"))
+        plain = [r for r in strong if (r["parallel"], r["reduce"]) == WAYS[0]]
+        fastest = min(plain, key=lambda r: r["milliseconds"])
+        half = [str(r["gpus"]) for r in plain if r["efficiency"] < 0.5]
+        waits = [str(r["gpus"]) for r in plain if r["gpu_milliseconds"] < r["milliseconds"]]
+        least = min(r["efficiency_without_vote"] for r in weak)
+        lines.append(
+            f"**{model}**: {section['effective_batch']} images a step go fastest on {fastest['gpus']} GPUs"
+            + (f" (800 epochs in {fastest['hours_of_800_epochs']:.1f} h)" if "hours_of_800_epochs" in fastest else "")
+            + (f"; less than half of a step is work from {half[0]} GPUs on" if half else "")
+            + (f"; GPUs wait for vote and launches from {waits[0]} on" if waits else "")
+            + f". With {section['micro_batch']} images a GPU at least {least:.0%} of a step is work, the vote left aside."
+        )
+    return lines
+
+
+def scaling_table(rows: list[dict]) -> list[list[str]]:
+    """Rows of strong or weak scaling for people: a line for each model and number of GPUs."""
+    has_hours = "hours_of_800_epochs" in rows[0]
+    lines = [["model", "GPUs", "images per GPU", "work, ms", "CPU, ms", *(f"{how.upper()} {reduce}" for how, reduce in WAYS),
+              "efficiency", "without vote", "images/s", *(["800 epochs, h"] if has_hours else [])]]  # fmt: skip
+    for place in dict.fromkeys((r["model"], r["gpus"]) for r in rows):
+        ways = [r for r in rows if (r["model"], r["gpus"]) == place]
+        first, cpu = ways[0], ways[0]["launches_milliseconds"] + ways[0]["vote_milliseconds"]
+        lines.append([first["model"], str(first["gpus"]), str(first["images_per_gpu"]), f"{first['work_milliseconds']:.1f}",
+                      f"{cpu:.1f}", *(f"{r['gpu_milliseconds']:.1f}" for r in ways), f"{first['efficiency']:.0%}",
+                      f"{first['efficiency_without_vote']:.0%}", f"{first['images_per_second']:.0f}",
+                      *([f"{first['hours_of_800_epochs']:.1f}"] if has_hours else [])])  # fmt: skip
+    return lines
+
+
+def sent_table(section: dict) -> list[list[str]]:
+    """What is sent, for people, in MB."""
+    lines = [["model", "GPUs", "shared by", "collectives", "all-reduced", "gathered", "scattered", "sent by a GPU",
+              "by its network card"]]  # fmt: skip
+    for r in section["sent"]:
+        sizes = ("all_reduce_bytes", "all_gather_bytes", "reduce_scatter_bytes", "sent_bytes", "card_bytes")
+        lines.append([r["model"], str(r["gpus"]), f"{r['parallel'].upper()} {r['reduce']}", str(r["collectives"]),
+                      *(f"{r[size] / 1e6:.0f}" for size in sizes)])  # fmt: skip
+    return lines
+
+
+def model_table(section: dict) -> list[list[str]]:
+    """The models, and the memory that they hold on a GPU of a run on all of them; without activations."""
+    lines = [["model", "trained parameters", "GFLOP an image", *(f"held by {how.upper()}, GB" for how in ("ddp", "hsdp"))]]
+    for model in dict.fromkeys(r["model"] for r in section["weak"]):
+        held = {r["parallel"]: r["held_bytes"] for r in section["weak"] if r["model"] == model and r["reduce"] == "fp32"}
+        lines.append([model, f"{trained_elements(preset(model))}", f"{training_flops(preset(model), 0.75) / 1e9:.1f}",
+                      f"{held['ddp'] / 1e9:.1f}", f"{held['hsdp'] / 1e9:.1f}"])  # fmt: skip
+    return lines
+
+
+def loader_table(section: dict) -> list[list[str]]:
+    """The loader's demand for people."""
+    lines = [["model", "images/s of a machine", "cores at the measured rate", "MB/s read"]]
+    for r in section["loader"]:
+        lines.append([r["model"], f"{r['images_per_second']:.0f}", f"{r['cores']:.1f}", f"{r['bytes_per_second'] / 1e6:.0f}"])
+    return lines
+
+
+def _own_share(cluster: dict) -> list[str]:
+    """The last row of what others reached: what is assumed here."""
+    share = cluster["matmul_flops"] * cluster["utilisation"] / cluster["sheet_flops"]
+    return ["this page", "any", "as below", "", "", "", f"{share:.0%}", "an assumption"]
+
+
+def parameter_table(section: dict) -> list[list[str]]:
+    """What was assumed, and where each value comes from."""
+    origins = explained(Cluster)
+    return [["parameter", "value", "unit and origin"],
+            *([f"`{name}`", f"{value:g}", origins[name]] for name, value in section["cluster"].items())]  # fmt: skip

@@ -1,0 +1,1 @@
+"""A training step against the reference and its best rival."""

@@ -1,0 +1,153 @@
+"""From workers' slots to tensors on the device: copied beside the training step, cropped there if asked for.
+
+On a GPU a slot is page-locked memory, its copy runs on a stream of its own, and the next batch is on its way while the
+present one is used. On a CPU the tensors are the slot's own memory, and the slot is free when they are gone.
+"""
+
+import contextlib
+import math
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmae.data.batch import Batch
+from fastmae.data.indexed_batches import IndexedBatches, SlotBatch
+from fastmae.data.shared_memory import Slots
+from fastmae.images.nvjpeg import make_decoder
+from fastmae.kernels import resized_crop
+
+_LEAD = 16  # batches that a program may be ahead of its device
+
+
+def device_batches(source: IndexedBatches, device: torch.device) -> Iterator[Batch]:
+    """The batches of ``source`` as tensors on ``device``."""
+    stage = Stage(source, device)
+    return _ahead(source, stage) if device.type == "cuda" else map(stage.take, source)
+
+
+class Stage:
+    """Turns slots into batches on one device. ``held`` keeps the memory that copies on their way still read."""
+
+    def __init__(self, source: IndexedBatches, device: torch.device):
+        self.source, self.slots, self.device = source, source.slots, device
+        self.channels = source.config.channels
+        self._decoder = make_decoder(device) if source.config.decode == "nvjpeg" else None
+        self.labels = torch.from_numpy(source.reader.index.table["label"].astype(np.int64))
+        self.held: list[Tensor] = []
+        self._locks = PageLocks(source.slots, device) if device.type == "cuda" else None
+
+    def take(self, batch: SlotBatch) -> Batch:
+        """The batch on the device, copied there on the current stream without waiting."""
+        if self._locks:
+            self._locks.lock(batch.slot)
+        memory = self._borrow(batch, "images" if self.source.region is None else "regions")
+        decoded = self._decoded(batch, memory) if self._decoder else {}  # may replace samples
+        # What is small before what is large: a copy from pageable memory may wait for all others on its stream.
+        ids = torch.from_numpy(batch.ids)
+        keys = [self._to_device(t) for t in (ids, torch.from_numpy(batch.epochs), self.labels[ids])]
+        images = self._images(batch, memory) if self.source.region is None else self._cropped(batch, memory, decoded)
+        return Batch(images, *keys, tuple(batch.replaced), tuple(batch.notes))
+
+    def _images(self, batch: SlotBatch, memory: Tensor) -> Tensor:
+        shape = (len(batch.ids), *batch.size, self.channels)
+        return self._to_device(memory[: math.prod(shape)].view(shape)).permute(0, 3, 1, 2)
+
+    def _cropped(self, batch: SlotBatch, regions: Tensor, decoded: dict[int, Tensor]) -> Tensor:
+        crops = self.slots.array(batch.slot, "crops").copy()
+        offsets, *rest = (torch.from_numpy(crops[name].copy()) for name in ("offset", "width", "box", "flip"))
+        rest = [self._to_device(t) for t in rest]
+        has_regions = len(decoded) < len(regions)
+        end = regions.numel() if has_regions else 0
+        for place, pixels in decoded.items():  # behind the regions
+            offsets[place] = end
+            end += pixels.numel()
+        offsets = self._to_device(offsets)
+        parts = [self._to_device(regions).flatten()] if has_regions else []
+        pixels = torch.cat([*parts, *(p.flatten() for p in decoded.values())]) if decoded else parts[0]
+        return resized_crop(pixels, offsets, *rest, batch.size, self.channels)
+
+    def _decoded(self, batch: SlotBatch, regions: Tensor) -> dict[int, Tensor]:
+        """Pixels (H, W, C) on the device of the places that hold a JPEG. Those that no decoder takes are replaced."""
+        while True:
+            lengths = self.slots.array(batch.slot, "crops")["length"].copy()
+            places = np.flatnonzero(lengths).tolist()
+            found = dict(zip(places, self._decoder([regions[i, : lengths[i]] for i in places]), strict=True)) if places else {}
+            bad = {place: why for place, why in found.items() if isinstance(why, str)}
+            if not bad:
+                return found
+            self.source.replace(batch, bad)
+
+    def _borrow(self, batch: SlotBatch, name: str) -> Tensor:
+        """The array ``name`` of the batch's slot; the slot is free again when neither it nor a view of it is left."""
+        array = self.slots.array(batch.slot, name)
+        weakref.finalize(array, self.slots.give, batch.slot).atexit = False
+        return torch.from_numpy(array)
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            self.held.append(x)
+        return x.to(self.device, non_blocking=True)
+
+
+class PageLocks:
+    """Page-locks slots, so that copies out of them do not wait. A slot that cannot be locked is copied more slowly."""
+
+    def __init__(self, slots: Slots, device: torch.device):
+        self.slots, self.device = slots, device
+        self._seen: dict[int, Tensor] = {}
+
+    def lock(self, slot: int) -> None:
+        """Lock ``slot``, once."""
+        if slot in self._seen:
+            return
+        memory = self._seen[slot] = torch.frombuffer(self.slots.memory(slot), dtype=torch.uint8)
+        runtime = torch.cuda.cudart()
+        code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        if code == 0:
+            weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
+        else:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the error would otherwise be that of the next kernel, whose check clears it
+                torch.ones(1, device=self.device) + 1
+            size = memory.numel() >> 20
+            warnings.warn(f"{size} MiB cannot be page-locked (CUDA error {code}), so copies to the GPU wait", stacklevel=2)
+
+
+def _ahead(source: IndexedBatches, stage: Stage) -> Iterator[Batch]:
+    """Batches on a GPU, each copied on a stream beside the training step, one ahead where workers are fast enough."""
+    stream = torch.cuda.Stream(stage.device)
+    on_their_way: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
+
+    def send(slot: SlotBatch) -> tuple[Batch, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            batch, done = stage.take(slot), stream.record_event()
+        on_their_way.append((done, stage.held))
+        stage.held = []
+        return batch, done
+
+    ahead = None
+    used: deque[torch.cuda.Event] = deque()  # when the device was done with what came before each batch
+    try:
+        while True:
+            batch, done = ahead or send(next(source))
+            ahead = send(next(source)) if source.is_ready() else None
+            current = torch.cuda.current_stream(stage.device)
+            current.wait_event(done)
+            for tensor in batch[:4]:
+                tensor.record_stream(current)  # its memory belongs to the copying stream
+            used.append(current.record_event())
+            if len(used) > _LEAD:  # a program that only launches could be many batches of memory ahead of the device
+                used.popleft().synchronize()
+            yield batch
+            del batch
+            while on_their_way and on_their_way[0][0].query():
+                on_their_way.popleft()
+    finally:
+        with contextlib.suppress(RuntimeError):  # of a device that has failed, which is told already
+            stream.synchronize()  # slots are page-locked for as long as they are read

@@ -1,0 +1,103 @@
+"""Attention backends by name: xformers and torch's SDPA kernels behind one call, and what is known against some of them."""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastmae.model.attention.cuda_runtime import load_runtime
+from fastmae.optional import require
+
+_SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_CUDNN_TILE, _CUDNN_BROKEN = 128, (9, 15, 0)  # up to this version lengths that the tile does not divide are read past their end
+
+
+class Shape(NamedTuple):
+    """What decides, besides device and dtype, which backends work and how fast they are."""
+
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.queries} over {self.keys} tokens, {self.heads} heads of {self.head_dim}"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    """Attention of ``q`` (B, N, H, d) over ``k`` and ``v`` (B, M, H, d) by ``backend``: (B, N, H, d), same dtype.
+
+    Raises RuntimeError where the backend does not work on these tensors. xformers must have been ``prepare``d.
+    """
+    if backend == "xformers":
+        return _memory_efficient_attention(q, k, v)
+    with sdpa_kernel(_SDPA[backend]) if backend in _SDPA else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+def prepare(backend: str) -> None:
+    """Import what ``backend`` needs. Raises InputError, with the install command, if it is missing."""
+    if backend == "xformers":
+        _import_xformers()
+
+
+def refusal(backend: str, device_type: str, shape: Shape) -> str | None:
+    """Why ``backend`` must not even be tried on tensors of ``shape``, in one line; None if nothing is known against it."""
+    if device_type != "cuda":
+        return None
+    if backend == "xformers":
+        return load_runtime(torch.version.cuda)
+    if backend != "cudnn":
+        return None
+    try:
+        version = cudnn_version()
+    except RuntimeError as error:  # torch refuses a cuDNN older than the one that it was built with
+        return f"cuDNN cannot be used, {' '.join(str(error).split())[:300]}"
+    if version is None:
+        return "this torch has no cuDNN"
+    if version <= _CUDNN_BROKEN and (shape.queries % _CUDNN_TILE or shape.keys % _CUDNN_TILE):
+        return (
+            f"cuDNN {_dotted(version)} reads past the end of tokens whose number {_CUDNN_TILE} does not divide: a cuDNN newer "
+            f"than {_dotted(_CUDNN_BROKEN)} is needed"
+        )
+    return None
+
+
+def cudnn_version() -> tuple[int, int, int] | None:
+    """The cuDNN that torch has loaded, which need not be the one that a package manager lists; None without any.
+
+    One number: 91501 is 9.15.1; up to version 8, 8902 is 8.9.2 (``CUDNN_VERSION`` of cuDNN's header).
+    """
+    number = torch.backends.cudnn.version()
+    if number is None:
+        return None
+    major, rest = divmod(number, 10_000 if number >= 90_000 else 1000)
+    return major, *divmod(rest, 100)
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+_memory_efficient_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # xformers', once it is imported
+
+
+def _import_xformers() -> None:
+    # Late, because it is slow, and because its extension may not load beside this torch: it warns about that at import
+    # although attention needs nothing from it. A plain global, because torch.compile can trace one and not an import.
+    global _memory_efficient_attention
+    if _memory_efficient_attention is None:
+        load_runtime(torch.version.cuda)
+        logging.getLogger("xformers").setLevel(logging.ERROR)
+        _memory_efficient_attention = require("xformers.ops", "attention xformers").memory_efficient_attention

@@ -1,0 +1,94 @@
+"""The fastest attention backend for a shape, found by a short measurement on this device.
+
+Each backend that works (``probe.py``) is timed forward and backward; the fastest is kept in this process and in
+``choice_file.py``, so that it is measured once.
+"""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from fastmae.model.attention.backends import Shape, prepare
+from fastmae.model.attention.choice_file import CHOICES, entry_key, read_entries, write_entries
+from fastmae.model.attention.probe import probe, why_not
+from fastmae.model.attention.trial import Inputs, forward_backward
+from fastmae.model.config import BACKENDS
+
+_TOKENS = 131_072  # keys in a measured batch: enough work that launches do not hide differences
+_ROUNDS, _CALLS = 5, 8  # interleaved rounds of so many calls each
+_UNMEASURED = "sdpa"
+
+_chosen: dict[tuple[str, torch.dtype, Shape], str] = {}
+_measures = True
+
+
+def fastest(device_type: str, dtype: torch.dtype, shape: Shape) -> str:
+    """The backend to use: from this process, from the file, or measured now."""
+    key = (device_type, dtype, shape)
+    if key not in _chosen and not _measures:
+        return _UNMEASURED
+    if key not in _chosen:
+        known = read_entries(device_type, CHOICES).get(entry_key(dtype, shape), {}).get("backend")
+        _chosen[key] = known if known in BACKENDS and why_not(known, *key) is None else _measure_once(*key)
+    return _chosen[key]
+
+
+def adopt(device_type: str, dtype: torch.dtype, choices: dict[Shape, str]) -> None:
+    """Take over what another process chose, so that all processes of a run compute alike."""
+    _chosen.update({(device_type, dtype, shape): backend for shape, backend in choices.items()})
+
+
+@contextlib.contextmanager
+def unmeasured() -> Iterator[None]:
+    """Within it nothing is measured: a shape for which no backend has been chosen is computed by torch's own choice."""
+    global _measures
+    before, _measures = _measures, False
+    try:
+        yield
+    finally:
+        _measures = before
+
+
+def measure(device_type: str, dtype: torch.dtype, shape: Shape, tokens: int = _TOKENS) -> dict[str, float]:
+    """Microseconds of a forward and backward pass over about ``tokens`` keys, for each backend that works; fastest first."""
+    probe(device_type, dtype, [shape])
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
+        inputs, runs = Inputs.draw(device_type, dtype, shape, max(1, tokens // shape.keys)), {}
+        for backend in [b for b in BACKENDS if why_not(b, device_type, dtype, shape) is None]:
+            with contextlib.suppress(Exception):  # what works on the probe's few images may still refuse these, math above all
+                prepare(backend)
+                run = partial(forward_backward, backend, inputs)
+                _seconds(run, device_type, 2)
+                runs[backend] = run
+        times = {backend: [] for backend in runs}
+        for _ in range(_ROUNDS):
+            for backend, run in runs.items():
+                times[backend].append(_seconds(run, device_type, _CALLS))
+    medians = {backend: 1e6 * statistics.median(t) for backend, t in times.items()}
+    return dict(sorted(medians.items(), key=lambda item: item[1]))
+
+
+def _seconds(run: Callable[[], object], device_type: str, calls: int) -> float:
+    """Mean seconds of one of ``calls`` calls."""
+    if device_type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(calls):
+        run()
+    if device_type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / calls
+
+
+def _measure_once(device_type: str, dtype: torch.dtype, shape: Shape) -> str:
+    times = measure(device_type, dtype, shape)
+    if device_type == "cuda":
+        torch.cuda.empty_cache()  # math attention alone takes gigabytes, which a step's tensors would not fit into
+    backend = next(iter(times), _UNMEASURED)
+    entry = {"backend": backend, "microseconds": {b: round(t, 1) for b, t in times.items()}}
+    write_entries(device_type, CHOICES, {entry_key(dtype, shape): entry})
+    return backend

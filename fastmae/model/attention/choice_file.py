@@ -1,0 +1,66 @@
+"""What is remembered of attention backends on this device: which of them work, and which is the fastest.
+
+A file for each device and set of versions, ``attention-*.json`` in ``FASTMAE_CACHE`` (default ``~/.cache/fastmae``). Deleting
+it makes the next run probe and measure again. Where no folder can be found or written nothing is remembered.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+
+import torch
+
+from fastmae.cache import cache_folder
+from fastmae.errors import InputError
+from fastmae.files import write_atomically
+from fastmae.model.attention.backends import Shape, cudnn_version
+
+PROBES, CHOICES = "probes", "choices"
+
+
+def cache_file(device_type: str) -> Path | None:
+    """Where things are kept for this device and these versions; None for a user without a home folder, whom none is set for."""
+    folder = cache_folder()
+    name = hashlib.sha256(json.dumps(_identity(device_type)).encode()).hexdigest()[:16]
+    return folder and folder / f"attention-{name}.json"
+
+
+def entry_key(dtype: torch.dtype, shape: Shape) -> str:
+    """The name of an entry."""
+    return f"{dtype}: {shape}"
+
+
+def read_entries(device_type: str, section: str) -> dict[str, dict]:
+    """The entries of ``section``, by ``entry_key``: none if the file is not there or damaged."""
+    path = cache_file(device_type)
+    try:
+        entries = json.loads(path.read_text())[section] if path else {}
+        return {key: dict(entry) for key, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def write_entries(device_type: str, section: str, entries: dict[str, dict]) -> None:
+    """Put ``entries`` into ``section``, over those of the same key."""
+    path = cache_file(device_type)
+    if path is None:
+        return
+    sections = {name: read_entries(device_type, name) for name in (PROBES, CHOICES)}
+    sections[section] |= entries
+    with contextlib.suppress(OSError, InputError):  # a machine that keeps nothing measures in every process
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(path) as file:
+            file.write(json.dumps({**_identity(device_type), **sections}, indent=1).encode())
+
+
+def _identity(device_type: str) -> dict[str, str]:
+    """What probes and measurements are valid for. Opens no GPU: to read a name takes none of its memory."""
+    versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    with contextlib.suppress(RuntimeError):  # a cuDNN that torch refuses
+        versions["cudnn"] = str(cudnn_version())
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["xformers"] = importlib.metadata.version("xformers")
+    device = torch.cuda.get_device_name() if device_type == "cuda" else device_type
+    return {"device": device, **versions}

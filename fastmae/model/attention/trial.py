@@ -1,0 +1,102 @@
+"""Attention forward and backward on random tensors, as a block makes them: what a backend is tried out and timed with."""
+
+import math
+import re
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmae.model.attention.backends import Shape, attend, prepare
+
+_BATCH = 2  # images of a trial
+_COMPARED = 1 << 28  # elements of the attention matrices that math attention stores for a comparison: 1 GiB in fp32
+_NO_MEMORY = re.compile("out of memory|ALLOC_FAILED", re.I)  # of the driver and of cuBLAS and cuDNN, which take their own
+_TOLERANCE = 2e-2  # relative, against SDPA's math: several times what bf16 rounding gives, far below any mistake
+
+
+class Verdict(NamedTuple):
+    """What a trial of a backend has shown."""
+
+    reason: str | None
+    """Why the backend does not work, in one line; None if it does."""
+    lasts: bool = True
+    """Whether another process would find the same: not where memory was short, say."""
+
+
+class Inputs(NamedTuple):
+    """What attention and its gradients are computed from."""
+
+    q: Tensor
+    """Queries (B, N, 1, H, d), unless they stand in ``packed``."""
+    packed: Tensor
+    """Keys and values (B, M, 2, H, d), or, where N = M, queries, keys and values (B, M, 3, H, d)."""
+    weight: Tensor
+    """The gradient of the output, (B, N, H, d)."""
+
+    @classmethod
+    def draw(cls, device_type: str, dtype: torch.dtype, shape: Shape, B: int) -> "Inputs":
+        """Normally distributed ones for ``B`` images."""
+        N, M, H, d = shape
+        generator = torch.Generator(device_type).manual_seed(0)  # its own: who draws later must not see this
+        draw = partial(torch.randn, device=device_type, dtype=dtype, generator=generator)
+        q, packed = draw(B, N, 1, H, d).requires_grad_(), draw(B, M, 3 if N == M else 2, H, d).requires_grad_()
+        return cls(q, packed, draw(B, N, H, d))
+
+    def first_heads(self, H: int) -> "Inputs":
+        """Those of the first ``H`` heads alone."""
+        q, packed = (x.detach()[..., :H, :].requires_grad_() for x in (self.q, self.packed))
+        return Inputs(q, packed, self.weight[..., :H, :])
+
+
+def forward_backward(backend: str, inputs: Inputs) -> list[Tensor]:
+    """A pass by a ``prepare``d backend: its result and gradients, each (..., H, d)."""
+    q, packed, weight = inputs
+    is_self = packed.shape[2] == 3
+    queries, k, v = packed.unbind(2) if is_self else (q[:, :, 0], *packed.unbind(2))
+    out = attend(queries, k, v, backend)
+    return [out.detach(), *torch.autograd.grad(out, [packed] if is_self else [packed, q], weight)]
+
+
+def try_out(backend: str, device_type: str, dtype: torch.dtype, shape: Shape) -> Verdict:
+    """Run ``backend`` forward and backward on ``shape``, few images but all tokens and heads, and compare it with math."""
+    B, N, M, H = _BATCH, *shape[:3]
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
+            prepare(backend)
+            inputs = Inputs.draw(device_type, dtype, shape, B)
+            heads = max(1, min(H, _COMPARED // (B * N * M)))  # heads know nothing of each other
+            found = [x[..., :heads, :] for x in forward_backward(backend, inputs)]
+            error = _error(found, forward_backward("math", inputs.first_heads(heads)))
+    except Exception as error:  # whatever a third-party kernel raises is its answer
+        return Verdict(_line(error), lasts=not (isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(str(error))))
+    return Verdict(None if error <= _TOLERANCE else f"it differs from math attention, by {error:.1g} of its norm")
+
+
+def open_device(device_type: str, index: int | None) -> None:
+    """Make the device ready for trials, the one of that number if there are several. Raises RuntimeError if it cannot be."""
+    if device_type == "cuda":
+        torch.cuda.set_device(index or 0)
+    torch.ones(1, device=device_type).item()
+
+
+def answers(device_type: str) -> bool:
+    """Whether the device still computes: after an illegal access it does so no more in the process that made it."""
+    try:
+        return torch.ones(1, device=device_type).item() == 1
+    except RuntimeError:
+        return False
+
+
+def _error(found: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest error of result and gradients in the L2 norm, relative to the result's and to the largest gradient's;
+    infinity if something is not finite."""
+    off = [float((f.float() - e.float()).norm()) for f, e in zip(found, exact, strict=True)]
+    norm, *gradients = [float(e.float().norm()) for e in exact]  # of a lone key the gradient of the queries is zero
+    errors = [o / scale for o, scale in zip(off, [norm] + [max(gradients)] * len(gradients), strict=True)]
+    return max(error if math.isfinite(error) else math.inf for error in errors)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,1 @@
+"""Shards on a disk: built, indexed, read, verified, copied nearer."""

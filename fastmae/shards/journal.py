@@ -1,0 +1,200 @@
+"""The plan of an unfinished build: what is built, which shards are finished, and which process builds.
+
+``.unfinished`` stands in a folder of shards for as long as it is being built. It holds ``plan.json`` (the settings, and a hash
+of the list of images), ``shard-000000.json`` for each finished shard (rows of the index, length and hash of the tar, bad
+images), and ``lock``. A build that was killed goes on from there, and its result is that of one that was not.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from fastmae.errors import InputError
+from fastmae.files import digest, write_atomically
+from fastmae.images.listing import Listing
+from fastmae.shards.index import FORMAT, JSON_NAME, ROW, Shard
+
+UNFINISHED = ".unfinished"
+_PLAN, _LOCK, _REMOVED = "plan.json", "lock", f"{UNFINISHED}.removed"
+_STALE = (".shard-*.partial", ".index.*.partial", ".plan.*.partial", ".writable-*")  # what a killed build leaves
+_PATIENCE = 1.0  # seconds until a held lock is believed: a worker of a killed build drops it in its first moment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What is known of a finished shard."""
+
+    shard: Shard
+    """Without samples if none of its images can be read; it has no tar then."""
+    table: np.ndarray
+    """(samples,) of ``ROW``; its shard column is not set."""
+    bad: list[str]
+    """A line for each image that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The unfinished build in ``out``, which this process holds."""
+
+    out: Path
+    lock: int
+    """File handle that holds the lock; a forked process is to close it."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the plan lies."""
+        return self.out / UNFINISHED
+
+    def finish(self, number: int, built: Built) -> None:
+        """Note that shard ``number`` stands in the folder, whole."""
+        document = {"shard": vars(built.shard), "rows": built.table.tolist(), "bad": built.bad}
+        _write(self._note(number), document)
+
+    def finished(self, number: int) -> Built | None:
+        """What was noted of shard ``number``, if its tar is there with all its bytes as they were."""
+        try:
+            document = _read(self._note(number))
+            table = np.array([tuple(row) for row in document["rows"]], dtype=ROW)
+            built = Built(shard=Shard(**document["shard"]), table=table, bad=document["bad"])
+            if built.shard.samples:
+                path = self.out / built.shard.name
+                if path.stat().st_size != built.shard.bytes:
+                    return None
+                with path.open("rb") as file:
+                    if digest(file) != built.shard.xxh3:
+                        return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return built
+
+    def remove(self) -> None:
+        """Forget the plan: the build is finished, or has nothing to go on from."""
+        self.folder.rename(self.out / _REMOVED)  # in one step: whoever looks sees a finished build or one to go on with
+        shutil.rmtree(self.out / _REMOVED, ignore_errors=True)
+
+    def _note(self, number: int) -> Path:
+        return self.folder / f"shard-{number:06d}.json"
+
+
+@contextlib.contextmanager
+def hold_plan(out: Path, settings: dict, listing: Listing) -> Iterator[Plan]:
+    """The plan of building ``listing`` into the folder ``out``, begun or gone on with; nobody else can hold it meanwhile.
+
+    Raises InputError if the folder holds shards but no unfinished build, or one of other settings or images, or if another
+    process is building there.
+    """
+    _refuse_shards(out)
+    with _locked(out) as lock:
+        plan = Plan(out, lock)
+        try:
+            _refuse_shards(out)  # the one that held the lock before may have finished
+        except InputError:
+            plan.remove()
+            raise
+        now = {"settings": {**settings, "format": FORMAT}, "images": len(listing.sources), "listing": listing.xxh3}
+        path = plan.folder / _PLAN
+        if path.exists():
+            _refuse_other(out, path, now)
+        else:
+            _write(path, now)
+        for stale in [p for folder in (out, plan.folder) for pattern in _STALE for p in folder.glob(pattern)]:
+            stale.unlink(missing_ok=True)
+        yield plan
+
+
+def _refuse_shards(out: Path) -> None:
+    shutil.rmtree(out / _REMOVED, ignore_errors=True)  # of a build that was killed in its last moment
+    if not (out / UNFINISHED / _PLAN).exists() and ((out / JSON_NAME).exists() or any(out.glob("*.tar"))):
+        raise InputError(f"{out}: holds shards already; choose an empty folder, or remove it first")
+
+
+def _refuse_other(out: Path, path: Path, now: dict) -> None:
+    try:
+        then = _read(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged, {error}; remove the folder {out} and build anew") from error
+    was, is_now = then["settings"], now["settings"]
+    changed = [f"{n} was {was.get(n)!r}, now {is_now.get(n)!r}" for n in {**was, **is_now} if was.get(n) != is_now.get(n)]
+    if changed:
+        raise InputError(
+            f"{out}: holds an unfinished build of other settings: {'; '.join(changed)}; give the same settings to go on with "
+            "it, or remove the folder to build anew"
+        )
+    if then != now:
+        what = f"there were {then['images']}, now {now['images']}"
+        if then["images"] == now["images"]:
+            what = "the path, length or time of change of one is another now"
+        raise InputError(
+            f"{out}: holds an unfinished build of other images: {what}; restore them to go on with it, or remove the folder "
+            "to build anew"
+        )
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[int]:
+    """Hold the lock of ``out``, a file handle. Raises InputError that names its holder."""
+    path = out / UNFINISHED / _LOCK
+    handle = _take_lock(path, time.monotonic() + _PATIENCE)
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _take_lock(path: Path, until: float) -> int:
+    while True:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the holder has just removed the folder
+            continue
+        except FileExistsError as error:
+            raise InputError(f"{path.parent}: left by an older fastmae; remove {path.parent.parent} and build anew") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(handle, 20, 0).decode()
+            os.close(handle)
+            if time.monotonic() > until:
+                raise InputError(
+                    f"{path.parent.parent}: process {pid} is building into it; wait for that, or choose another folder"
+                ) from None
+            time.sleep(0.05)
+            continue
+        except OSError as error:
+            warnings.warn(f"{path}: this file system has no locks ({error.strerror}); do not build there twice", stacklevel=2)
+            return handle
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(handle).st_ino:
+                return handle
+        os.close(handle)  # its holder has removed the folder: another lock counts now
+
+
+def _write(path: Path, content: dict) -> None:
+    document = {"content": content, "xxh3": _hash(content)}
+    with write_atomically(path) as file:
+        file.write(json.dumps(document).encode())
+
+
+def _read(path: Path) -> dict:
+    """The content that was written. Raises OSError, ValueError, KeyError or TypeError if it is not there as it was."""
+    document = json.loads(path.read_bytes())
+    if document["xxh3"] != _hash(document["content"]):
+        raise ValueError("its contents do not match their own hash")
+    return document["content"]
+
+
+def _hash(content: dict) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(content).encode())

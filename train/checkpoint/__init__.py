@@ -1,0 +1,1 @@
+"""Checkpoints: written beside training, complete or ignored, read by any number of processes."""

@@ -1,0 +1,70 @@
+"""The state of a run as named tensors: what a checkpoint holds, and what a resumed run is filled from.
+
+    model/NAME   optimizer/SLOT/NAME   step/NAME   loss_scale/NAME   spikes/NAME   random/RANK/DEVICE
+
+Where a run stands (step, place in the data, schedule) is plain numbers, in ``state.json``.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW
+
+from fastmae.train.distributed.world import World
+from fastmae.train.step.optimizer import parameter_names
+
+_SLOTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def run_tensors(model: nn.Module, optimizer: AdamW, **others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a run themselves, no copies; ``others`` by the first part of their names."""
+    make_moments(optimizer)
+    tensors = {f"model/{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, parameter in zip(parameter_names(model), parameters, strict=True):
+        tensors |= {f"optimizer/{slot}/{name}": optimizer.state[parameter][slot] for slot in _SLOTS}
+    return tensors | {f"{first}/{name}": tensor for first, named in others.items() for name, tensor in named.items()}
+
+
+def make_moments(optimizer: AdamW) -> None:
+    """Give ``optimizer`` the moments that AdamW makes in its first step: zeros."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state[p]:
+                step = torch.zeros((), dtype=torch.float32, device=p.device)
+                optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
+def random_state(world: World) -> dict[str, Tensor]:
+    """The states of this process's generators. Order, crops and masks need none; what else may draw goes on where it was."""
+    state = {f"random/{world.rank}/cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        state[f"random/{world.rank}/cuda"] = torch.cuda.get_rng_state(world.device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], world: World) -> None:
+    """Put back what ``random_state`` gave, on the same rank."""
+    torch.set_rng_state(state[f"random/{world.rank}/cpu"])
+    if world.device.type == "cuda":
+        torch.cuda.set_rng_state(state[f"random/{world.rank}/cuda"], world.device)
+
+
+def share_out(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Those of ``tensors`` that this process writes: its part of each cut one, and about its share of the bytes of whole
+    ones, which every process has."""
+    mine, loads = {}, [0] * world.size
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        if isinstance(tensor, DTensor):
+            mine[name] = tensor
+            continue
+        rank = loads.index(min(loads))
+        loads[rank] += tensor.nbytes
+        if rank == world.rank:
+            mine[name] = tensor
+    return mine
+
+
+def total_bytes(tensors: dict[str, Tensor]) -> int:
+    """Bytes of all ``tensors``, cut ones as a whole."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

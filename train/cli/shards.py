@@ -1,0 +1,134 @@
+"""The commands of ``fastmae shards``: build, verify, info, index. Each imports what it runs, after arguments are parsed."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+from fastmae.cores import usable_cores
+from fastmae.errors import DataError, InputError
+
+Positional = tyro.conf.Positional
+
+
+def build(
+    src: Positional[Path],
+    out: Positional[Path],
+    resize: str = "256",
+    quality: int = 90,
+    samples_per_shard: int = 1000,
+    exif_rotate: bool = True,
+    seed: int = 0,
+    workers: int | None = None,
+) -> None:
+    """Turn a folder of images into webdataset shards and an index. A build that was killed goes on where it was.
+
+    Args:
+        src: Folder of images; its top-level subfolders, if any, are the classes.
+        out: Folder to write: empty, new, or of the same build, unfinished.
+        resize: Shorter side in pixels (256, 320, 384, ...), or none to keep the size; images are never enlarged.
+        quality: JPEG quality of images that are encoded anew.
+        samples_per_shard: Images in a shard.
+        exif_rotate: Turn images as their EXIF orientation says.
+        seed: Of the global shuffle.
+        workers: Processes that decode and encode, by default one per core; the result does not depend on it.
+    """
+    from fastmae.images.recode import Recode
+    from fastmae.shards.build import write_shards
+
+    if resize.lower() != "none" and not (resize.isdecimal() and int(resize) > 0):
+        raise InputError(f"resize must be a positive number of pixels or none, got {resize!r}")
+    if not 1 <= quality <= 95:
+        raise InputError(f"quality must lie in 1..95, got {quality}")
+    side = None if resize.lower() == "none" else int(resize)
+    settings = Recode(resize=side, quality=quality, exif_rotate=exif_rotate)
+    processes = _processes(workers)
+    try:
+        with _bar("image") as progress:
+            found, bad = write_shards(
+                src, out, settings, samples_per_shard=samples_per_shard, seed=seed, workers=processes, progress=progress
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{out}: interrupted; the same command goes on from the shards that are finished") from None
+    for line in bad:
+        print(f"left out: {line}", file=sys.stderr)
+    size = sum(s.bytes for s in found.shards)
+    print(f"{out}: {len(found)} images in {len(found.shards)} shards, {size / 2**20:.1f} MiB, {len(found.classes)} classes, "
+          f"{len(bad)} bad images left out")  # fmt: skip
+
+
+def verify(folder: Positional[Path], decode: bool = False, workers: int | None = None) -> None:
+    """Read every byte of a folder of shards and name what is damaged. Exit code 0: all is as it was when it was indexed.
+
+    Args:
+        folder: Folder with index.json.
+        decode: Decode every image too.
+        workers: Processes, by default one per core.
+    """
+    from fastmae.shards.index import JSON_NAME
+    from fastmae.shards.verify import verify_shards
+
+    with _bar("shard") as progress:
+        damage = verify_shards(folder, decode_images=decode, workers=_processes(workers), progress=progress)
+    for line in damage:
+        print(line, file=sys.stderr)
+    if damage and not (folder / JSON_NAME).exists():
+        raise DataError(f"{folder}: has no index to verify against")
+    if damage:
+        count = "1 thing is" if len(damage) == 1 else f"{len(damage)} things are"
+        raise DataError(f"{folder}: {count} wrong; restore those files, or build the shards again")
+    print(f"{folder}: every byte is as it was indexed")
+
+
+def info(folder: Positional[Path]) -> None:
+    """Say what a folder of shards holds.
+
+    Args:
+        folder: Folder with index.json.
+    """
+    from fastmae.shards.describe import describe
+
+    print("\n".join(describe(folder)))
+
+
+def index(folder: Positional[Path], out: Path | None = None, classes: Path | None = None, workers: int | None = None) -> None:
+    """Index webdataset tars that others wrote, so that they are read in exact order and resumed exactly.
+
+    Args:
+        folder: Folder of uncompressed tars, which are not changed.
+        out: Folder for the index, by default the tars' own.
+        classes: Text file with a class name per line, in the order of the numbers in .cls members.
+        workers: Processes, by default one per core.
+    """
+    from fastmae.shards.index_tars import index_shards
+
+    try:
+        names = tuple(classes.read_text("utf-8").splitlines()) if classes else ()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{classes}: must be UTF-8 text, a class name per line ({error})") from error
+    with _bar("shard") as progress:
+        made = index_shards(folder, out, classes=names, workers=_processes(workers), progress=progress)
+    without = made.build.get("without_image", 0)
+    left_out = f", {without} samples without an image left out" if without else ""
+    print(f"{made.folder}: {len(made)} images in {len(made.shards)} shards{left_out}")
+
+
+def _processes(workers: int | None) -> int:
+    if workers is not None and workers < 0:
+        raise InputError(f"workers must not be negative, got {workers}")
+    return usable_cores() if workers is None else workers
+
+
+@contextmanager
+def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, as the function (done, total) that moves it."""
+    with tqdm(unit=unit, dynamic_ncols=True, delay=0.2) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress

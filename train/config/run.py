@@ -1,0 +1,139 @@
+"""Where a run reads and writes, and how fast it goes: what a recipe does not say."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastmae.cores import affinity_cores, cpu_quota
+from fastmae.errors import InputError
+from fastmae.train.distributed.launcher import read_place
+
+COMPILE = ("auto", "off", "blocks", "model")
+PARALLEL = ("ddp", "fsdp", "hsdp")
+REDUCE = ("fp32", "bf16")
+PRECISION = ("auto", "bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where a run reads and writes, and how fast it goes. Of these only ``precision``, ``compile``, ``crop`` and ``decode``
+    touch the result, by rounding."""
+
+    data: str
+    """A folder of shards, or paths or URLs of tars with {000..999} in them."""
+    stage: Path | None = None
+    """Folder on each machine's own disk that indexed shards are copied to before they are read: once per machine, hashes
+    checked; complete copies are used again."""
+    out: Path
+    """Folder of checkpoints and logs; a run that is there already is continued."""
+    batch_size: int = 64
+    """Images per process and micro-batch."""
+    workers: int | None = None
+    """Loader processes per training process; 0 loads in the training process. By default the cores that this machine or
+    container may use, shared among its training processes, less one for each of these."""
+    prefetch: int = 4
+    """Batches prepared ahead of the step."""
+    crop: str = "auto"
+    """Where random crops are resized: cpu, device, or auto: the device if it is a GPU. They differ by rounding."""
+    decode: str = "cpu"
+    """Where JPEGs are decoded: cpu, or nvjpeg: the GPU, through torchvision."""
+    bad_budget: float = 0.001
+    """Share of the data set's samples (streams: of those seen) that may be bad, and replaced, before the run stops; 16 always
+    may."""
+    allow_pipe: bool = False
+    """Let ``pipe:`` URLs run their shell commands."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "auto"
+    """bf16 or fp16 (autocast, fp32 weights and residual stream; fp16 with a dynamic loss scale), fp32, or auto: bf16 on GPUs,
+    fp32 on the CPU."""
+    parallel: str = "ddp"
+    """How processes share the model: ddp (each holds all of it), fsdp (cut over all of them), or hsdp (cut within a machine,
+    replicated over machines)."""
+    reduce: str = "fp32"
+    """The dtype in which gradients travel between processes: fp32, or bf16, half the bytes."""
+    compile: str = "auto"
+    """torch.compile of the whole model, of single blocks (compiled in seconds), off, or auto: off on the CPU, model on one GPU,
+    blocks on several."""
+    cuda_graphs: bool = False
+    """Record the whole step once and replay it: no launches, for small batches on one GPU."""
+    resume: str = "auto"
+    """auto: the newest complete checkpoint in ``out``, if any; PATH: a checkpoint, or the newest of a run, or an older one
+    beside it if it is damaged; exact:PATH: that checkpoint or none."""
+    log_every: int = 20
+    """Steps between two measurements."""
+    save_every: int = 500
+    """Steps between two checkpoints; the last step always makes one."""
+    keep: int = 3
+    """Newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Checkpoints of every so many steps are kept for good."""
+    async_save: bool = True
+    """Write checkpoints while training goes on."""
+    draw_every: int | None = 5000
+    """Steps between two drawings of what the model reconstructs; the last step draws too."""
+    requeue_exit: bool = False
+    """After a signal exit with code 85, by which a cluster's script knows that the run wants to go on."""
+    first_timeout: float = 1800.0
+    """Seconds that the start, the first step and a save may take."""
+    timeout: float = 300.0
+    """Seconds that any later step may take before stacks are written and the run ends."""
+    max_skips: int = 20
+    """Updates left out on end, for gradients that are not finite or loss spikes, before the run is called diverged."""
+    spike_z: float = 8.0
+    """Robust z-score from which on a loss is called a spike, and logged."""
+    skip_spikes: bool = False
+    """Leave out the updates of loss spikes; decided on the device, in each step."""
+    check_replicas: int | None = None
+    """Steps between two comparisons of the weights of all processes, bit for bit."""
+    wandb: str | None = None
+    """A Weights & Biases project to log to as well."""
+
+    def __post_init__(self):
+        counts = ("batch_size", "log_every", "save_every", "keep", "keep_every", "draw_every", "max_skips", "check_replicas")
+        for name in counts:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+        for name in ("first_timeout", "timeout", "spike_z"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{name.replace('_', '-')} must be a positive number, got {getattr(self, name)}")
+        for name, words in (("parallel", PARALLEL), ("reduce", REDUCE), ("precision", PRECISION)):
+            if getattr(self, name) not in words:
+                raise InputError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
+        if self.workers is None and read_place().local_size is not None:  # else once they are counted, at the rendezvous
+            object.__setattr__(self, "workers", default_workers())
+        if self.compile not in COMPILE:
+            raise InputError(f"compile must be one of {', '.join(COMPILE)}, got {self.compile!r}")
+
+
+def default_workers(local_ranks: int | None = None) -> int:
+    """Loader processes for each of the training processes on this machine, whose number the launcher gives by default."""
+    cores, place = affinity_cores(), read_place()
+    ranks = max(1, place.local_size if local_ranks is None else local_ranks)
+    is_bound = local_ranks is None and place.launcher == "slurm" and cores < int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
+    share = cores if is_bound else cores // ranks  # srun has bound the task to its own share already
+    if (quota := cpu_quota()) is not None:  # which all processes of a container share
+        share = min(share, math.ceil(quota) // ranks)
+    return max(1, share - 1)
+
+
+def check_kernels() -> None:
+    """Raise InputError on a wrong ``FASTMAE_KERNELS`` before any work is done."""
+    from fastmae.kernels import dispatch  # and torch, without which this file can be read
+
+    try:
+        dispatch.mode()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def accumulation(effective_batch: int, batch_size: int, processes: int) -> int:
+    """Micro-batches per step. Raises InputError unless they make up the effective batch exactly."""
+    count, rest = divmod(effective_batch, batch_size * processes)
+    if rest or not count:
+        raise InputError(
+            f"effective batch {effective_batch} must be a multiple of {batch_size} per process x {processes} processes = "
+            f"{batch_size * processes}; change --batch-size or --effective-batch"
+        )
+    return count

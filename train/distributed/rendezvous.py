@@ -1,0 +1,234 @@
+"""The rendezvous of a run: every process reaches the store that rank 0 keeps, and none goes on before all are there.
+
+    arrived    each process adds a line about itself to the roster, a key of the store
+    complete   rank 0 has read all of them; each process confirms that it is still there, by another line
+    go         all have confirmed: whoever died while it waited for others is missed here, not inside a collective
+
+torch's own rendezvous waits in C++, deaf to signals and without a word. Each process asks the store for one key, after a tenth
+of the time that it has waited and at most twice a second: traffic that grows with the number of processes, not its square.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from fastmae.errors import InputError, LostProcessError
+from fastmae.train.console import report
+from fastmae.train.distributed.background import Background, pauses
+from fastmae.train.distributed.launcher import Place
+from fastmae.train.distributed.roster import Peer, repeated, size_conflict
+from fastmae.train.distributed.store import ANSWER, STATE, has_torchruns_store, listen, reach
+
+_ROSTER, _LEFT = "fastmae/roster", "fastmae/left"
+_COMPLETE, _GO = "complete", "go"
+_TO_HEAR = 1.5  # seconds that rank 0 and its store stay for the others once it has failed
+_LOOK = 1.0  # seconds between two looks at whether a process has left
+_FIRST_REPORT = 30.0  # seconds; each later one comes after twice the time
+_MOST_NAMED = 16
+
+
+class Rendezvous:
+    """The rendezvous of one process: the main thread reports, keeps the time and heeds signals, another one waits."""
+
+    def __init__(self, place: Place, peer: Peer, timeout: float, stopped: Callable[[], str | None]):
+        """``peer``: what this process tells the others. ``timeout``: seconds that it may take. ``stopped``: the name of the
+        signal that asks this process to stop, if any."""
+        self.place, self.timeout, self._stopped = place, timeout, stopped
+        self.peer, self._is_main = peer, place.rank == 0
+        self.address = place.address
+        """By which this process reaches rank 0."""
+        self._status, self._alarms = "looks for rank 0", []
+        self._is_connected, self._is_late = self._is_main, False
+        self._due, self._has_told = _FIRST_REPORT, False
+        self._reason: str | None = None
+        """Why this process gives up; the other thread tells the others."""
+
+    def wait(self) -> tuple[dist.TCPStore, list[Peer]]:
+        """The store of this start of the run, and all processes in order of their ranks.
+
+        Raises LostProcessError, which names the ranks that are missing, after ``timeout`` or once another process has given up;
+        KeyboardInterrupt after a signal; InputError if the port is taken or processes contradict each other.
+        """
+        self._background = Background(self._lead if self._is_main else self._follow)
+        try:
+            return self._background.wait(self._look)
+        except dist.DistError as error:
+            raise LostProcessError(f"{self._where()}: {str(error).partition(chr(10))[0]}") from error
+        except BaseException as error:
+            if self._reason is None and not self._background.is_over():  # raised here, by a signal's handler
+                self._give_up(type(error).__name__)
+            raise
+
+    # The main thread.
+
+    def _look(self, seconds: float) -> None:
+        if name := self._stopped():
+            self._give_up(f"stopped by {name}")
+            raise KeyboardInterrupt(f"stopped by {name} during the rendezvous: {self._status}")
+        if seconds > self.timeout:
+            self._give_up("its --first-timeout is over")
+            raise LostProcessError(f"{self._where()} for {seconds:.0f} s (--first-timeout): {self._status}")
+        while self._alarms:
+            report(f"{self._where()}: {self._alarms.pop(0)}; goes on trying for {self.timeout:.0f} s (--first-timeout)")
+        if seconds >= self._due:
+            self._due = 2 * seconds
+            if self._speaks(seconds):
+                left = self.timeout - seconds
+                report(f"{self._where()} for {seconds:.0f} s: {self._status}; {left:.0f} s are left (--first-timeout)")
+
+    def _where(self) -> str:
+        place = self.place
+        doing = "waits for the others" if self._is_connected else "looks for rank 0"
+        return f"rank {place.rank} of {place.size} on {self.peer.host} {doing} at {place.address}:{place.port} ({place.source})"
+
+    def _speaks(self, seconds: float) -> bool:
+        """Rank 0 always does; of a machine, the first process until it has reached rank 0, and once more after a minute."""
+        if self._is_main or self.peer.local_rank not in (0, None):
+            return self._is_main
+        if self._is_connected and (self._has_told or seconds < 2 * _FIRST_REPORT):
+            return False
+        self._has_told = self._is_connected
+        return True
+
+    def _give_up(self, reason: str) -> None:
+        """End the other thread, which tells the others."""
+        self._reason = f"rank {self.place.rank} on {self.peer.host} has left the rendezvous, {reason}"
+        self._background.is_over(_TO_HEAR + 0.5)
+
+    # The other thread.
+
+    def _note(self, status: str, at_once: bool = False) -> None:
+        """What is waited for; ``at_once``: report it now if it is new. Ends the wait if this process has given up."""
+        if self._reason is not None:
+            raise LostProcessError(self._reason)
+        if at_once and status != self._status and self.peer.local_rank in (0, None):
+            self._alarms.append(status)
+        self._status = status
+
+    def _lead(self) -> tuple[dist.TCPStore, list[Peer]]:
+        store, self.address = listen(self.place, self._note)
+        self._add(store, arrived=self.peer.to_dict())
+        self._until_all(store, "arrived")
+        store.set(STATE, _COMPLETE)
+        self._add(store, confirmed=self.peer.to_dict())
+        peers = self._until_all(store, "confirmed")
+        store.set(STATE, _GO)
+        return store, peers
+
+    def _until_all(self, store: dist.TCPStore, word: str) -> list[Peer]:
+        """The processes of all ranks, once each has added ``word``."""
+        pause = pauses(self.place.size)
+        while True:
+            lines = _read(store)
+            if gone := self._reason or next((line["left"] for line in lines if "left" in line), None):
+                self._fail(store, lines, LostProcessError(f"{gone}; the others end"))
+            peers = [Peer(**line[word]) for line in lines if word in line]
+            twice = repeated(peers)
+            if wrong := size_conflict(peers, self.place.size) or (word == "confirmed" and twice):
+                self._fail(store, lines, InputError(wrong))
+            found = {peer.rank: peer for peer in peers}
+            missing = [rank for rank in range(self.place.size) if rank not in found]
+            if not missing:
+                return [found[rank] for rank in range(self.place.size)]
+            self._status = _missing(missing, self.place, word) + (f"; {twice}" if twice else "")
+            if word == "arrived":
+                store.set(STATE, json.dumps({"status": self._status}))
+            time.sleep(next(pause))
+
+    def _fail(self, store: dist.TCPStore, lines: list[dict], error: InputError | LostProcessError) -> None:
+        """Raise ``error`` here and, while the store is there, on all others."""
+        store.set(STATE, json.dumps({type(error).__name__: str(error)}))
+        if len({line["rank"] for line in lines}) > 1:
+            time.sleep(_TO_HEAR)
+        raise error
+
+    def _follow(self) -> tuple[dist.TCPStore, list[Peer]]:
+        while True:
+            store, self.address = reach(self.place, self._note)
+            self._is_connected = True
+            try:
+                return store, self._until_go(store)
+            except dist.DistError as error:
+                self._is_connected = False
+                if not (self._is_late or has_torchruns_store()):  # which may have led to the rank 0 of an earlier start
+                    raise LostProcessError("rank 0 was there and is gone, before all processes had joined") from error
+                self._is_late = False
+
+    def _until_go(self, store: dist.TCPStore) -> list[Peer]:
+        self._add(store, arrived=self.peer.to_dict())
+        pause, has_confirmed = pauses(self.place.size), False
+        while (state := store.get(STATE).decode()) != _GO or not has_confirmed:
+            if state == _GO:  # with the process that had this rank before: rank 0 will miss that one, and end
+                self._is_late = True
+                self._note("that rank 0's run has begun without this process, which waits for the next start", at_once=True)
+            elif self._reason is not None:
+                self._add(store, left=self._reason)
+                raise LostProcessError(self._reason)
+            if state == _COMPLETE and not has_confirmed:
+                self._add(store, confirmed=self.peer.to_dict())
+                has_confirmed, pause = True, pauses(self.place.size)
+            elif state.startswith("{"):
+                told = json.loads(state)
+                for kind in (InputError, LostProcessError):
+                    if kind.__name__ in told:
+                        raise kind(told[kind.__name__])
+                self._status = told["status"]
+            time.sleep(next(pause))
+        found = {peer.rank: peer for peer in (Peer(**line["confirmed"]) for line in _read(store) if "confirmed" in line)}
+        return [found[rank] for rank in range(self.place.size)]
+
+    def _add(self, store: dist.TCPStore, **words) -> None:
+        store.append(_ROSTER, json.dumps({"rank": self.place.rank, **words}) + "\n")
+
+
+class Departures:
+    """Whether a process has left while torch connects all of them, which would wait for it: a key of the store that each looks
+    at in a thread, by a connection of its own."""
+
+    def __init__(self, store: dist.TCPStore, peer: Peer, address: str):
+        self.heard: str | None = None
+        """Which one has, and why."""
+        self._peer, self._address, self._port = peer, address, store.port
+        self._reason, self._is_over = "", threading.Event()
+        self._background = Background(self._run)
+
+    def leave(self, reason: str) -> None:
+        """This process leaves, or ends with an error: the others are told."""
+        self._reason = f"rank {self._peer.rank} on {self._peer.host} has left while all were being connected, {reason}"
+        self.end()
+        self._background.is_over(_TO_HEAR)
+        if self._peer.rank == 0:
+            time.sleep(_TO_HEAR)
+
+    def end(self) -> None:
+        """All are connected."""
+        self._is_over.set()
+
+    def _run(self) -> None:
+        try:
+            store = dist.TCPStore(self._address, self._port, is_master=False, timeout=ANSWER, wait_for_workers=False)
+            while self.heard is None and not self._is_over.wait(_LOOK):
+                self.heard = store.get(_LEFT).decode() if store.check([_LEFT]) else None
+            if self._reason:
+                store.compare_set(_LEFT, "", self._reason)  # the first one counts
+        except dist.DistError:
+            self.heard = "rank 0 is gone"
+
+
+def _read(store: dist.TCPStore) -> list[dict]:
+    return [json.loads(line) for line in store.get(_ROSTER).decode().splitlines()]
+
+
+def _missing(missing: list[int], place: Place, word: str) -> str:
+    """How many processes are there, and which are not."""
+    more = f" and {len(missing) - _MOST_NAMED} others" if len(missing) > _MOST_NAMED else ""
+    hosts = list(dict.fromkeys(place.hosts[rank] for rank in missing)) if place.hosts else []
+    on = f" ({', '.join(hosts[:_MOST_NAMED])}{', ...' if len(hosts) > _MOST_NAMED else ''})" if hosts else ""
+    there = "have joined" if word == "arrived" else "still answer"
+    return (
+        f"{place.size - len(missing)} of {place.size} processes {there}, "
+        f"missing rank {', '.join(map(str, missing[:_MOST_NAMED]))}{more}{on}"
+    )

@@ -1,0 +1,146 @@
+"""Where the store of a run's rendezvous is: rank 0 keeps it, the others look for it.
+
+torchrun has a store as well, but one and the same for every start that its ``--max-restarts`` makes: what gloo has put there
+sends the processes of the next start to those that are gone (torch 2.13). So that store is only asked where rank 0's is.
+"""
+
+import contextlib
+import errno
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from fastmae.errors import InputError
+from fastmae.train.distributed.background import pauses
+from fastmae.train.distributed.launcher import Place
+
+STATE = "fastmae/state"
+"""The key by which such a store is known: rank 0 sets it first."""
+ANSWER = timedelta(seconds=60)
+"""For one word of a store that many ask at once."""
+_KEEPER, _PORT = "fastmae/keeper", "fastmae/port"
+_LOOPBACK = "127.0.0.1"
+_ATTEMPT = 2.0  # seconds for a connection
+_SETTLES = 10.0  # seconds for a store's first word; it may be somebody else's, where rank 0 of an earlier start was
+_ENDS = 10.0  # seconds for an earlier rank 0, or a loader worker of it, that was killed just now to give back its port
+
+Note = Callable[..., None]
+"""Called with what is waited for, and ``at_once`` if waiting will hardly mend it; raises to end the wait."""
+
+
+def listen(place: Place, note: Note) -> tuple[dist.TCPStore, str]:
+    """The store that this process, rank 0, keeps from now on, and its address here, which needs no name that resolves.
+
+    Raises InputError if the port is taken or another rank 0 is at the run's address.
+    """
+    is_torchruns = has_torchruns_store()
+    launcher = _connect(place, note)[0] if is_torchruns else None
+    port = 0 if is_torchruns else place.port
+    _wait_until_free(port, note)
+    try:
+        store = dist.TCPStore(_LOOPBACK, port, is_master=True, timeout=ANSWER, wait_for_workers=False)
+    except dist.DistError as error:
+        raise InputError(
+            f"rank 0 cannot listen at port {port} ({place.source}): {str(error).partition(', ')[0]}; is another run there? "
+            "export another MASTER_PORT for all processes"
+        ) from error
+    name = uuid.uuid4().hex
+    store.set(_KEEPER, name)
+    store.set(STATE, "")
+    if launcher is not None:
+        launcher.set(_PORT, str(store.port))
+    else:
+        _check_address(place, name, note)
+    return store, _LOOPBACK
+
+
+def reach(place: Place, note: Note) -> tuple[dist.TCPStore, str]:
+    """The store that rank 0 keeps, and the address by which this process reaches it; looked for until it is there."""
+    pause = pauses(place.size)
+    launcher = _connect(place, note)[0] if has_torchruns_store() else None
+    while True:
+        if launcher is None:
+            port = place.port
+        elif launcher.check([_PORT]):
+            port = int(launcher.get(_PORT))
+        else:
+            note("torchrun's store does not know rank 0 yet")
+            time.sleep(next(pause))
+            continue
+        if (found := _try(place.address, port, note)) is not None:
+            note(f"{place.address}:{port} keeps a store, but none of a rendezvous")
+            if _is_rendezvous(found[0]):
+                return found
+        time.sleep(next(pause))
+
+
+def has_torchruns_store() -> bool:
+    """Whether torchrun's agent keeps a store at MASTER_ADDR and MASTER_PORT."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _connect(place: Place, note: Note) -> tuple[dist.TCPStore, str]:
+    pause = pauses(place.size)
+    while (found := _try(place.address, place.port, note)) is None:
+        time.sleep(next(pause))
+    return found
+
+
+def _try(address: str, port: int, note: Note) -> tuple[dist.TCPStore, str] | None:
+    """The store at that place, if one answers. Python connects first: each attempt of torch's writes warnings of many lines."""
+    try:
+        with socket.create_connection((address, port), timeout=_ATTEMPT) as connection:
+            number = connection.getpeername()[0]
+    except socket.gaierror as error:
+        note(f"{address} does not resolve on this machine ({error.strerror})", at_once=True)
+        return None
+    except OSError as error:
+        note(f"{address}:{port} does not answer ({error.strerror or error})")
+        return None
+    note(f"{address}:{port} takes connections, but no store answers there")  # torch waits for that without end
+    with contextlib.suppress(dist.DistError):
+        return dist.TCPStore(number, port, is_master=False, timeout=ANSWER, wait_for_workers=False), number
+    return None
+
+
+def _wait_until_free(port: int, note: Note) -> None:
+    """Until nobody listens at ``port``, or some seconds have gone. Python asks, as above."""
+    pause, until = pauses(1), time.monotonic() + _ENDS
+    while time.monotonic() < until:
+        try:
+            socket.create_server(("", port)).close()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:  # torch's own error tells
+                return
+            note(f"port {port} is still in use on this machine")
+            time.sleep(next(pause))
+        else:
+            return
+
+
+def _is_rendezvous(store: dist.TCPStore) -> bool:
+    until = time.monotonic() + _SETTLES
+    with contextlib.suppress(dist.DistError):
+        while time.monotonic() < until:
+            if store.check([STATE]):
+                return True
+            time.sleep(0.1)
+    return False
+
+
+def _check_address(place: Place, name: str, note: Note) -> None:
+    """Whether the run's address leads the others to this process. If not, that is noted: they may know it otherwise."""
+    reasons: list[str] = []
+    found = _try(place.address, place.port, lambda reason, at_once=False: reasons.append(reason))
+    if found is None:
+        note(f"{reasons[-1]}, although rank 0 listens", at_once=True)
+    elif found[0].check([_KEEPER]) and found[0].get(_KEEPER).decode() != name:
+        raise InputError(
+            f"rank 0 runs twice, on {socket.gethostname()} and at {place.address}:{place.port} ({place.source}); give every "
+            "process a RANK of its own"
+        )

@@ -1,0 +1,1 @@
+"""Pretraining: set up, trained, logged, stopped and resumed."""

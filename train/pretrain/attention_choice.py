@@ -1,0 +1,166 @@
+"""Which attention a run computes with, the same on all of its processes, and the same again where it is resumed."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fastmae.errors import InputError
+from fastmae.model.attention.backends import Shape, prepare, refusal
+from fastmae.model.attention.choice import adopt
+from fastmae.model.attention.dot_product import attention_shapes, resolve
+from fastmae.model.attention.probe import notes, probe, why_not
+from fastmae.model.config import BACKENDS, ModelConfig, kept_patches
+from fastmae.train.checkpoint.format import read_state
+from fastmae.train.config.precision import AUTOCAST, precision_of
+from fastmae.train.config.recipes import Recipe
+from fastmae.train.config.run import Run
+from fastmae.train.distributed.launcher import read_place
+from fastmae.train.distributed.world import World, trains_on_gpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionChoice:
+    """The backends of a run's shapes. As JSON it stands in ``state.json`` of each checkpoint, as ``attention``."""
+
+    device: str
+    dtype: str
+    backends: dict[str, str]
+    """A backend's name for each ``Shape``, written for people."""
+    xformers: str | None = None
+    """Why xformers, the usual choice, was no contender; None if it was, or was not asked for."""
+    notes: tuple[str, ...] = ()
+    """Lines for people: what differs from the checkpoint, and how backends were probed."""
+
+    @property
+    def text(self) -> str:
+        """For people, with the reason if xformers cannot."""
+        names = " and ".join(dict.fromkeys(self.backends.values()))
+        return f"{names} (xformers does not work here: {self.xformers})" if self.xformers else names
+
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        return {"device": self.device, "dtype": self.dtype, "backends": self.backends}
+
+
+def probe_attention(recipe: Recipe, run: Run) -> None:
+    """On a GPU, try the backends that the run may use, in the process of rank 0 and before that opens its GPU: one in
+    exclusive-process mode takes no second process. The results are remembered; ``choose_attention`` looks at them.
+
+    Raises InputError on a device or launcher's environment that contradicts itself.
+    """
+    place = read_place()
+    if place.rank != 0 or not trains_on_gpu(run.device):
+        return
+    dtype = AUTOCAST[precision_of(run.precision, "cuda")] or torch.float32
+    wanted = recipe.model.attention
+    shown = place.local_rank or 0
+    number = shown if shown < torch.cuda.device_count() else 0  # a launcher may show each process one GPU only
+    probe("cuda", dtype, run_shapes(recipe), BACKENDS if wanted == "auto" else (wanted,), number)
+
+
+def run_shapes(recipe: Recipe) -> list[Shape]:
+    """The attention shapes that training meets, at all of its image sizes."""
+    shapes = []
+    for size in (recipe.model.img_size, *(size for _, size in recipe.progressive)):
+        model = replace(recipe.model, img_size=size)
+        K = kept_patches(model.patches, recipe.mask_ratio)
+        shapes += attention_shapes(model, K, model.patches - K)
+    return list(dict.fromkeys(shapes))
+
+
+def choose_attention(recipe: Recipe, dtype: torch.dtype, world: World, checkpoint: Path | None = None) -> AttentionChoice:
+    """Fix what ``recipe.model.attention`` stands for on the run's shapes.
+
+    ``checkpoint``: the one that is resumed. What auto chose then is used again, on whatever machine, unless it does not work
+    there. Timings differ from process to process, so the main one measures and the others take its word. Raises InputError,
+    on every process, if a backend asked for by name cannot run.
+    """
+    shapes, wanted, device = run_shapes(recipe), recipe.model.attention, world.device.type
+    choose = _choose if wanted == "auto" else _take_named
+    word = world.by_main(lambda: json.dumps(asdict(choose(wanted, shapes, device, dtype, _Saved.of(checkpoint)))))
+    found = json.loads(word)
+    choice = AttentionChoice(**{**found, "notes": tuple(found["notes"])})
+    chosen = {shape: choice.backends[str(shape)] for shape in shapes}
+    if wanted == "auto":
+        adopt(device, dtype, chosen)
+    _prepare_everywhere(chosen, world)
+    return choice
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a checkpoint says of the attention that its run computed with."""
+
+    is_auto: bool
+    """Whether that was auto's choice."""
+    where: str
+    """Dtype and device."""
+    backends: dict[str, str]
+
+    @classmethod
+    def of(cls, checkpoint: Path | None) -> "_Saved | None":
+        """None if there is no checkpoint, or one that says nothing of it, as those of older versions."""
+        state = read_state(checkpoint) if checkpoint else {}
+        saved = state.get("attention")
+        backends = saved.get("backends") if isinstance(saved, dict) else None
+        known = {s: b for s, b in backends.items() if b in BACKENDS} if isinstance(backends, dict) else {}
+        if not known:
+            return None
+        is_auto = ModelConfig.from_json(state["model"]).attention == "auto"
+        return cls(is_auto, f"{saved.get('dtype')} on {saved.get('device')}", known)
+
+
+def _choose(_: str, shapes: list[Shape], device: str, dtype: torch.dtype, saved: _Saved | None) -> AttentionChoice:
+    """Those of the checkpoint, if auto chose them, and of other shapes those that auto chooses now."""
+    here, lines, before = f"{_name(dtype)} on {device}", [], {}
+    saved = saved if saved and saved.is_auto else None
+    if saved and saved.where != here:
+        lines.append(f"attention is chosen again: {here}, and the checkpoint's was chosen for {saved.where}")
+    elif saved:
+        before = {shape: saved.backends[str(shape)] for shape in shapes if str(shape) in saved.backends}
+    reasons = {shape: why_not(backend, device, dtype, shape) for shape, backend in before.items()}
+    adopt(device, dtype, {shape: before[shape] for shape, reason in reasons.items() if reason is None})
+    chosen = {shape: resolve("auto", device, dtype, shape) for shape in shapes}
+    for shape, reason in reasons.items():
+        if reason is not None:
+            lines.append(f"attention {before[shape]} of the checkpoint does not work here, {reason}; "
+                         f"{chosen[shape]} is taken for {shape}")  # fmt: skip
+    xformers = why_not("xformers", device, dtype, shapes[0]) if device == "cuda" else None
+    return AttentionChoice(device=device, dtype=_name(dtype), backends={str(s): b for s, b in chosen.items()},
+                           xformers=xformers, notes=(*lines, *notes()))  # fmt: skip
+
+
+def _take_named(name: str, shapes: list[Shape], device: str, dtype: torch.dtype, saved: _Saved | None) -> AttentionChoice:
+    """The backend ``name`` for all shapes, if it works on them."""
+    for shape in shapes:
+        if reason := why_not(name, device, dtype, shape):
+            probe(device, dtype, shapes)
+            others = [b for b in BACKENDS if not any(why_not(b, device, dtype, s) for s in shapes)]
+            raise InputError(
+                f"attention {name} does not work here for {shape}, {reason}; leave it to auto, or choose "
+                f"{' or '.join(others) or 'another'}"
+            )
+    before = sorted({b for s, b in saved.backends.items() if s in map(str, shapes)} - {name}) if saved else []
+    lines = [f"attention {name} is used as asked for, the checkpoint's was {' and '.join(before)}"] if before else []
+    return AttentionChoice(device=device, dtype=_name(dtype), backends={str(s): name for s in shapes},
+                           notes=(*lines, *notes()))  # fmt: skip
+
+
+def _prepare_everywhere(chosen: dict[Shape, str], world: World) -> None:
+    """Import what the backends need. Raises InputError, on every process, if one of them lacks something."""
+    wrong = None
+    try:
+        for shape, backend in chosen.items():
+            if reason := refusal(backend, world.device.type, shape):
+                raise InputError(f"attention {backend} does not work on rank {world.rank}, {reason}; choose another one")
+            prepare(backend)
+    except InputError as error:
+        wrong = error
+    if world.any(wrong is not None)[0]:
+        raise wrong or InputError("attention: another process of this run lacks what it needs, and says so; choose another one")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,50 @@
+"""Values in words for people: settings, times, durations, sizes, counts."""
+
+import json
+from datetime import UTC, datetime
+
+from fastmae.train.report.history import number
+
+
+def say_value(value: object) -> str:
+    """A setting."""
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, list):
+        return ", ".join(say_value(v) for v in value) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def say_time(seconds: float | None) -> str:
+    """A moment, in seconds since 1970, as date and time; nothing for what is none."""
+    try:
+        return "" if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
+    except (OverflowError, OSError, ValueError):  # a number, but no date
+        return ""
+
+
+def say_duration(seconds: float | None) -> str:
+    """Seconds, in the unit that fits."""
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{max(0.0, seconds):.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, days = minutes // 60, minutes // 1440
+    return f"{minutes} min" if minutes < 60 else f"{hours} h {minutes % 60} min" if hours < 48 else f"{days} d {hours % 24} h"
+
+
+def say_bytes(count: object) -> str:
+    """Bytes, in the unit that fits; nothing for what is no number."""
+    count = number(count)
+    if count is None:
+        return ""
+    unit, size = ("GiB", 2**30) if count >= 2**30 else ("MiB", 2**20) if count >= 2**20 else ("KiB", 2**10)
+    return f"{count / size:.3g} {unit}"
+
+
+def say_count(count: int, noun: str) -> str:
+    """So many of a thing."""
+    return f"{count:,} {noun if count == 1 else f'{noun}s'}"

@@ -61,6 +61,33 @@ def test_everything_can_be_imported(module):
     importlib.import_module(module)
 
 
+ROOMS = [  # of each layer, from below: a room imports its own and those before it
+    ("fastmae.model", "fastmae.images", "fastmae.shards", "fastmae.data"),
+    ("fastmae.train.config", "fastmae.train.distributed", "fastmae.train.checkpoint", "fastmae.train.step",
+     "fastmae.train.pretrain", "fastmae.train.report", "fastmae.train.doctor", "fastmae.train.cli", "fastmae.train.launch"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rooms", ROOMS, ids=["fastmae", "train"])
+def test_a_room_imports_only_rooms_below_it(rooms):
+    def room_of(module: str) -> int:
+        return next((i for i, room in enumerate(rooms) if f"{module}.".startswith(f"{room}.")), -1)
+
+    wrong = [
+        f"{module} imports {target}"
+        for module, path in modules().items()
+        for target in imports(path)
+        if layer_of(module) == layer_of(target) and room_of(module) < room_of(target) and room_of(module) >= 0
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in modules().values()}), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_folder_holds_more_than_fifteen_modules(folder):
+    found = [path.name for path in folder.glob("*.py") if not path.name.startswith("__")]
+    assert len(found) <= 15, found
+
+
 def test_kernels_import_torch_and_triton_only():
     for module, path in modules().items():
         if layer_of(module) == "fastmae.kernels":

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from fastmae.train.distributed.world import World
-from fastmae.train.step.optimizer import parameter_names
 
 _SLOTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -20,9 +19,9 @@ def run_tensors(model: nn.Module, optimizer: AdamW, **others: dict[str, Tensor])
     """The tensors of a run themselves, no copies; ``others`` by the first part of their names."""
     make_moments(optimizer)
     tensors = {f"model/{name}": tensor.detach() for name, tensor in model.state_dict().items()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, parameter in zip(parameter_names(model), parameters, strict=True):
-        tensors |= {f"optimizer/{slot}/{name}": optimizer.state[parameter][slot] for slot in _SLOTS}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        tensors |= {f"optimizer/{slot}/{names[parameter]}": optimizer.state[parameter][slot] for slot in _SLOTS}
     return tensors | {f"{first}/{name}": tensor for first, named in others.items() for name, tensor in named.items()}
 
 

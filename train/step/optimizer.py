@@ -26,12 +26,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
 
-def parameter_names(model: nn.Module) -> list[str]:
-    """Names of the trained parameters in the optimizer's order."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [n for n, p in trained if _is_plain(n, p)] + [n for n, p in trained if not _is_plain(n, p)]
-
-
 def _is_plain(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 1 or name.endswith(".bias")
 

@@ -12,7 +12,7 @@ from fastmae.model.attention.cuda_runtime import PACKAGE
 NAME = "libcudart-of-a-test.so.12"  # a process that had loaded another libcudart.so.12 would take that one
 
 CODE = f"""import ctypes, sys
-from fastmae import cuda_runtime
+from fastmae.model.attention import cuda_runtime
 cuda_runtime.LIBRARY = {NAME!r}
 print(cuda_runtime.load_runtime(sys.argv[1] or None))
 print(hasattr(ctypes.CDLL(None), "runtime_of_a_test"), "torch" in sys.modules, "xformers" in sys.modules)

@@ -90,7 +90,7 @@ def test_a_child_does_not_outlive_its_parent(tmp_path):
     """Which may be killed while a kernel hangs: the GPU would stay taken."""
     code = f"""import os, time
 from pathlib import Path
-from fastmae import probe_process
+from fastmae.model.attention import probe_process
 probe_process._PROGRAM = ("-m", "tests.support.probed")
 child = probe_process._Child({{"device": "cpu", "index": None, "dtype": "float32", "pairs": [["hangs", [1, 1, 1, 8]]]}})
 assert child.message(20) == {{"opened": True}} and child.message(20) == {{"begin": 0}}
@@ -141,7 +141,7 @@ def test_an_illegal_access_in_a_child_leaves_this_process_its_gpu(child):
 def test_backends_are_probed_before_this_process_opens_the_gpu(tmp_path):
     """As it must be where a GPU takes one process only."""
     code = f"""import torch
-from fastmae import choice_file, probe
+from fastmae.model.attention import choice_file, probe
 from fastmae.model.attention.backends import Shape
 assert choice_file.cache_file("cuda")
 probe.probe("cuda", torch.bfloat16, [Shape(50, 50, 12, 64), Shape(147, 197, 16, 32)], index=0)

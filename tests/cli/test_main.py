@@ -346,6 +346,6 @@ def test_a_picture_smaller_than_the_model_is_enlarged(world, tmp_path):
 
 def test_a_console_that_cannot_be_written_does_not_change_the_exit_code(tmp_path):
     """As of a run whose console is a file on a full disk."""
-    code = "import sys; from fastmae.train import cli, interrupt; interrupt.end(cli.main(['shards', 'info', '/nowhere']))"
+    code = "import sys; from fastmae.train.cli import interrupt, main; interrupt.end(main.main(['shards', 'info', '/nowhere']))"
     with Path("/dev/full").open("w") as full:
         assert subprocess.run([sys.executable, "-c", code], stderr=full, check=False).returncode == 2

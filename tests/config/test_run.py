@@ -8,7 +8,7 @@ import torch
 from fastmae import InputError
 from fastmae.train.config.run import default_workers
 from fastmae.train.distributed.world import World
-from fastmae.train.pretrain.pretrain import pretrain
+from fastmae.train.pretrain import pretrain
 from tests.support.runs import RECIPE, run_of
 from tests.support.slurm import STEP_OF_TWO
 

@@ -32,7 +32,7 @@ def decoder(monkeypatch):
                 found.append(str(error))
         return found
 
-    for module in ("device", "loader"):
+    for module in ("to_device", "loader"):
         monkeypatch.setattr(f"fastmae.data.{module}.make_decoder", lambda device: decode_all)
     return asked
 

@@ -29,7 +29,7 @@ def copies(monkeypatch):
                          ids=["resized by workers", "cropped on the device", "some decoded there"])  # fmt: skip
 def test_ids_epochs_and_labels_are_copied_before_the_images(shard_folder, copies, fields, monkeypatch):
     answers = iter(["odd"])  # the first JPEG is taken for a bad one: ids change until the pixels are there
-    for module in ("device", "loader"):
+    for module in ("to_device", "loader"):
         monkeypatch.setattr(f"fastmae.data.{module}.make_decoder", lambda device: lambda jpegs: [
             next(answers, None) or torch.from_numpy(decode(jpeg.numpy().tobytes())) for jpeg in jpegs])  # fmt: skip
     config = LoaderConfig(image_size=(16, 16), workers=0, **fields)

@@ -10,7 +10,7 @@ from fastmae import cores
 from fastmae.cores import affinity_cores, cpu_quota, usable_cores
 from fastmae.train.config import run
 from fastmae.train.distributed.world import World
-from fastmae.train.pretrain.pretrain import pretrain
+from fastmae.train.pretrain import pretrain
 from tests.support.runs import RECIPE, run_of
 from tests.support.slurm import STEP_OF_TWO
 

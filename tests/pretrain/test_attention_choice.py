@@ -16,8 +16,8 @@ from fastmae.model.attention.backends import Shape
 from fastmae.train.checkpoint.format import SCHEMA, STATE, find_checkpoint, write_json, write_manifest
 from fastmae.train.distributed.world import World
 from fastmae.train.pretrain import attention_choice as backend
+from fastmae.train.pretrain import pretrain
 from fastmae.train.pretrain.attention_choice import choose_attention, probe_attention, run_shapes
-from fastmae.train.pretrain.pretrain import pretrain
 from tests.support.runs import MODEL, RECIPE, assert_same_bits, records, run_of, signal_after
 
 ALONE = World(0, 1, torch.device("cpu"))

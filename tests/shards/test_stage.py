@@ -104,7 +104,7 @@ def test_a_damaged_source_is_an_error_that_names_the_shard_and_the_others_are_ke
 
 _COPY = r"""
 import sys, time
-from fastmae.data import stage
+from fastmae.shards import stage
 blocks = stage._blocks
 def slow(source):
     for number, block in enumerate(blocks(source)):

@@ -133,10 +133,10 @@ def _process(rank: int, size: int, local: int, port: int, words: list[str], cons
 
 def _main(words: list[str]) -> int:
     from fastmae.model.config import PRESETS
-    from fastmae.train.cli.main import main as cli
+    from fastmae.train.cli.main import main
 
     PRESETS["tiny"].update(SMALLEST)
-    return cli.main(words)
+    return main(words)
 
 
 if __name__ == "__main__":  # for launchers: the same run as a program

@@ -17,8 +17,8 @@ from fastmae.data.crops import Cropper
 from fastmae.train.checkpoint import saver
 from fastmae.train.distributed import heartbeat as vitals
 from fastmae.train.distributed import rendezvous, watch, world
+from fastmae.train.pretrain import pretrain
 from fastmae.train.pretrain.log import RunLog
-from fastmae.train.pretrain.pretrain import pretrain
 from fastmae.train.step.loss_module import LossModule
 from fastmae.train.step.step import Step
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmae.errors import InputError
-from fastmae.train.distributed.launcher import Place, node_names, read_place
+from fastmae.train.distributed.launcher import RankInfo, node_names, read_launcher
 
 TORCHRUN = {
     "RANK": "9",
@@ -24,130 +24,115 @@ STEP = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROC
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3",
             "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}  # fmt: skip
 HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "4"}
-PALS = {"PMI_RANK": "3", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "2", "MASTER_ADDR": "x1000"}
 
 
 def test_without_a_launcher_a_run_has_one_process():
-    assert read_place({"PATH": "/bin", "MASTER_ADDR": "left over"}) == Place()
+    assert read_launcher({"PATH": "/bin", "MASTER_ADDR": "left over"}) == RankInfo()
 
 
 def test_torchruns_variables_are_taken_as_they_are():
-    expected = Place(rank=9, size=16, local_rank=1, local_size=8, address="head", port=1234, launcher="torchrun")
-    assert read_place(TORCHRUN) == expected
-    assert read_place({**STEP, **OPEN_MPI, **TORCHRUN}) == expected  # torchrun is started inside steps and jobs
+    expected = RankInfo(rank=9, size=16, local_rank=1, local_size=8, address="head", port=1234, launcher="torchrun")
+    assert read_launcher(TORCHRUN) == expected
+    assert read_launcher({**STEP, **OPEN_MPI, **TORCHRUN}) == expected  # torchrun is started inside steps and jobs
 
 
 def test_what_a_launcher_does_not_give_of_this_machine_is_left_to_be_counted():
     alone = {name: TORCHRUN[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    place = read_place(alone)
-    assert (place.rank, place.size, place.local_rank, place.local_size) == (9, 16, None, None)
-    place = read_place({**alone, "LOCAL_RANK": "1", "NODE_RANK": "1"})  # Azure ML
-    assert (place.local_rank, place.local_size) == (1, None)
+    info = read_launcher(alone)
+    assert (info.rank, info.size, info.local_rank, info.local_size) == (9, 16, None, None)
+    info = read_launcher({**alone, "LOCAL_RANK": "1", "NODE_RANK": "1"})  # Azure ML
+    assert (info.local_rank, info.local_size) == (1, None)
     with pytest.raises(InputError, match="LOCAL_RANK=16 must be less than WORLD_SIZE=16"):
-        read_place({**alone, "LOCAL_RANK": "16"})
+        read_launcher({**alone, "LOCAL_RANK": "16"})
 
 
 def test_deepspeeds_name_of_the_local_size_is_read():
     names = {**without(TORCHRUN, "LOCAL_WORLD_SIZE"), "LOCAL_SIZE": "8"}
-    assert read_place(names) == read_place(TORCHRUN)
-    assert read_place({**TORCHRUN, "LOCAL_SIZE": "3"}) == read_place(TORCHRUN)  # torchrun inside of it
+    assert read_launcher(names) == read_launcher(TORCHRUN)
+    assert read_launcher({**TORCHRUN, "LOCAL_SIZE": "3"}) == read_launcher(TORCHRUN)  # torchrun inside of it
     with pytest.raises(InputError, match="LOCAL_RANK=1 must be less than LOCAL_SIZE=1"):
-        read_place({**names, "LOCAL_SIZE": "1"})
+        read_launcher({**names, "LOCAL_SIZE": "1"})
 
 
 @pytest.mark.parametrize("left_over", [{}, {"LOCAL_RANK": "0"}, {"MASTER_ADDR": "node"}])
 def test_a_world_size_of_one_alone_is_no_launchers(left_over):
-    assert read_place({"WORLD_SIZE": "1", **left_over}) == Place()
-    assert read_place({**STEP, "WORLD_SIZE": "1"}) == read_place(STEP)
-    assert read_place({"RANK": "0", "WORLD_SIZE": "1", **left_over}) == Place(launcher="torchrun")
+    assert read_launcher({"WORLD_SIZE": "1", **left_over}) == RankInfo()
+    assert read_launcher({**STEP, "WORLD_SIZE": "1"}) == read_launcher(STEP)
+    assert read_launcher({"RANK": "0", "WORLD_SIZE": "1", **left_over}) == RankInfo(launcher="torchrun")
 
 
 def test_address_and_port_name_where_they_come_from():
-    assert read_place(TORCHRUN).source == "MASTER_ADDR and MASTER_PORT"
-    assert read_place(STEP).source == "SLURM_STEP_NODELIST and SLURM_JOB_ID"
-    assert read_place({**STEP, "MASTER_ADDR": "ib-head"}).source == "MASTER_ADDR and SLURM_JOB_ID"
-    assert read_place(HYDRA).source == "one machine by MPI_LOCALNRANKS and the default port"
+    assert read_launcher(TORCHRUN).source == "MASTER_ADDR and MASTER_PORT"
+    assert read_launcher(STEP).source == "SLURM_STEP_NODELIST and SLURM_JOB_ID"
+    assert read_launcher({**STEP, "MASTER_ADDR": "ib-head"}).source == "MASTER_ADDR and SLURM_JOB_ID"
 
 
 def test_the_node_of_each_rank_is_known_under_slurm_unless_ranks_are_dealt_out():
     uneven = {**STEP, "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_PROCID": "4",
               "SLURM_NODEID": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "n[1-3]"}  # fmt: skip
-    assert read_place(uneven).hosts == ("n1", "n1", "n2", "n2", "n3")
-    assert read_place({**uneven, "SLURM_DISTRIBUTION": "block:cyclic"}).hosts == ("n1", "n1", "n2", "n2", "n3")
-    assert read_place({**uneven, "SLURM_DISTRIBUTION": "cyclic"}).hosts == read_place(TORCHRUN).hosts == ()
-    assert read_place({**uneven, "MASTER_ADDR": "n1", "SLURM_STEP_NODELIST": "n[1-"}).hosts == ()
+    assert read_launcher(uneven).hosts == ("n1", "n1", "n2", "n2", "n3")
+    assert read_launcher({**uneven, "SLURM_DISTRIBUTION": "block:cyclic"}).hosts == ("n1", "n1", "n2", "n2", "n3")
+    assert read_launcher({**uneven, "SLURM_DISTRIBUTION": "cyclic"}).hosts == read_launcher(TORCHRUN).hosts == ()
+    assert read_launcher({**uneven, "MASTER_ADDR": "n1", "SLURM_STEP_NODELIST": "n[1-"}).hosts == ()
 
 
 def test_a_torchrun_of_one_process_needs_no_address():
-    assert read_place({"RANK": "0", "WORLD_SIZE": "1"}) == Place(launcher="torchrun")
+    assert read_launcher({"RANK": "0", "WORLD_SIZE": "1"}) == RankInfo(launcher="torchrun")
 
 
 def test_a_task_of_a_slurm_step_meets_the_others_on_the_steps_first_node():
-    place = read_place(STEP)
-    assert (place.rank, place.size, place.local_rank, place.local_size) == (9, 16, 1, 8)
-    assert (place.address, place.launcher) == ("node001", "slurm")
-    assert 10000 <= place.port < 30000
-    assert read_place({**STEP, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}).port == place.port
+    info = read_launcher(STEP)
+    assert (info.rank, info.size, info.local_rank, info.local_size) == (9, 16, 1, 8)
+    assert (info.address, info.launcher) == ("node001", "slurm")
+    assert 10000 <= info.port < 30000
+    assert read_launcher({**STEP, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}).port == info.port
 
 
 def test_tasks_may_differ_between_nodes():
     step = {**STEP, "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_PROCID": "4",
             "SLURM_NODEID": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "a,b,c"}  # fmt: skip
-    assert read_place(step).local_size == 1
-    assert read_place({**step, "SLURM_PROCID": "3", "SLURM_NODEID": "1", "SLURM_LOCALID": "1"}).local_size == 2
+    assert read_launcher(step).local_size == 1
+    assert read_launcher({**step, "SLURM_PROCID": "3", "SLURM_NODEID": "1", "SLURM_LOCALID": "1"}).local_size == 2
 
 
 @pytest.mark.parametrize("shell", [BATCH, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, {"SLURM_JOB_ID": "7", "PMI_RANK": ""}])
 def test_a_batch_script_or_salloc_shell_is_a_run_of_one(shell):
-    assert read_place(shell) == Place()
+    assert read_launcher(shell) == RankInfo()
 
 
 def test_a_step_on_one_node_needs_no_name_that_resolves():
     step = {**STEP, "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "16", "SLURM_STEP_NODELIST": "nowhere"}
-    assert read_place(step).address == "127.0.0.1"
+    assert read_launcher(step).address == "127.0.0.1"
 
 
-def test_given_address_and_port_win_under_slurm_and_mpi():
+def test_a_given_address_and_port_win_under_slurm():
     given_ones = {"MASTER_ADDR": "ib-head", "MASTER_PORT": "4321"}
-    for environment in (STEP, OPEN_MPI, HYDRA, PALS):
-        place = read_place({**environment, **given_ones})
-        assert (place.address, place.port) == ("ib-head", 4321)
+    info = read_launcher({**STEP, **given_ones})
+    assert (info.address, info.port) == ("ib-head", 4321)
 
 
 def test_jobs_and_steps_that_share_a_node_get_ports_of_their_own():
     jobs = range(1234567, 1234567 + 40)
     ports = [
-        read_place({**STEP, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).port for job in jobs for step in range(8)
+        read_launcher({**STEP, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).port for job in jobs for step in range(8)
     ]
     assert len(set(ports)) == len(ports) and min(ports) >= 10000 and max(ports) < 30000
 
 
-@pytest.mark.parametrize(
-    "environment", [OPEN_MPI, HYDRA, {**PALS, "PMI_LOCAL_RANK": "3", "PMI_LOCAL_SIZE": "4", "MASTER_ADDR": ""}]
-)
-def test_mpi_on_one_machine_needs_nothing_else(environment):
-    expected = Place(rank=3, size=4, local_rank=3, local_size=4, address="127.0.0.1", port=29500, launcher="mpi")
-    assert read_place(environment) == expected
+@pytest.mark.parametrize("mpi", [OPEN_MPI, HYDRA, {"PMI_RANK": "3"}])
+@pytest.mark.parametrize("around", [{}, BATCH, {**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}])
+def test_processes_of_a_bare_mpirun_are_told_to_use_torchrun(around, mpi):
+    """Also where mpirun has started its daemons through srun, whose step is then not that of the processes."""
+    with pytest.raises(InputError, match=r"_SIZE=4?: mpirun .*start the run with torchrun"):
+        read_launcher({**around, **mpi})
 
 
-def test_mpi_on_several_machines_is_told_where_the_first_one_is():
-    assert read_place(PALS).address == "x1000"
-    with pytest.raises(InputError, match=r"PMI_SIZE=4 .*export MASTER_ADDR=NAME"):
-        read_place({**PALS, "MASTER_ADDR": ""})
-    with pytest.raises(InputError, match=r"OMPI_COMM_WORLD_SIZE=8 .*mpirun -x MASTER_ADDR"):
-        read_place({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "8"})
-
-
-def test_mpiruns_processes_are_not_taken_for_the_step_that_started_its_daemons():
-    daemons = {**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    for environment in (OPEN_MPI, HYDRA):
-        place = read_place({**daemons, **environment})
-        assert (place.rank, place.size, place.launcher) == (3, 4, "mpi")
-        assert place.port == read_place({**BATCH, **environment}).port  # of the job's, as the first machine has no step
+def test_a_world_of_one_by_mpirun_is_a_run_of_one():
+    assert read_launcher({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}) == RankInfo()
 
 
 def test_srun_that_speaks_pmi_is_still_slurm():
-    assert read_place({**STEP, "PMI_RANK": "9", "PMI_SIZE": "16"}) == read_place(STEP)
+    assert read_launcher({**STEP, "PMI_RANK": "9", "PMI_SIZE": "16"}) == read_launcher(STEP)
 
 
 def without(environment, name):
@@ -157,23 +142,18 @@ def without(environment, name):
 HALVES = [
     *((TORCHRUN, name) for name in TORCHRUN if name != "LOCAL_WORLD_SIZE"),
     *((STEP, name) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST")),
-    *((OPEN_MPI, name) for name in OPEN_MPI),
-    *((HYDRA, name) for name in HYDRA),
-    *((PALS, name) for name in PALS if name != "MASTER_ADDR"),
 ]
 
 
 @pytest.mark.parametrize(("environment", "name"), HALVES)
 def test_a_missing_variable_is_named(environment, name):
     with pytest.raises(InputError, match=rf"^{name} is not set"):
-        read_place(without(environment, name))
+        read_launcher(without(environment, name))
 
 
 NUMBERS = [
     *((TORCHRUN, name) for name in TORCHRUN if name != "MASTER_ADDR"),
     *((STEP, name) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_JOB_ID")),
-    *((OPEN_MPI, name) for name in OPEN_MPI),
-    *((HYDRA, name) for name in HYDRA),
 ]
 
 
@@ -181,7 +161,7 @@ NUMBERS = [
 @pytest.mark.parametrize(("environment", "name"), NUMBERS)
 def test_what_is_no_number_is_named(environment, name, value):
     with pytest.raises(InputError, match=name):
-        read_place({**environment, name: value})
+        read_launcher({**environment, name: value})
 
 
 @pytest.mark.parametrize(
@@ -203,13 +183,11 @@ def test_what_is_no_number_is_named(environment, name, value):
         ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "1(x99999999)"}, "SLURM_STEP_TASKS_PER_NODE has at most"),
         ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "9,7", "SLURM_NODEID": "2"}, "SLURM_NODEID=2"),
         ({**STEP, "SLURM_STEP_NODELIST": "node[1-"}, "SLURM_STEP_NODELIST: a list of nodes looks like"),
-        ({**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "4"}, "OMPI_COMM_WORLD_RANK=4 must be less than OMPI_COMM_WORLD_SIZE=4"),
-        ({**HYDRA, "MPI_LOCALRANKID": "4"}, "MPI_LOCALRANKID=4 must be less than MPI_LOCALNRANKS=4"),
     ],
 )
 def test_what_cannot_be_true_is_named(environment, message):
     with pytest.raises(InputError, match=message):
-        read_place(environment)
+        read_launcher(environment)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from fastmae.errors import InputError, LostProcessError
 from fastmae.train.distributed import background, rendezvous, store
 from fastmae.train.distributed.background import Background, has_abandoned, pauses
-from fastmae.train.distributed.launcher import Place
+from fastmae.train.distributed.launcher import RankInfo
 from fastmae.train.distributed.rendezvous import Rendezvous
 from fastmae.train.distributed.roster import this_peer
 from tests.support.runs import free_port
@@ -48,19 +48,19 @@ def reports(monkeypatch):
 class Start:
     """A start of ``size`` processes at one port; those that ``join`` are joined by ``ends``."""
 
-    def __init__(self, size, port=None, **place):
-        self.place = {
+    def __init__(self, size, port=None, **info):
+        self.info = {
             "size": size,
             "address": HOST,
             "port": port or free_port(),
             "source": "MASTER_ADDR and MASTER_PORT",
-            **place,
+            **info,
         }
         self.pool, self.ends, self.signals = ThreadPoolExecutor(8), {}, {}
 
-    def join(self, *ranks, timeout=20.0, **place):
+    def join(self, *ranks, timeout=20.0, **info):
         for rank in ranks:
-            here = Place(**{**self.place, "rank": rank, "local_rank": rank, "local_size": self.place["size"], **place})
+            here = RankInfo(**{**self.info, "rank": rank, "local_rank": rank, "local_size": self.info["size"], **info})
             process = Rendezvous(here, this_peer(here, 0), timeout, lambda rank=rank: self.signals.get(rank))
             self.ends[rank] = self.pool.submit(process.wait)
 
@@ -95,7 +95,7 @@ def test_a_process_that_does_not_come_is_named_again_and_again_and_a_signal_ends
     assert 3 <= len(times) <= 5 and all(line.startswith("rank 0 of 4 on") for _, line in reports)
     gaps = [b - a for a, b in itertools.pairwise(times)]
     assert all(later > 1.5 * earlier for earlier, later in itertools.pairwise(gaps)), gaps
-    assert f"waits for the others at {HOST}:{start.place['port']} (MASTER_ADDR and MASTER_PORT) for " in reports[-1][1]
+    assert f"waits for the others at {HOST}:{start.info['port']} (MASTER_ADDR and MASTER_PORT) for " in reports[-1][1]
     began, start.signals[0] = time.monotonic(), "SIGTERM"
     assert str(start.error(0)).startswith("stopped by SIGTERM during the rendezvous: 2 of 4 processes have joined")
     assert isinstance(start.error(0), KeyboardInterrupt) and time.monotonic() - began < 3
@@ -125,7 +125,7 @@ def test_a_process_says_where_it_looks_for_rank_0_and_once_that_it_has_reached_i
     start = Start(3)
     start.join(1, 2, local_rank=0, local_size=1)
     with waiting_for(reports, "looks for rank 0 at"):
-        assert f"{HOST}:{start.place['port']} does not answer (Connection refused)" in reports[0][1]
+        assert f"{HOST}:{start.info['port']} does not answer (Connection refused)" in reports[0][1]
     start.signals[2] = "SIGINT"
     assert isinstance(start.error(2), KeyboardInterrupt)
     start.signals.clear()
@@ -151,7 +151,7 @@ def test_a_name_that_does_not_resolve_is_said_at_once_and_may_resolve_later(repo
     start.join(0, 1, local_rank=0, local_size=1)
     name = "node001 does not resolve on this machine (Name or service not known)"
     with waiting_for(
-        reports, f"looks for rank 0 at node001:{start.place['port']} (MASTER_ADDR and MASTER_PORT): {name}; goes on"
+        reports, f"looks for rank 0 at node001:{start.info['port']} (MASTER_ADDR and MASTER_PORT): {name}; goes on"
     ):
         assert len(reports) <= 2
     is_known.append(True)
@@ -166,7 +166,7 @@ def test_rank_0_says_that_its_address_does_not_lead_to_it(reports, monkeypatch):
     monkeypatch.setattr(socket, "create_connection", refuse)
     start = Start(2)
     start.join(0)
-    with waiting_for(reports, f"{HOST}:{start.place['port']} does not answer (Connection refused), although rank 0 listens; "):
+    with waiting_for(reports, f"{HOST}:{start.info['port']} does not answer (Connection refused), although rank 0 listens; "):
         start.signals[0] = "SIGTERM"
     assert isinstance(start.error(0), KeyboardInterrupt)
 
@@ -175,7 +175,7 @@ def test_a_process_that_died_after_it_came_is_missed_before_the_run_begins(repor
     start = Start(2)
     start.join(0)
     client = client_of(start)
-    here = Place(**start.place, rank=1)
+    here = RankInfo(**start.info, rank=1)
     client.append("fastmae/roster", json.dumps({"rank": 1, "arrived": this_peer(here, 0).to_dict()}) + "\n")
     with waiting_for(reports, "1 of 2 processes still answer, missing rank 1"):
         start.signals[0] = "SIGTERM"
@@ -186,18 +186,18 @@ def client_of(start):
     end = time.monotonic() + 10
     while True:
         try:
-            socket.create_connection((HOST, start.place["port"]), timeout=1).close()
+            socket.create_connection((HOST, start.info["port"]), timeout=1).close()
             break
         except OSError:
             assert time.monotonic() < end
             time.sleep(0.01)
-    return dist.TCPStore(HOST, start.place["port"], is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+    return dist.TCPStore(HOST, start.info["port"], is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
 
 
 def test_a_process_that_was_started_again_takes_the_place_of_the_one_before(reports):
     start = Start(2)
     start.join(0)
-    gone = {**this_peer(Place(**start.place, rank=1), 0).to_dict(), "pid": 1, "host": "before"}
+    gone = {**this_peer(RankInfo(**start.info, rank=1), 0).to_dict(), "pid": 1, "host": "before"}
     client_of(start).append("fastmae/roster", json.dumps({"rank": 1, "arrived": gone}) + "\n")
     with waiting_for(reports, "still answer"):
         start.join(1)
@@ -216,7 +216,7 @@ def test_what_contradicts_ends_all_with_the_same_input_error(reports):
 
 def test_a_port_that_an_earlier_start_still_holds_is_waited_for(reports):
     start = Start(2)
-    with socket.create_server((HOST, start.place["port"])):
+    with socket.create_server((HOST, start.info["port"])):
         start.join(0)
         time.sleep(0.3)
         assert not start.ends[0].done()
@@ -233,7 +233,7 @@ def test_a_second_rank_0_and_a_taken_port_are_input_errors(reports, monkeypatch)
     start.join(0)
     assert isinstance(start.error(0), InputError) and "rank 0 cannot listen at port" in str(start.error(0))
     assert "export another MASTER_PORT" in str(start.error(0))
-    here = Place(**{**start.place, "rank": 0})
+    here = RankInfo(**{**start.info, "rank": 0})
     with pytest.raises(InputError, match=r"rank 0 runs twice, on .* and at 127.0.0.1"):
         store._check_address(here, "another", lambda *_, **__: None)
     start.signals[0] = "SIGTERM"
@@ -242,7 +242,7 @@ def test_a_second_rank_0_and_a_taken_port_are_input_errors(reports, monkeypatch)
 
 def test_rank_0_that_is_gone_is_named(reports):
     start = Start(2)
-    server = dist.TCPStore(HOST, start.place["port"], is_master=True, timeout=timedelta(seconds=5), wait_for_workers=False)
+    server = dist.TCPStore(HOST, start.info["port"], is_master=True, timeout=timedelta(seconds=5), wait_for_workers=False)
     server.set(store.STATE, "")
     start.join(1)
     end = time.monotonic() + 10
@@ -255,7 +255,7 @@ def test_rank_0_that_is_gone_is_named(reports):
 def test_a_process_that_comes_once_the_run_goes_waits_for_the_next_start(reports):
     """An operator has started it again at once, while rank 0 still waits for the one before."""
     start = Start(2)
-    server = dist.TCPStore(HOST, start.place["port"], is_master=True, timeout=timedelta(seconds=5), wait_for_workers=False)
+    server = dist.TCPStore(HOST, start.info["port"], is_master=True, timeout=timedelta(seconds=5), wait_for_workers=False)
     server.set(store.STATE, "go")
     start.join(1, local_rank=0, local_size=1)
     with waiting_for(reports, "that rank 0's run has begun without this process"):

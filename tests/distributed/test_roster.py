@@ -3,7 +3,7 @@
 import pytest
 
 from fastmae.errors import InputError
-from fastmae.train.distributed.launcher import Place
+from fastmae.train.distributed.launcher import RankInfo
 from fastmae.train.distributed.roster import Local, Peer, gpus_of, locals_of, repeated, size_conflict, this_peer
 
 UNKNOWN = (None, None)
@@ -86,7 +86,7 @@ def test_each_process_has_a_gpu_or_all_hear_that_one_has_none():
 
 
 def test_processes_of_this_machine_tell_the_same_of_it():
-    peer = this_peer(Place(rank=3, size=4, local_rank=None, local_size=None), 0)
+    peer = this_peer(RankInfo(rank=3, size=4, local_rank=None, local_size=None), 0)
     assert Peer(**peer.to_dict()) == peer
-    again = this_peer(Place(), 0)
+    again = this_peer(RankInfo(), 0)
     assert (again.machine, again.container) == (peer.machine, peer.container) and peer.host in peer.machine

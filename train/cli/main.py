@@ -20,7 +20,7 @@ from fastmae.train.cli.interrupt import end, interrupts
 from fastmae.train.cli.shards import build, index, info, verify
 from fastmae.train.config.run import check_kernels
 from fastmae.train.config.settings import DoctorSettings, PretrainSettings
-from fastmae.train.distributed.launcher import read_place
+from fastmae.train.distributed.launcher import read_launcher
 
 Positional = tyro.conf.Positional
 
@@ -30,7 +30,7 @@ def pretrain(settings: tyro.conf.OmitArgPrefixes[PretrainSettings]) -> None:
     from fastmae.train.pretrain.pretrain import pretrain as run_pretraining
 
     run = settings.run()
-    run_pretraining(settings.resolve(world_size=read_place().size), run)
+    run_pretraining(settings.resolve(world_size=read_launcher().size), run)
 
 
 def reconstruct(
@@ -92,13 +92,13 @@ def convert(src: Positional[Path], dst: Positional[Path], encoder_only: bool = F
 def doctor(settings: tyro.conf.OmitArgPrefixes[DoctorSettings]) -> int:
     """Print versions, devices, and which kernels and attention are used and why not faster ones; under a launcher, or with a
     run's own flags, what would make that run fail."""
-    place = read_place()
-    if settings.distributed and place.launcher == "none":
+    launched = read_launcher()
+    if settings.distributed and launched.launcher == "none":
         raise InputError(
             "--distributed looks at the processes of a launcher, and none has started this one: torchrun --nproc-per-node 8 -m "
             "fastmae.train doctor, or srun, with the flags of the run; docs/launch.md shows how on several machines"
         )
-    if place.size == 1 and not settings.distributed:
+    if launched.size == 1 and not settings.distributed:
         from fastmae.train.doctor.machine import report as describe_machine
 
         print("\n".join(describe_machine()))

@@ -1,9 +1,8 @@
-"""Which process of how many this is, from the variables that a launcher sets: torchrun, Slurm's srun, or an MPI's mpirun.
+"""Which process of how many this is, from the variables that a launcher sets: torchrun, or Slurm's srun.
 
 Sources, each the list of variables that a launcher gives its processes: torchrun, "Environment Variables"; DeepSpeed,
-``launcher/launch.py`` (LOCAL_SIZE); Slurm, srun(1), "OUTPUT ENVIRONMENT VARIABLES"; Open MPI, "Environment variables set for
-MPI applications"; MPICH's Hydra, whose ``hydra_pmi_proxy`` sets PMI_* and MPI_LOCAL* (Intel MPI's mpiexec as well); HPE PALS,
-mpiexec(1).
+``launcher/launch.py`` (LOCAL_SIZE); Slurm, srun(1), "OUTPUT ENVIRONMENT VARIABLES"; of mpirun, which is refused: Open MPI,
+"Environment variables set for MPI applications", and MPICH's Hydra, Intel MPI and HPE PALS, which set PMI_*.
 
 Where several launchers have left their variables, the innermost one counts: torchrun is started inside steps and jobs, and
 mpirun starts its daemons through srun, so that their step's variables are not those of the processes.
@@ -29,8 +28,8 @@ _TASKS = rf"({_DIGITS})(?:\(x({_DIGITS})\))?"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """A process's place among the processes of a run."""
+class RankInfo:
+    """What a launcher gives a process: its rank, the world size, and where rank 0 listens."""
 
     rank: int = 0
     size: int = 1
@@ -46,7 +45,7 @@ class Place:
     hosts: tuple[str, ...] = field(default=(), compare=False)
     """The node of each rank, as far as the launcher gives it; else empty."""
     launcher: str = "none"
-    """none, torchrun (or whatever sets its variables), slurm or mpi."""
+    """none, torchrun (or whatever sets its variables) or slurm."""
 
 
 class _Names(NamedTuple):
@@ -60,31 +59,29 @@ class _Names(NamedTuple):
 
 _TORCHRUN = _Names("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _DEEPSPEED = _TORCHRUN._replace(local_size="LOCAL_SIZE")
-_OPEN_MPI = _Names(*(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
-_HYDRA = _Names("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-_PALS = _Names("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE")
+_MPI = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
 
 
-def read_place(environ: Mapping[str, str] = os.environ) -> Place:
-    """This process's place. Without a launcher, or in a shell or batch script of Slurm's that is no step: a run of one.
+def read_launcher(environ: Mapping[str, str] = os.environ) -> RankInfo:
+    """This process's rank. Without a launcher, or in a shell or batch script of Slurm's that is no step: a run of one.
 
     Operators and services set RANK and WORLD_SIZE without LOCAL_WORLD_SIZE, or without LOCAL_RANK as well: what is missing is
-    None, to be counted at the rendezvous. WORLD_SIZE=1 alone, left over in an environment, is no launcher's. Under srun and
-    mpirun MASTER_ADDR and MASTER_PORT, if set, are where rank 0 listens. Raises InputError, which names the variable, if
-    some are missing, no numbers, or contradict each other, and if mpirun's processes on several machines lack MASTER_ADDR.
+    None, to be counted at the rendezvous. WORLD_SIZE=1 alone, left over in an environment, is no launcher's. Under srun
+    MASTER_ADDR and MASTER_PORT, if set, are where rank 0 listens. Raises InputError, which names the variable, if some are
+    missing, no numbers, or contradict each other, and for a process of mpirun's, which names torchrun.
     """
     if _any(environ, _TORCHRUN.rank) or environ.get(_TORCHRUN.size, "") not in ("", "1"):
         return _torchrun(environ)
-    if _any(environ, _OPEN_MPI.rank, _OPEN_MPI.size):
-        return _mpi(environ, _OPEN_MPI)
-    pmi = environ.get("PMI_RANK"), environ.get("PMI_SIZE")
-    if _any(environ, "SLURM_STEP_NUM_TASKS"):
-        # srun speaks PMI as well. Where both say the same, its own variables tell more.
-        if not all(pmi) or pmi == (environ.get("SLURM_PROCID"), environ["SLURM_STEP_NUM_TASKS"]):
-            return _slurm(environ)
-    elif not any(pmi):
-        return Place()
-    return _mpi(environ, _PALS if _any(environ, "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE") else _HYDRA)
+    is_step = _any(environ, "SLURM_STEP_NUM_TASKS")
+    step = environ.get("SLURM_PROCID"), environ.get("SLURM_STEP_NUM_TASKS")
+    for rank, size in _MPI:
+        is_of_step = is_step and (environ.get(rank), environ.get(size)) == step  # srun speaks PMI as well
+        if _any(environ, rank, size) and environ.get(size) != "1" and not is_of_step:
+            raise InputError(
+                f"{size}={environ.get(size, '')}: mpirun gives no address of rank 0; start the run with torchrun "
+                "(torchrun --nproc-per-node 8 -m fastmae.train ...) or srun: docs/launch.md"
+            )
+    return _slurm(environ) if is_step else RankInfo()
 
 
 def node_names(text: str) -> list[str]:
@@ -115,28 +112,18 @@ def _numbers(bracket: str, text: str) -> list[str]:
     return numbers
 
 
-def _torchrun(environ: Mapping[str, str]) -> Place:
+def _torchrun(environ: Mapping[str, str]) -> RankInfo:
     names = _TORCHRUN
     if not _any(environ, names.local_size) and _any(environ, names.local_rank) and _any(environ, _DEEPSPEED.local_size):
         names = _DEEPSPEED
-    place = _read(environ, names, "torchrun", countable=not _any(environ, names.local_size))
-    if place.size == 1:  # needs no address, whatever is left over of one
-        return replace(place, local_rank=0, local_size=1)
+    info = _read(environ, names, countable=not _any(environ, names.local_size))
+    if info.size == 1:  # needs no address, whatever is left over of one
+        return replace(info, local_rank=0, local_size=1)
     address, port = _text(environ, "MASTER_ADDR", names.size), _number(environ, "MASTER_PORT", "MASTER_ADDR")
-    return _at(place, (address, "MASTER_ADDR"), (port, "MASTER_PORT"))
+    return _at(info, (address, "MASTER_ADDR"), (port, "MASTER_PORT"))
 
 
-def _mpi(environ: Mapping[str, str], names: _Names) -> Place:
-    place = _read(environ, names, "mpi")
-    if place.size > place.local_size and not _any(environ, "MASTER_ADDR"):
-        raise InputError(
-            f"{names.size}={place.size} processes on several machines need MASTER_ADDR, the name of rank 0's machine: export "
-            "MASTER_ADDR=NAME for all of them (Open MPI: mpirun -x MASTER_ADDR; others: mpiexec -genv MASTER_ADDR NAME)"
-        )
-    return _at(place, _address(environ) or ("127.0.0.1", f"one machine by {names.local_size}"), _port(environ, step=0))
-
-
-def _slurm(environ: Mapping[str, str]) -> Place:
+def _slurm(environ: Mapping[str, str]) -> RankInfo:
     rank, size = _number(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), _number(environ, "SLURM_STEP_NUM_TASKS")
     tasks = _tasks_per_node(_text(environ, "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"))
     node = _number(environ, "SLURM_NODEID", "SLURM_STEP_NUM_TASKS") if len(set(tasks)) > 1 else 0
@@ -147,7 +134,7 @@ def _slurm(environ: Mapping[str, str]) -> Place:
         )
     names = _Names("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
     local_rank = _number(environ, "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
-    place = _checked(Place(rank=rank, size=size, local_rank=local_rank, local_size=tasks[node], launcher="slurm"), names)
+    info = _checked(RankInfo(rank=rank, size=size, local_rank=local_rank, local_size=tasks[node], launcher="slurm"), names)
     nodes = _slurm_nodes(environ, are_needed=len(tasks) > 1 and not _any(environ, "MASTER_ADDR"))
     is_block = environ.get("SLURM_DISTRIBUTION", "block").startswith("block") and len(nodes) == len(tasks)
     hosts = tuple(itertools.chain(*map(itertools.repeat, nodes, tasks))) if is_block else ()
@@ -156,7 +143,7 @@ def _slurm(environ: Mapping[str, str]) -> Place:
     else:
         source = "SLURM_STEP_NODELIST"
     step = _number(environ, "SLURM_STEP_ID") if _any(environ, "SLURM_STEP_ID") else 0
-    return _at(replace(place, hosts=hosts), _address(environ) or (nodes[0], source), _port(environ, step))
+    return _at(replace(info, hosts=hosts), _address(environ) or (nodes[0], source), _port(environ, step))
 
 
 def _slurm_nodes(environ: Mapping[str, str], *, are_needed: bool) -> list[str]:
@@ -196,8 +183,8 @@ def _port(environ: Mapping[str, str], step: int) -> tuple[int, str]:
     return _PORT, "the default port"
 
 
-def _read(environ: Mapping[str, str], names: _Names, launcher: str, countable: bool = False) -> Place:
-    """A place from four numbers. Of one that is missing, the message names another that is set.
+def _read(environ: Mapping[str, str], names: _Names, countable: bool) -> RankInfo:
+    """A rank from four numbers. Of one that is missing, the message names another that is set.
 
     ``countable``: the number of processes on this machine is missing, and may be; then this one's among them may be too.
     """
@@ -207,28 +194,28 @@ def _read(environ: Mapping[str, str], names: _Names, launcher: str, countable: b
         field: None if name in may_miss and not _any(environ, name) else _number(environ, name, present)
         for field, name in names._asdict().items()
     }
-    return _checked(Place(**numbers, launcher=launcher), names)
+    return _checked(RankInfo(**numbers, launcher="torchrun"), names)
 
 
-def _checked(place: Place, names: _Names) -> Place:
+def _checked(info: RankInfo, names: _Names) -> RankInfo:
     """Raises InputError on numbers that cannot be true together."""
-    locals_below = "size" if place.local_size is None else "local_size"
+    locals_below = "size" if info.local_size is None else "local_size"
     for small, large in (("rank", "size"), ("local_rank", locals_below)):
-        if getattr(place, small) is not None and getattr(place, small) >= getattr(place, large):
+        if getattr(info, small) is not None and getattr(info, small) >= getattr(info, large):
             raise InputError(
-                f"{getattr(names, small)}={getattr(place, small)} must be less than "
-                f"{getattr(names, large)}={getattr(place, large)}"
+                f"{getattr(names, small)}={getattr(info, small)} must be less than "
+                f"{getattr(names, large)}={getattr(info, large)}"
             )
-    if place.local_size is not None and place.local_size > place.size:
-        raise InputError(f"{names.local_size}={place.local_size} must not exceed {names.size}={place.size}")
-    return place
+    if info.local_size is not None and info.local_size > info.size:
+        raise InputError(f"{names.local_size}={info.local_size} must not exceed {names.size}={info.size}")
+    return info
 
 
-def _at(place: Place, address: tuple[str, str], port: tuple[int, str]) -> Place:
-    """``place`` with the address and port of rank 0, each given with its source."""
+def _at(info: RankInfo, address: tuple[str, str], port: tuple[int, str]) -> RankInfo:
+    """``info`` with the address and port of rank 0, each given with its source."""
     if not 1 <= port[0] <= 65535:
         raise InputError(f"MASTER_PORT must be between 1 and 65535, got {port[0]}")
-    return replace(place, address=address[0], port=port[0], source=f"{address[1]} and {port[1]}")
+    return replace(info, address=address[0], port=port[0], source=f"{address[1]} and {port[1]}")
 
 
 def _any(environ: Mapping[str, str], *names: str) -> bool:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from fastmae.errors import InputError, LostProcessError
 from fastmae.train.console import report
 from fastmae.train.distributed.background import Background, pauses
-from fastmae.train.distributed.launcher import Place
+from fastmae.train.distributed.launcher import RankInfo
 from fastmae.train.distributed.roster import Peer, repeated, size_conflict
 from fastmae.train.distributed.store import ANSWER, STATE, has_torchruns_store, listen, reach
 
@@ -33,12 +33,12 @@ _MOST_NAMED = 16
 class Rendezvous:
     """The rendezvous of one process: the main thread reports, keeps the time and heeds signals, another one waits."""
 
-    def __init__(self, place: Place, peer: Peer, timeout: float, stopped: Callable[[], str | None]):
+    def __init__(self, info: RankInfo, peer: Peer, timeout: float, stopped: Callable[[], str | None]):
         """``peer``: what this process tells the others. ``timeout``: seconds that it may take. ``stopped``: the name of the
         signal that asks this process to stop, if any."""
-        self.place, self.timeout, self._stopped = place, timeout, stopped
-        self.peer, self._is_main = peer, place.rank == 0
-        self.address = place.address
+        self.info, self.timeout, self._stopped = info, timeout, stopped
+        self.peer, self._is_main = peer, info.rank == 0
+        self.address = info.address
         """By which this process reaches rank 0."""
         self._status, self._alarms = "looks for rank 0", []
         self._is_connected, self._is_late = self._is_main, False
@@ -80,9 +80,9 @@ class Rendezvous:
                 report(f"{self._where()} for {seconds:.0f} s: {self._status}; {left:.0f} s are left (--first-timeout)")
 
     def _where(self) -> str:
-        place = self.place
+        info = self.info
         doing = "waits for the others" if self._is_connected else "looks for rank 0"
-        return f"rank {place.rank} of {place.size} on {self.peer.host} {doing} at {place.address}:{place.port} ({place.source})"
+        return f"rank {info.rank} of {info.size} on {self.peer.host} {doing} at {info.address}:{info.port} ({info.source})"
 
     def _speaks(self, seconds: float) -> bool:
         """Rank 0 always does; of a machine, the first process until it has reached rank 0, and once more after a minute."""
@@ -95,7 +95,7 @@ class Rendezvous:
 
     def _give_up(self, reason: str) -> None:
         """End the other thread, which tells the others."""
-        self._reason = f"rank {self.place.rank} on {self.peer.host} has left the rendezvous, {reason}"
+        self._reason = f"rank {self.info.rank} on {self.peer.host} has left the rendezvous, {reason}"
         self._background.is_over(_TO_HEAR + 0.5)
 
     # The other thread.
@@ -109,7 +109,7 @@ class Rendezvous:
         self._status = status
 
     def _lead(self) -> tuple[dist.TCPStore, list[Peer]]:
-        store, self.address = listen(self.place, self._note)
+        store, self.address = listen(self.info, self._note)
         self._add(store, arrived=self.peer.to_dict())
         self._until_all(store, "arrived")
         store.set(STATE, _COMPLETE)
@@ -120,20 +120,20 @@ class Rendezvous:
 
     def _until_all(self, store: dist.TCPStore, word: str) -> list[Peer]:
         """The processes of all ranks, once each has added ``word``."""
-        pause = pauses(self.place.size)
+        pause = pauses(self.info.size)
         while True:
             lines = _read(store)
             if gone := self._reason or next((line["left"] for line in lines if "left" in line), None):
                 self._fail(store, lines, LostProcessError(f"{gone}; the others end"))
             peers = [Peer(**line[word]) for line in lines if word in line]
             twice = repeated(peers)
-            if wrong := size_conflict(peers, self.place.size) or (word == "confirmed" and twice):
+            if wrong := size_conflict(peers, self.info.size) or (word == "confirmed" and twice):
                 self._fail(store, lines, InputError(wrong))
             found = {peer.rank: peer for peer in peers}
-            missing = [rank for rank in range(self.place.size) if rank not in found]
+            missing = [rank for rank in range(self.info.size) if rank not in found]
             if not missing:
-                return [found[rank] for rank in range(self.place.size)]
-            self._status = _missing(missing, self.place, word) + (f"; {twice}" if twice else "")
+                return [found[rank] for rank in range(self.info.size)]
+            self._status = _missing(missing, self.info, word) + (f"; {twice}" if twice else "")
             if word == "arrived":
                 store.set(STATE, json.dumps({"status": self._status}))
             time.sleep(next(pause))
@@ -147,7 +147,7 @@ class Rendezvous:
 
     def _follow(self) -> tuple[dist.TCPStore, list[Peer]]:
         while True:
-            store, self.address = reach(self.place, self._note)
+            store, self.address = reach(self.info, self._note)
             self._is_connected = True
             try:
                 return store, self._until_go(store)
@@ -159,7 +159,7 @@ class Rendezvous:
 
     def _until_go(self, store: dist.TCPStore) -> list[Peer]:
         self._add(store, arrived=self.peer.to_dict())
-        pause, has_confirmed = pauses(self.place.size), False
+        pause, has_confirmed = pauses(self.info.size), False
         while (state := store.get(STATE).decode()) != _GO or not has_confirmed:
             if state == _GO:  # with the process that had this rank before: rank 0 will miss that one, and end
                 self._is_late = True
@@ -169,7 +169,7 @@ class Rendezvous:
                 raise LostProcessError(self._reason)
             if state == _COMPLETE and not has_confirmed:
                 self._add(store, confirmed=self.peer.to_dict())
-                has_confirmed, pause = True, pauses(self.place.size)
+                has_confirmed, pause = True, pauses(self.info.size)
             elif state.startswith("{"):
                 told = json.loads(state)
                 for kind in (InputError, LostProcessError):
@@ -178,10 +178,10 @@ class Rendezvous:
                 self._status = told["status"]
             time.sleep(next(pause))
         found = {peer.rank: peer for peer in (Peer(**line["confirmed"]) for line in _read(store) if "confirmed" in line)}
-        return [found[rank] for rank in range(self.place.size)]
+        return [found[rank] for rank in range(self.info.size)]
 
     def _add(self, store: dist.TCPStore, **words) -> None:
-        store.append(_ROSTER, json.dumps({"rank": self.place.rank, **words}) + "\n")
+        store.append(_ROSTER, json.dumps({"rank": self.info.rank, **words}) + "\n")
 
 
 class Departures:
@@ -222,13 +222,13 @@ def _read(store: dist.TCPStore) -> list[dict]:
     return [json.loads(line) for line in store.get(_ROSTER).decode().splitlines()]
 
 
-def _missing(missing: list[int], place: Place, word: str) -> str:
+def _missing(missing: list[int], info: RankInfo, word: str) -> str:
     """How many processes are there, and which are not."""
     more = f" and {len(missing) - _MOST_NAMED} others" if len(missing) > _MOST_NAMED else ""
-    hosts = list(dict.fromkeys(place.hosts[rank] for rank in missing)) if place.hosts else []
+    hosts = list(dict.fromkeys(info.hosts[rank] for rank in missing)) if info.hosts else []
     on = f" ({', '.join(hosts[:_MOST_NAMED])}{', ...' if len(hosts) > _MOST_NAMED else ''})" if hosts else ""
     there = "have joined" if word == "arrived" else "still answer"
     return (
-        f"{place.size - len(missing)} of {place.size} processes {there}, "
+        f"{info.size - len(missing)} of {info.size} processes {there}, "
         f"missing rank {', '.join(map(str, missing[:_MOST_NAMED]))}{more}{on}"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastmae.errors import InputError
-from fastmae.train.distributed.launcher import Place
+from fastmae.train.distributed.launcher import RankInfo
 
 _MOST_NAMED = 8
 
@@ -48,13 +48,13 @@ class Peer:
         return asdict(self)
 
 
-def this_peer(place: Place, gpus: int) -> Peer:
-    """This process, whose environment gives ``place``, and that sees so many GPUs."""
+def this_peer(info: RankInfo, gpus: int) -> Peer:
+    """This process, whose environment gives ``info``, and that sees so many GPUs."""
     host, boot = socket.gethostname(), Path("/proc/sys/kernel/random/boot_id")
     machine = f"{boot.read_text().strip() if boot.exists() else ''} {host}"
     namespaces = [path for path in map(Path, ("/proc/self/ns/mnt", "/proc/self/ns/pid")) if path.exists()]
-    return Peer(rank=place.rank, size=place.size, local_rank=place.local_rank, local_size=place.local_size,
-                launcher=place.launcher, gpus=gpus, host=host, pid=os.getpid(), machine=machine,
+    return Peer(rank=info.rank, size=info.size, local_rank=info.local_rank, local_size=info.local_size,
+                launcher=info.launcher, gpus=gpus, host=host, pid=os.getpid(), machine=machine,
                 container=" ".join([machine, *(str(path.stat().st_ino) for path in namespaces)]))  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def repeated(peers: Sequence[Peer]) -> str | None:
 
 
 def locals_of(peers: Sequence[Peer]) -> list[Local]:
-    """Of each of ``peers``, one for every rank in order, its place on its machine: as given, or counted where it is not.
+    """Of each of ``peers``, one for every rank in order, its rank on its machine: as given, or counted where it is not.
 
     Raises InputError, which names the variables, if what is given cannot be true of what is counted.
     """

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from fastmae.errors import InputError
 from fastmae.train.distributed.background import pauses
-from fastmae.train.distributed.launcher import Place
+from fastmae.train.distributed.launcher import RankInfo
 
 STATE = "fastmae/state"
 """The key by which such a store is known: rank 0 sets it first."""
@@ -33,20 +33,20 @@ Note = Callable[..., None]
 """Called with what is waited for, and ``at_once`` if waiting will hardly mend it; raises to end the wait."""
 
 
-def listen(place: Place, note: Note) -> tuple[dist.TCPStore, str]:
+def listen(info: RankInfo, note: Note) -> tuple[dist.TCPStore, str]:
     """The store that this process, rank 0, keeps from now on, and its address here, which needs no name that resolves.
 
     Raises InputError if the port is taken or another rank 0 is at the run's address.
     """
     is_torchruns = has_torchruns_store()
-    launcher = _connect(place, note)[0] if is_torchruns else None
-    port = 0 if is_torchruns else place.port
+    launcher = _connect(info, note)[0] if is_torchruns else None
+    port = 0 if is_torchruns else info.port
     _wait_until_free(port, note)
     try:
         store = dist.TCPStore(_LOOPBACK, port, is_master=True, timeout=ANSWER, wait_for_workers=False)
     except dist.DistError as error:
         raise InputError(
-            f"rank 0 cannot listen at port {port} ({place.source}): {str(error).partition(', ')[0]}; is another run there? "
+            f"rank 0 cannot listen at port {port} ({info.source}): {str(error).partition(', ')[0]}; is another run there? "
             "export another MASTER_PORT for all processes"
         ) from error
     name = uuid.uuid4().hex
@@ -55,25 +55,25 @@ def listen(place: Place, note: Note) -> tuple[dist.TCPStore, str]:
     if launcher is not None:
         launcher.set(_PORT, str(store.port))
     else:
-        _check_address(place, name, note)
+        _check_address(info, name, note)
     return store, _LOOPBACK
 
 
-def reach(place: Place, note: Note) -> tuple[dist.TCPStore, str]:
+def reach(info: RankInfo, note: Note) -> tuple[dist.TCPStore, str]:
     """The store that rank 0 keeps, and the address by which this process reaches it; looked for until it is there."""
-    pause = pauses(place.size)
-    launcher = _connect(place, note)[0] if has_torchruns_store() else None
+    pause = pauses(info.size)
+    launcher = _connect(info, note)[0] if has_torchruns_store() else None
     while True:
         if launcher is None:
-            port = place.port
+            port = info.port
         elif launcher.check([_PORT]):
             port = int(launcher.get(_PORT))
         else:
             note("torchrun's store does not know rank 0 yet")
             time.sleep(next(pause))
             continue
-        if (found := _try(place.address, port, note)) is not None:
-            note(f"{place.address}:{port} keeps a store, but none of a rendezvous")
+        if (found := _try(info.address, port, note)) is not None:
+            note(f"{info.address}:{port} keeps a store, but none of a rendezvous")
             if _is_rendezvous(found[0]):
                 return found
         time.sleep(next(pause))
@@ -84,15 +84,15 @@ def has_torchruns_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _connect(place: Place, note: Note) -> tuple[dist.TCPStore, str]:
-    pause = pauses(place.size)
-    while (found := _try(place.address, place.port, note)) is None:
+def _connect(info: RankInfo, note: Note) -> tuple[dist.TCPStore, str]:
+    pause = pauses(info.size)
+    while (found := _try(info.address, info.port, note)) is None:
         time.sleep(next(pause))
     return found
 
 
 def _try(address: str, port: int, note: Note) -> tuple[dist.TCPStore, str] | None:
-    """The store at that place, if one answers. Python connects first: each attempt of torch's writes warnings of many lines."""
+    """The store at that address, if it answers. Python connects first: each attempt of torch's warns in many lines."""
     try:
         with socket.create_connection((address, port), timeout=_ATTEMPT) as connection:
             number = connection.getpeername()[0]
@@ -133,14 +133,14 @@ def _is_rendezvous(store: dist.TCPStore) -> bool:
     return False
 
 
-def _check_address(place: Place, name: str, note: Note) -> None:
+def _check_address(info: RankInfo, name: str, note: Note) -> None:
     """Whether the run's address leads the others to this process. If not, that is noted: they may know it otherwise."""
     reasons: list[str] = []
-    found = _try(place.address, place.port, lambda reason, at_once=False: reasons.append(reason))
+    found = _try(info.address, info.port, lambda reason, at_once=False: reasons.append(reason))
     if found is None:
         note(f"{reasons[-1]}, although rank 0 listens", at_once=True)
     elif found[0].check([_KEEPER]) and found[0].get(_KEEPER).decode() != name:
         raise InputError(
-            f"rank 0 runs twice, on {socket.gethostname()} and at {place.address}:{place.port} ({place.source}); give every "
+            f"rank 0 runs twice, on {socket.gethostname()} and at {info.address}:{info.port} ({info.source}); give every "
             "process a RANK of its own"
         )

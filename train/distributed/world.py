@@ -16,7 +16,7 @@ from fastmae.errors import InputError, LostProcessError
 from fastmae.train.console import report
 from fastmae.train.distributed.background import Background, has_abandoned
 from fastmae.train.distributed.groups import make_groups
-from fastmae.train.distributed.launcher import Place, read_place
+from fastmae.train.distributed.launcher import RankInfo, read_launcher
 from fastmae.train.distributed.nccl import set_nccl_defaults
 from fastmae.train.distributed.rendezvous import Departures, Rendezvous
 from fastmae.train.distributed.roster import Peer, gpus_of, locals_of, this_peer
@@ -27,7 +27,7 @@ _SLACK = 60.0  # seconds that a collective waits longer than the run's own watch
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the processes of a run."""
+    """Rank and world size of this process."""
 
     rank: int
     size: int
@@ -131,17 +131,17 @@ def join_world(device: str, timeout: float = 1800.0, stopped: Callable[[], str |
     there is no GPU where one is needed, or environments contradict themselves or each other; LostProcessError if not all
     processes come; KeyboardInterrupt if this one is asked to stop before they have.
     """
-    place = read_place()
+    info = read_launcher()
     on_gpu = trains_on_gpu(device)
-    if place.size == 1:
+    if info.size == 1:
         return World(0, 1, _use_gpu(0) if on_gpu else torch.device("cpu"))
     _make_room()
     set_nccl_defaults(timeout)
-    peer = this_peer(place, torch.cuda.device_count() if on_gpu else 0)
-    store, peers, address = _gather_peers(place, peer, timeout, stopped)
+    peer = this_peer(info, torch.cuda.device_count() if on_gpu else 0)
+    store, peers, address = _gather_peers(info, peer, timeout, stopped)
     everyone = locals_of(peers)  # what is wrong with one raises on all of them, here and in the next line
     gpus = gpus_of(peers, everyone)
-    at = _use_gpu(gpus[place.rank]) if gpus else torch.device("cpu")
+    at = _use_gpu(gpus[info.rank]) if gpus else torch.device("cpu")
     patience = timedelta(seconds=timeout + _SLACK)
 
     def make() -> tuple[dist.ProcessGroup | None, ...]:
@@ -149,37 +149,37 @@ def join_world(device: str, timeout: float = 1800.0, stopped: Callable[[], str |
             torch.cuda.set_device(at)  # which is each thread's own
         if store is not None:
             store.set_timeout(patience)
-            dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=place.rank, world_size=place.size,
+            dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=info.rank, world_size=info.size,
                                     timeout=patience, device_id=at if on_gpu else None)  # fmt: skip
         return make_groups(everyone, timeout=patience)
 
     departures = None if store is None else Departures(store, peer, address)
     try:
-        groups = Background(make).wait(_Patience(place.rank, "nccl" if on_gpu else "gloo", stopped, departures))
+        groups = Background(make).wait(_Patience(info.rank, "nccl" if on_gpu else "gloo", stopped, departures))
     except BaseException as error:
         reason = str(error).partition("\n")[0]
         if departures is not None:
             departures.leave(reason or type(error).__name__)
         if isinstance(error, dist.DistError):
-            raise LostProcessError(f"the {place.size} processes of this run have not joined into a group: {reason}") from error
+            raise LostProcessError(f"the {info.size} processes of this run have not joined into a group: {reason}") from error
         raise
     if departures is not None:
         departures.end()
     control, background, machine, leaders = groups
-    here = everyone[place.rank]
-    return World(place.rank, place.size, at, control, background, here.size, address, machine, leaders, here.rank)
+    here = everyone[info.rank]
+    return World(info.rank, info.size, at, control, background, here.size, address, machine, leaders, here.rank)
 
 
-def _gather_peers(place: Place, peer: Peer, timeout: float, stopped: Callable[[], str | None]):
+def _gather_peers(info: RankInfo, peer: Peer, timeout: float, stopped: Callable[[], str | None]):
     """The store to make a group with, all processes in order of their ranks, and where rank 0 is reached.
 
     No store if the calling program has made the group already.
     """
     if dist.is_initialized():
-        peers: list[Peer | None] = [None] * place.size
+        peers: list[Peer | None] = [None] * info.size
         dist.all_gather_object(peers, peer)
-        return None, peers, place.address
-    rendezvous = Rendezvous(place, peer, timeout, stopped)
+        return None, peers, info.address
+    rendezvous = Rendezvous(info, peer, timeout, stopped)
     store, peers = rendezvous.wait()
     return store, peers, rendezvous.address
 

@@ -13,7 +13,7 @@ from fastmae.train.config.precision import AUTOCAST, precision_of
 from fastmae.train.config.recipes import Recipe
 from fastmae.train.config.run import Run
 from fastmae.train.config.settings import DoctorSettings
-from fastmae.train.distributed.launcher import read_place
+from fastmae.train.distributed.launcher import read_launcher
 from fastmae.train.distributed.world import World, join_world, leave_world
 from fastmae.train.doctor.bandwidth import Rate, kinds_of, measure_rates
 from fastmae.train.doctor.clocks import clock_offsets
@@ -35,7 +35,7 @@ def preflight(settings: DoctorSettings) -> int:
     Raises InputError on wrong settings, LostProcessError if not all processes come.
     """
     run = settings.run()
-    recipe = settings.resolve(read_place().size) if settings.preset or settings.recipe else None
+    recipe = settings.resolve(read_launcher().size) if settings.preset or settings.recipe else None
     # Over gloo, whatever devices there are: NCCL may be what does not work.
     world = join_world("cpu", min(run.first_timeout, _PATIENCE))
     errors = examine(world, run, recipe, has_data=settings.data is not None, has_out=settings.out is not None)

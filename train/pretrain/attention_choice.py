@@ -16,7 +16,7 @@ from fastmae.train.checkpoint.format import read_state
 from fastmae.train.config.precision import AUTOCAST, precision_of
 from fastmae.train.config.recipes import Recipe
 from fastmae.train.config.run import Run
-from fastmae.train.distributed.launcher import read_place
+from fastmae.train.distributed.launcher import read_launcher
 from fastmae.train.distributed.world import World, trains_on_gpu
 
 
@@ -50,12 +50,12 @@ def probe_attention(recipe: Recipe, run: Run) -> None:
 
     Raises InputError on a device or launcher's environment that contradicts itself.
     """
-    place = read_place()
-    if place.rank != 0 or not trains_on_gpu(run.device):
+    info = read_launcher()
+    if info.rank != 0 or not trains_on_gpu(run.device):
         return
     dtype = AUTOCAST[precision_of(run.precision, "cuda")] or torch.float32
     wanted = recipe.model.attention
-    shown = place.local_rank or 0
+    shown = info.local_rank or 0
     number = shown if shown < torch.cuda.device_count() else 0  # a launcher may show each process one GPU only
     probe("cuda", dtype, run_shapes(recipe), BACKENDS if wanted == "auto" else (wanted,), number)
 

@@ -74,7 +74,7 @@ def test_endless(report, monkeypatch):
     endless = [sys.executable, "-c", code]
     monkeypatch.setattr(Item, "_run", lambda self, command, *more, **others: run(self, endless, *more, **others))
     monkeypatch.setattr("benchmarks.gpu.item.worths_of", lambda path: {1} if path.stem in ("a", "b") else set())
-    monkeypatch.setattr("pathlib.Path.glob", lambda folder, pattern: [folder / "a.py", folder / "b.py"])
+    monkeypatch.setattr("pathlib.Path.rglob", lambda folder, pattern: [folder / "a.py", folder / "b.py"])
     report.test(1, together=2)
 """
 

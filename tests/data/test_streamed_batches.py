@@ -89,14 +89,14 @@ def test_pickles_are_never_run_and_bad_images_are_named(tmp_path):
         ("pipe:cat x.tar", 1, "pipe: runs shell commands and is refused; --allow-pipe lets it run"),
         ("ftp://host/a.tar", 1, "ftp://host/a.tar: URLs of http, https, s3, gs and file are read, not 'ftp'"),
         ("{folder}/none-{{0..3}}.tar", 1, r"none-0.tar: no such shard or folder"),
-        ("{folder}/empty", 1, "no shards; give a folder with index.json or tars"),
+        ("{own}/empty", 1, "no shards; give a folder with index.json or tars"),
         ("{folder}/part-0.tar", 2, "1 shards cannot feed 2 ranks"),
     ],
 )
-def test_data_that_cannot_be_streamed_is_named(data, world_size, message, foreign):
-    (foreign / "empty").mkdir(exist_ok=True)
+def test_data_that_cannot_be_streamed_is_named(data, world_size, message, foreign, tmp_path):
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=message):
-        Loader(data.format(folder=foreign), LoaderConfig(), batch_size=1, world_size=world_size)
+        Loader(data.format(folder=foreign, own=tmp_path), LoaderConfig(), batch_size=1, world_size=world_size)
 
 
 def test_tars_without_images_are_an_error_not_a_hang(tmp_path):

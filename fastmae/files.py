@@ -11,6 +11,14 @@ from fastmae.errors import InputError
 from fastmae.optional import require
 
 
+def open_home(path: Path) -> Path:
+    """``path``, its leading ``~`` or ``~NAME`` replaced by that user's home folder. Raises InputError if that is not known."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: the home folder that ~ stands for is not known; give the full path") from error
+
+
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears as ``path`` only when the block ends without an error, flushed to the disk.

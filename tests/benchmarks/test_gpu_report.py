@@ -60,6 +60,7 @@ def test_other_part(report):
 
 ENDLESS = r"""
 import pytest, sys
+from pathlib import Path
 from benchmarks.gpu.item import Item
 pytestmark = [pytest.mark.part(1), pytest.mark.seconds(60, 60)]
 
@@ -74,7 +75,9 @@ def test_endless(report, monkeypatch):
     endless = [sys.executable, "-c", code]
     monkeypatch.setattr(Item, "_run", lambda self, command, *more, **others: run(self, endless, *more, **others))
     monkeypatch.setattr("benchmarks.gpu.item.worths_of", lambda path: {1} if path.stem in ("a", "b") else set())
-    monkeypatch.setattr("pathlib.Path.rglob", lambda folder, pattern: [folder / "a.py", folder / "b.py"])
+    rglob = Path.rglob
+    monkeypatch.setattr("pathlib.Path.rglob", lambda folder, pattern: (
+        [folder / "a.py", folder / "b.py"] if pattern == "test_*.py" else rglob(folder, pattern)))
     report.test(1, together=2)
 """
 

@@ -168,7 +168,8 @@ def test_a_disk_that_is_really_full_harms_no_older_checkpoint(lies, small_disk, 
 @pytest.mark.parametrize("options", ["remount,size=4m", "remount,nr_inodes=10,size=200m", "remount,ro"])
 def test_a_folder_without_room_is_refused_before_the_first_step(options, small_disk, shard_folder, capsys):
     subprocess.run(["mount", "-o", options, str(small_disk)], check=True)
-    assert main(["pretrain", "tiny", "--data", str(shard_folder), "--out", str(small_disk), "--workers", "0", "--steps", "1",
+    assert main(["pretrain", "tiny", "--data", str(shard_folder), "--out", str(small_disk), "--workers", "0",
+                 "--steps", "1", "--warmup-epochs", "0",
                  "--device", "cpu", "--batch-size", "8", "--img-size", "32", "--patch-size", "8"]) == 2  # fmt: skip
     (line,) = capsys.readouterr().err.splitlines()
     says = {"size": r"a checkpoint needs [\d,]{10,} bytes, [\d,]{7,} are free; make room, or give another --out$",

@@ -18,7 +18,22 @@ from fastmae.model.weights import read_weights, save_model
 from fastmae.train.cli.main import COMMANDS, main
 from tests.support.pictures import make_picture
 
-TINY = ["--img-size", "32", "--patch-size", "8", "--batch-size", "4", "--steps", "1", "--workers", "0", "--device", "cpu"]
+TINY = [
+    "--img-size",
+    "32",
+    "--patch-size",
+    "8",
+    "--batch-size",
+    "4",
+    "--steps",
+    "1",
+    "--warmup-epochs",
+    "0",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+]
 CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=192, depth=1, num_heads=3, norm_pix_loss=True,
                      decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
 
@@ -226,7 +241,8 @@ def test_bad_images_are_named_and_the_rest_is_built(image_folder, tmp_path, caps
 def test_single_settings_override_a_recipe(shard_folder, tmp_path):
     run = ["pretrain", "--recipe", "reference-b", "--data", str(shard_folder), "--out", str(tmp_path), "--device", "cpu",
            "--img-size", "16", "32", "--patch-size", "16", "--mask-ratio", "0.5", "--norm-pix-loss", "False",
-           "--decoder-depth", "1", "--effective-batch", "4", "--batch-size", "2", "--steps", "1", "--workers", "0"]  # fmt: skip
+           "--decoder-depth", "1", "--effective-batch", "4", "--batch-size", "2",
+ "--steps", "1", "--warmup-epochs", "0", "--workers", "0"]  # fmt: skip
     assert main(run) == 0
     state = json.loads((tmp_path / "step-0000001" / "state.json").read_text())
     model = ModelConfig.from_json(state["model"])
@@ -304,7 +320,7 @@ def test_demo_goes_the_whole_way(tmp_path):
         assert (tmp_path / name).is_file()
     assert list((tmp_path / "tensorboard").glob("events*"))
     (tmp_path / "mine.txt").write_text("kept")
-    assert main(["demo", "--out", str(tmp_path), "--steps", "1", "--workers", "0"]) == 0
+    assert main(["demo", "--out", str(tmp_path), "--steps", "2", "--workers", "0"]) == 0
     assert (tmp_path / "mine.txt").read_text() == "kept"
 
 

@@ -1,11 +1,15 @@
 """Settings from the command line and from files: words, never code."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from fastmae import InputError, ModelConfig
 from fastmae.train.cli.main import main
+from fastmae.train.config.run import Run
+from tests.support.runs import RECIPE
 
 CODE = ["!!python/object/apply:os.system ['touch {mark}']", "__import__('os').system('touch {mark}')", "$(touch {mark})",
         "`touch {mark}`", "; touch {mark}", "{{__import__('os').system('touch {mark}')}}", "eval:open('{mark}','w')",
@@ -20,7 +24,8 @@ WORDS = ["--recipe", "--attention", "--residual", "--progressive", "--device", "
 def test_code_on_the_command_line_is_refused_and_not_run(code, shard_folder, tmp_path, capsys):
     mark = tmp_path / "mark"
     text = code.format(mark=mark)
-    base = ["pretrain", "tiny", "--data", str(shard_folder), "--out", str(tmp_path / "run"), "--device", "cpu", "--steps", "1",
+    base = ["pretrain", "tiny", "--data", str(shard_folder), "--out", str(tmp_path / "run"), "--device", "cpu",
+            "--steps", "1", "--warmup-epochs", "0",
             "--workers", "0"]  # fmt: skip
     for flag in FLAGS:
         with pytest.raises(SystemExit) as stop:
@@ -45,3 +50,28 @@ def test_a_model_config_that_is_none_is_refused(text):
     with pytest.raises(InputError) as refused:
         ModelConfig.from_json(text)
     assert len(str(refused.value)) < 500
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(shard_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").symlink_to(shard_folder)
+    run = Run(data="~/data", out=Path("~/run"), stage=Path("~/disk"), resume="exact:~/run/step-0000001")
+    assert (run.data, run.out, run.stage) == (str(tmp_path / "data"), tmp_path / "run", tmp_path / "disk")
+    assert run.resume == f"exact:{tmp_path}/run/step-0000001"
+    assert main(["shards", "info", "~/data"]) == 0
+    with pytest.raises(InputError, match=r"~nobody-of-this-name/run: the home folder that ~ stands for is not known"):
+        Run(data="d", out=Path("~nobody-of-this-name/run"))
+
+
+def test_a_learning_rate_that_rises_after_the_warm_up_is_refused():
+    assert replace(RECIPE, min_lr=RECIPE.lr).min_lr == RECIPE.lr
+    with pytest.raises(InputError, match=r"min_lr must not exceed the peak rate, .* = 0.0015625, .*; got 0.002"):
+        replace(RECIPE, min_lr=0.002)
+
+
+def test_a_run_that_would_never_leave_a_rate_of_0_is_refused():
+    one_step = replace(RECIPE, steps=None, epochs=1, warmup_epochs=0.5)
+    assert one_step.total_steps(9) == 2
+    with pytest.raises(InputError, match=r"1 step under a warm-up trains at learning rate 0 .*--warmup-epochs 0"):
+        one_step.total_steps(8)
+    assert replace(one_step, warmup_epochs=0).total_steps(8) == 1

@@ -148,7 +148,8 @@ def test_a_step_that_gets_no_memory_ends_the_run_with_one_line(raised, shard_fol
         raise error
 
     monkeypatch.setattr(Step, "__call__", step)
-    assert main(["pretrain", "tiny", "--data", str(shard_folder), "--out", str(tmp_path), "--batch-size", "8", "--steps", "1",
+    assert main(["pretrain", "tiny", "--data", str(shard_folder), "--out", str(tmp_path), "--batch-size", "8",
+                 "--steps", "1", "--warmup-epochs", "0",
                  *FLAGS, "--workers", "0"]) == 2  # fmt: skip
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert line.startswith("fastmae: out of memory on ") and "--batch-size 4 --effective-batch 8" in line
@@ -156,7 +157,8 @@ def test_a_step_that_gets_no_memory_ends_the_run_with_one_line(raised, shard_fol
 
 def test_a_worker_that_gets_no_memory_ends_the_run_and_no_sample_is_called_bad(shard_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Cropper, "__call__", lambda *_: np.empty(1 << 60, np.uint8))
-    assert main(["pretrain", "tiny", "--data", str(shard_folder), "--out", str(tmp_path), "--batch-size", "8", "--steps", "1",
+    assert main(["pretrain", "tiny", "--data", str(shard_folder), "--out", str(tmp_path), "--batch-size", "8",
+                 "--steps", "1", "--warmup-epochs", "0",
                  *FLAGS, "--workers", "2"]) == 2  # fmt: skip
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert line.startswith("fastmae: out of memory in a loader worker, asked for 1.00 EiB")

@@ -175,13 +175,13 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_continued(shard_folder,
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(recipe, message, shard_folder, tmp_path):
-    pretrain(replace(RECIPE, steps=1), run_of(shard_folder, tmp_path))
+    pretrain(replace(RECIPE, steps=1, warmup_epochs=0), run_of(shard_folder, tmp_path))
     with pytest.raises(InputError, match=message):
         pretrain(recipe, run_of(shard_folder, tmp_path))
 
 
 def test_settings_changed_since_the_checkpoint_are_said(shard_folder, tmp_path, capsys):
-    pretrain(replace(RECIPE, steps=1), run_of(shard_folder, tmp_path))
+    pretrain(replace(RECIPE, steps=1, warmup_epochs=0), run_of(shard_folder, tmp_path))
     pretrain(replace(RECIPE, steps=2, mask_ratio=0.5), run_of(shard_folder, tmp_path))
     text = capsys.readouterr().out
     assert "changed since the checkpoint: mask_ratio 0.75 -> 0.5" in text
@@ -224,7 +224,7 @@ def test_bad_samples_are_named_in_the_log(shard_folder, tmp_path, capsys):
 
 
 def test_other_data_is_refused_with_both_fingerprints(shard_folder, image_folder, tmp_path):
-    pretrain(replace(RECIPE, steps=1), run_of(shard_folder, tmp_path / "run"))
+    pretrain(replace(RECIPE, steps=1, warmup_epochs=0), run_of(shard_folder, tmp_path / "run"))
     index, _ = write_shards(image_folder, tmp_path / "other", seed=1)
     with pytest.raises(InputError, match=f"other data than this run began with, fingerprint {index.fingerprint} here and"):
         pretrain(RECIPE, run_of(tmp_path / "other", tmp_path / "run"))

@@ -137,7 +137,7 @@ def own_disk(folder, local, rank):
 def test_each_machine_copies_once(shard_folder, tmp_path):
     for machine in (0, 1):
         (tmp_path / f"machine-{machine}").mkdir()
-    flags = ("--stage", "disk", "--steps", "1")
+    flags = ("--stage", "disk", "--steps", "1", "--warmup-epochs", "0")
     with Crew(4, shard_folder, tmp_path / "run", *flags, local=2, fault=partial(own_disk, tmp_path, 2)) as crew:
         assert crew.end() == [0] * 4, crew.text()
         assert "data: staged in disk/" in crew.text(0)
@@ -156,7 +156,7 @@ def full_disk(on, rank):
 
 @pytest.mark.cluster
 def test_a_copy_that_fails_on_one_machine_ends_all_with_its_reason(shard_folder, tmp_path):
-    flags = ("--stage", tmp_path / "disk", "--steps", "1")
+    flags = ("--stage", tmp_path / "disk", "--steps", "1", "--warmup-epochs", "0")
     with Crew(2, shard_folder, tmp_path / "run", *flags, local=1, fault=partial(full_disk, 1)) as crew:
         assert crew.end() == [2, 2], crew.text()
         assert "fastmae: no room for the copy here (another process of this run)" in crew.text(0), crew.text()

@@ -252,7 +252,7 @@ def test_a_run_loads_before_its_first_step_and_keeps_what_it_compiled_after_it(c
     compiler.made = ["a"]
     for resumed in (False, True):
         run = run_of(shard_folder, tmp_path / f"run-{resumed}", compile="blocks")
-        pretrain(replace(RECIPE, steps=1), run)
+        pretrain(replace(RECIPE, steps=1, warmup_epochs=0), run)
         assert [r["step"] for r in records(run.out) if "loss" in r] == [1]
         assert compiler.loaded == [b"a"] * resumed
         assert not list(run.out.rglob("*.bin"))  # nothing in a run's folder is ever run
@@ -264,7 +264,7 @@ from dataclasses import replace
 from torch._dynamo.utils import counters
 from fastmae.train.pretrain.pretrain import pretrain
 from tests.support.runs import RECIPE, run_of
-pretrain(replace(RECIPE, steps=1), run_of(sys.argv[1], sys.argv[2], compile="blocks"))
+pretrain(replace(RECIPE, steps=1, warmup_epochs=0), run_of(sys.argv[1], sys.argv[2], compile="blocks"))
 print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
 """
 

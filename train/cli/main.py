@@ -15,6 +15,7 @@ from pathlib import Path
 import tyro
 
 from fastmae.errors import CheckpointError, DivergedError, InputError, LostProcessError, RequeueError
+from fastmae.files import open_home
 from fastmae.train import console
 from fastmae.train.cli.interrupt import end, interrupts
 from fastmae.train.cli.shards import build, index, info, verify
@@ -207,11 +208,13 @@ def _run_one(commands: dict[str, Callable], prog: str, description: str, argumen
 
 
 def _checked(command: Callable) -> Callable:
-    """``command``, after ``check_kernels``; it outlives its console unless it is one of ``PRINTING``."""
+    """``command``, after ``check_kernels``, with ``~`` in paths opened; it outlives its console unless one of ``PRINTING``."""
 
     @functools.wraps(command)
     def run(*args, **kwargs):
         check_kernels()
+        args = tuple(open_home(value) if isinstance(value, Path) else value for value in args)
+        kwargs = {name: open_home(value) if isinstance(value, Path) else value for name, value in kwargs.items()}
         with contextlib.nullcontext() if command in PRINTING else console.outlived():
             return command(*args, **kwargs)
 

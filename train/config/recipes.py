@@ -67,7 +67,11 @@ class Recipe:
                 "blr must be positive, min_lr and weight_decay not negative, "
                 f"got {self.blr}, {self.min_lr} and {self.weight_decay}"
             )
-
+        if self.min_lr > self.lr:
+            raise InputError(
+                f"min_lr must not exceed the peak rate, blr x effective batch / 256 = {self.lr:g}, or the rate would rise "
+                f"after the warm-up; got {self.min_lr:g}"
+            )
         shares = [share for share, _ in self.progressive]
         if shares != sorted(set(shares)) or not all(0 <= share < 1 for share in shares):
             raise InputError(f"shares of a progressive run must rise inside [0, 1), got {shares}")
@@ -86,12 +90,17 @@ class Recipe:
         return self.blr * self.effective_batch / 256
 
     def total_steps(self, samples: int | None) -> int:
-        """Optimizer steps of the run over ``samples`` per epoch. Raises InputError for a stream without ``steps``."""
-        if self.steps is not None:
-            return self.steps
-        if samples is None:
+        """Optimizer steps of the run over ``samples`` per epoch. Raises InputError for a stream without ``steps``, and for a
+        run whose every step would have the first one's rate, which is 0 under a warm-up."""
+        if self.steps is None and samples is None:
             raise InputError("a stream without an index has no known epoch length: give --steps, or build indexed shards")
-        return math.ceil(self.epochs * samples / self.effective_batch)
+        steps = self.steps or math.ceil(self.epochs * samples / self.effective_batch)
+        if steps == 1 and self.warmup_epochs > 0:
+            raise InputError(
+                "a run of 1 step under a warm-up trains at learning rate 0 and learns nothing; give more --steps or --epochs, "
+                "or --warmup-epochs 0"
+            )
+        return steps
 
 
 def reference_b() -> Recipe:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastmae.cores import affinity_cores, cpu_quota
 from fastmae.errors import InputError
+from fastmae.files import open_home
 from fastmae.train.distributed.launcher import read_launcher
 
 COMPILE = ("auto", "off", "blocks", "model")
@@ -91,6 +92,14 @@ class Run:
     """A Weights & Biases project to log to as well."""
 
     def __post_init__(self):
+        for name in ("out", "stage"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, open_home(path))
+        prefix = "exact:" * self.resume.startswith("exact:")
+        for name, before in (("data", ""), ("resume", prefix)):
+            path = getattr(self, name).removeprefix(before)
+            if path.startswith("~"):
+                object.__setattr__(self, name, f"{before}{open_home(Path(path))}")
         counts = ("batch_size", "log_every", "save_every", "keep", "keep_every", "draw_every", "max_skips", "check_replicas")
         for name in counts:
             if (value := getattr(self, name)) is not None and value < 1:

@@ -12,7 +12,7 @@ from fastmae.kernels import gather_patches
 from fastmae.model.blocks import LAYER_NORM_EPS, Block, residual_dtype, run_block
 from fastmae.model.config import ModelConfig
 from fastmae.model.linear import linear
-from fastmae.model.positions import sincos_positions
+from fastmae.model.positions import resized, sincos_positions
 
 
 class PatchEmbed(nn.Module):
@@ -48,24 +48,27 @@ class Encoder(nn.Module):
         self.patch_embed = PatchEmbed(config.in_chans, config.patch_size, D)
         self.blocks = nn.ModuleList(Block(D, config.num_heads, config.mlp_ratio, config.attention) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D, eps=LAYER_NORM_EPS)
-        self.sizes = {config.img_size}
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std), persistent=False)
+        self.register_load_state_dict_post_hook(Encoder._renew_tables)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Features of all patches, no mask: (B, 1 + L, D), class token first. ``images`` as in ``normalize``."""
-        return self.transform(self.patch_embed(self.normalize(images)) + self.pos_embed[:, 1:])
+        """Features of all patches, no mask: (B, 1 + L, D), class token first. ``images`` as in ``normalize``, of any size
+        that the patch size divides; raises ValueError on others. Positions of other sizes than the config's: ``add_size``."""
+        self.check_size(images)
+        positions = self.positions("pos_embed", tuple(images.shape[2:]))
+        return self.transform(self.patch_embed(self.normalize(images)) + positions[:, 1:])
 
     def encode_visible(self, images: Tensor, ids_keep: Tensor) -> Tensor:
         """Features of the patches ``ids_keep`` (B, K) int32 alone: (B, 1 + K, D). Other patches are never read.
 
-        ``images`` (B, C, H, W), uint8 or floating point normalised already; of the config's size or one of ``add_size``.
+        ``images`` as in ``encode``.
         """
-        self.check_size(images, self.sizes)
+        self.check_size(images)
         device = images.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.cls_token.dtype
         pixels = gather_patches(images, ids_keep, self.config.patch_size, *self.pixel_statistics(images), dtype=dtype)
-        positions = self.positions("pos_embed", images.shape[2:])
+        positions = self.positions("pos_embed", tuple(images.shape[2:]))
         return self.transform(self.patch_embed.embed_pixels(pixels) + positions[0, 1:][ids_keep])
 
     def transform(self, tokens: Tensor) -> Tensor:
@@ -78,11 +81,7 @@ class Encoder(nn.Module):
         return self.norm(x)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images (B, C, H, W) as floats less the config's mean over its std; floating-point ones as they are.
-
-        Raises ValueError if the shape is not the config's.
-        """
-        self.check_size(images)
+        """uint8 images (B, C, H, W) as floats less the config's mean over its std; floating-point ones as they are."""
         if images.is_floating_point():
             return images
         mean, std = self.pixel_statistics(images)
@@ -92,34 +91,49 @@ class Encoder(nn.Module):
         """Mean and std to be applied to ``images`` by a kernel: the config's for uint8, none for normalised floats."""
         return (None, None) if images.is_floating_point() else (self.pixel_mean.float(), self.pixel_std.float())
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def add_size(self, img_size: tuple[int, int]) -> None:
-        """Let ``encode_visible`` and training take images of another size too, a multiple of the patch size.
+        """Make the position tables for images of another size (height, width), a multiple of the patch size.
 
-        Their patches' positions are those of the same places in an image of the config's size. No parameter is added.
+        A patch has the position of the same place in an image of the config's size: computed where the table is the sin-cos
+        one, else, as of weights that trained theirs, interpolated bicubically with the class token's row kept. No parameter
+        is added. ``encode`` and ``training_loss`` do this at an image's first visit; torch.compile needs it before.
         """
         p = self.config.patch_size
         if min(img_size) < 1 or img_size[0] % p or img_size[1] % p:
             raise ValueError(f"image size {tuple(img_size)} must be a multiple of the patch size {p}")
-        if img_size in self.sizes:
-            return
-        self.sizes = self.sizes | {img_size}
         grid = (img_size[0] // p, img_size[1] // p)
         for name in ("pos_embed", "decoder_pos_embed"):
-            if (own := getattr(self, name, None)) is not None:
-                table = sincos_positions(own.shape[-1], grid, self.config.grid).to(own)
-                self.register_buffer(_table_name(name, img_size), table, persistent=False)
+            if (own := getattr(self, name, None)) is not None and tuple(img_size) != self.config.img_size:
+                self.register_buffer(_table_name(name, img_size), resized(own, self.config.grid, grid), persistent=False)
 
     def positions(self, name: str, img_size: tuple[int, int]) -> Tensor:
         """The table ``name`` (1, 1 + L, D), ``pos_embed`` or ``decoder_pos_embed``, for images of ``img_size``."""
-        is_own = tuple(img_size) == self.config.img_size
-        return getattr(self, name if is_own else _table_name(name, img_size))
+        if img_size == self.config.img_size:
+            return getattr(self, name)
+        if not hasattr(self, _table_name(name, img_size)):
+            if torch.compiler.is_compiling():
+                raise ValueError(f"no positions for images of {img_size} yet: call add_size({img_size}) before torch.compile")
+            self.add_size(img_size)
+        return getattr(self, _table_name(name, img_size))
 
-    def check_size(self, images: Tensor, sizes: set[tuple[int, int]] | None = None) -> None:
-        """Raise ValueError unless ``images`` is (B, C, H, W) of the config's size, or of one of ``sizes``."""
-        sizes = sizes or {self.config.img_size}
-        if images.ndim != 4 or images.shape[1] != self.config.in_chans or tuple(images.shape[2:]) not in sizes:
-            allowed = " or ".join(f"(B, {self.config.in_chans}, {h}, {w})" for h, w in sorted(sizes))
-            raise ValueError(f"images must be {allowed}, got {tuple(images.shape)}")
+    def check_size(self, images: Tensor, img_size: tuple[int, int] | None = None) -> None:
+        """Raise ValueError unless ``images`` is (B, C, H, W) with the config's channels, of ``img_size`` if given, or else of
+        any size that the patch size divides."""
+        p, C = self.config.patch_size, self.config.in_chans
+        if images.ndim != 4 or images.shape[1] != C or tuple(images.shape[2:]) != (img_size or tuple(images.shape[2:])):
+            size = "H, W" if img_size is None else f"{img_size[0]}, {img_size[1]}"
+            raise ValueError(f"images must be (B, {C}, {size}), got {tuple(images.shape)}")
+        if images.shape[2] < 1 or images.shape[3] < 1 or images.shape[2] % p or images.shape[3] % p:
+            raise ValueError(f"images must be multiples of the patch size {p} high and wide, got {tuple(images.shape[2:])}")
+
+    def _renew_tables(self, _keys: object) -> None:
+        """After weights are loaded: tables of other sizes follow from the table of the config's."""
+        prefix = "pos_embed_"
+        for name in [name for name in self._buffers if name.startswith(prefix)]:
+            height, _, width = name.removeprefix(prefix).partition("x")
+            self.add_size((int(height), int(width)))
 
 
 def _table_name(name: str, img_size: tuple[int, int]) -> str:

@@ -9,7 +9,10 @@ states the same table; the swap of the two halves is a known mistake of reimplem
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+_SAME = 1e-5  # between float32 tables by different programs; those of lower precision are compared as rounded
 
 
 def sincos_positions(dim: int, grid: tuple[int, int], within: tuple[int, int] | None = None) -> Tensor:
@@ -30,3 +33,14 @@ def sincos_positions(dim: int, grid: tuple[int, int], within: tuple[int, int] | 
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     table = torch.cat([encode(x), encode(y)], dim=1)
     return torch.cat([table.new_zeros(1, dim), table]).float()[None]
+
+
+def resized(table: Tensor, grid: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """``table`` (1, 1 + L, D) of ``grid`` for another grid over the same scene: the sin-cos table, known by its values, is
+    computed at the new places; any other is interpolated bicubically, and row 0 kept."""
+    dim = table.shape[-1]
+    if torch.allclose(table, sincos_positions(dim, grid).to(table), rtol=0, atol=_SAME):
+        return sincos_positions(dim, new, grid).to(table)
+    patches = table[:, 1:].double().reshape(1, *grid, dim).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=new, mode="bicubic").permute(0, 2, 3, 1).reshape(1, -1, dim)
+    return torch.cat([table[:, :1], patches.to(table)], dim=1)

@@ -58,6 +58,8 @@ class Trainer:
             keep_freed_memory()
         torch.manual_seed(recipe.seed)
         self.model = MAE(recipe.model).to(world.device)
+        for _, size in recipe.progressive:
+            self.model.add_size(size)
         module = parallelize(LossModule(self.model), world, how=run.parallel, compile=run.compile, reduce=run.reduce)
         self.groups = groups_of(module)
         world.set_timeout(WATCHED, self.groups)
@@ -77,8 +79,6 @@ class Trainer:
         self.notes += self.attention.notes
         self.first_step = state["step"] if state else 0
         self.data, self.total_steps = open_data(recipe, run, world, source, state and state["data"])
-        for _, size in recipe.progressive:
-            self.model.add_size(size)
         self.warmup_steps = self.total_steps * recipe.warmup_epochs / recipe.epochs
         self.drawing = Drawing(source, self.model, world, recipe.mask_ratio, autocast) if run.draw_every else None
         self.saver = Saver(run.out, recipe.model, world, keep=run.keep, keep_every=run.keep_every, asynchronous=run.async_save)

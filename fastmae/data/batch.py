@@ -28,7 +28,6 @@ class Batch(NamedTuple):
 
 
 CROP = ("auto", "cpu", "device")
-DECODE = ("cpu", "nvjpeg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +50,6 @@ class LoaderConfig:
     """Shards that are read at a time, in random order, their samples mixed; None mixes all samples of all shards."""
     crop: str = "auto"
     """Where crops are resized: cpu, device, or auto: the device if that is a GPU. They differ by rounding."""
-    decode: str = "cpu"
-    """Where JPEGs are decoded: cpu, or nvjpeg, which needs a GPU, torchvision, and crops on the device."""
     seed: int = 0
     """Of order and crops."""
     bad_budget: float = 0.001
@@ -78,11 +75,8 @@ class LoaderConfig:
             raise InputError(f"views and the shuffle window must be >= 1, got {self.views} and {self.shuffle_window}")
         if not 0 <= self.bad_budget <= 1:
             raise InputError(f"the budget of bad samples must lie in 0..1, got {self.bad_budget}")
-        if self.crop not in CROP or self.decode not in DECODE:
-            raise InputError(
-                f"crop must be one of {', '.join(CROP)} and decode one of {', '.join(DECODE)}, "
-                f"got {self.crop!r} and {self.decode!r}"
-            )
+        if self.crop not in CROP:
+            raise InputError(f"crop must be one of {', '.join(CROP)}, got {self.crop!r}")
         starts = [start for start, _ in self.sizes]
         if starts != sorted(set(starts)) or any(min(size) < 1 for size in self.all_sizes):
             raise InputError(

@@ -3,7 +3,7 @@
 Two modes, with the same crops from the same keys. ``cpu``: every crop is resized here. ``device``: pixels are decoded into the
 slot and the device crops and resizes them (``kernels/resized_crop.py``); of an image too large for its place only the crop is
 stored, and if that is too large, it is resized here all the same. Which of these depends on the sample alone, so results do not
-depend on how samples are spread over workers. With ``decode nvjpeg`` a JPEG's bytes are stored, and its box beside them.
+depend on how samples are spread over workers.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from fastmae.data.augment import DRAWS, draw_crop
 from fastmae.data.batch import LoaderConfig
 from fastmae.data.shared_memory import Field, Slots
 from fastmae.errors import SampleError
-from fastmae.images.decode import decode, jpeg_sides
+from fastmae.images.decode import decode
 from fastmae.images.resize import resized_crop
 from fastmae.kernels.philox import CROPS, uniform
 from fastmae.optional import require
@@ -37,10 +37,9 @@ class Task(NamedTuple):
     width: int
 
 
-CROP_ROW = np.dtype([("length", "<i4"), ("offset", "<i8"), ("width", "<i4"), ("box", "<i4", 4), ("flip", "|b1")])
-"""What the device needs to make one crop: bytes of a JPEG that is stored instead of pixels, or 0; offset of the first pixel in
-the slot's regions, and width of the pixels or of the JPEG's image; top, left, height and width of the crop in it; whether it is
-mirrored."""
+CROP_ROW = np.dtype([("offset", "<i8"), ("width", "<i4"), ("box", "<i4", 4), ("flip", "|b1")])
+"""What the device needs to make one crop: offset of the first pixel in the slot's regions, and width of the pixels; top, left,
+height and width of the crop in them; whether it is mirrored."""
 
 
 def slot_fields(config: LoaderConfig, batch_size: int, region: int | None) -> dict[str, Field]:
@@ -93,31 +92,19 @@ class Cropper:
         resized_crop(pixels, box, size, flip, out=torch.from_numpy(row).view(*size, -1).permute(2, 0, 1))
 
     def _fill_region(self, arrays: Arrays, place: int, sample: int, draws: np.ndarray, size: tuple[int, int]) -> None:
-        if self.config.decode == "nvjpeg" and self._fill_jpeg(arrays, place, sample, draws):
-            return
         regions = arrays["regions"]
         pixels = self._pixels(sample, regions[place])
         box, flip = draw_crop(draws, *pixels.shape[:2], self.config.augment)
         offset = _address(pixels) - _address(regions)
         if 0 <= offset < regions.size:  # decoded in place, or there for an earlier view
-            arrays["crops"][place] = 0, offset, pixels.shape[1], box, flip
+            arrays["crops"][place] = offset, pixels.shape[1], box, flip
             return
         top, left, height, width = box
         part = pixels[top : top + height, left : left + width]
         if part.size > self.region:
             part = resized_crop(pixels, box, size).permute(1, 2, 0).numpy()  # the device's filter leaves its size as it is
         regions[place, : part.size].reshape(part.shape)[:] = part
-        arrays["crops"][place] = 0, place * self.region, part.shape[1], (0, 0, *part.shape[:2]), flip
-
-    def _fill_jpeg(self, arrays: Arrays, place: int, sample: int, draws: np.ndarray) -> bool:
-        """Leave a colour JPEG that fits to the device's decoder; return whether it is one."""
-        data = self.reader.view(sample)
-        sides = jpeg_sides(data) if self.config.channels == 3 and len(data) <= self.region else None
-        if sides:
-            arrays["regions"][place, : len(data)] = np.frombuffer(data, np.uint8)
-            crop = draw_crop(draws, *sides, self.config.augment)
-            arrays["crops"][place] = len(data), place * self.region, sides[1], *crop
-        return sides is not None
+        arrays["crops"][place] = place * self.region, part.shape[1], (0, 0, *part.shape[:2]), flip
 
     def _pixels(self, sample: int, into: np.ndarray | None) -> np.ndarray:
         """Decoded pixels (H, W, C), in ``into`` if they fit; views of one sample stand side by side and are decoded once."""

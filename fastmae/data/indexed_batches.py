@@ -83,15 +83,6 @@ class IndexedBatches:
             raise
         return done
 
-    def replace(self, batch: SlotBatch, reasons: dict[int, str]) -> None:
-        """Have the next samples in order put into places of ``batch`` that the device could not use; waits for it."""
-        self._pending.appendleft(batch)
-        for place, reason in reasons.items():
-            self._condemn(int(batch.ids[place]), reason)
-            self._settle(batch, place)
-            self._ask(batch, place, place + 1)
-        self._finish()
-
     def is_ready(self) -> bool:
         """Whether the next batch can be had without waiting."""
         if not self._pool or not self.config.workers:

@@ -15,7 +15,6 @@ from fastmae.data.indexed_batches import LOST_BEFORE_BUDGET, IndexedBatches
 from fastmae.data.streamed_batches import streamed_batches
 from fastmae.data.to_device import device_batches
 from fastmae.errors import DataError, InputError
-from fastmae.images.nvjpeg import make_decoder
 from fastmae.shards.index import JSON_NAME, Index
 from fastmae.shards.urls import find_shards
 
@@ -47,17 +46,12 @@ class Loader:
             self.kind = f"stream of {len(self.shards)} shards"
             self.samples, self.fingerprint = None, f"{self.kind} {xxhash.xxh3_64_hexdigest(urls)}"
             self.crop = "cpu"
-            given = {"--crop device": config.crop == "device", "--decode nvjpeg": config.decode == "nvjpeg",
-                     "--shuffle-window": config.shuffle_window is not None}  # fmt: skip
+            given = {"--crop device": config.crop == "device", "--shuffle-window": config.shuffle_window is not None}
             if flags := [flag for flag, is_given in given.items() if is_given]:
                 raise InputError(
                     f"{data}: has no index, and a stream is decoded and cropped on the CPU and shuffled in its own way: remove "
                     f"{' and '.join(flags)}, or make an index with `fastmae shards index`"
                 )
-        if config.decode == "nvjpeg":
-            make_decoder(self.device)  # or say now why not
-            if self.crop != "device":
-                raise InputError(f"decode nvjpeg leaves pixels on the GPU: crop there too, remove --crop {config.crop}")
         if state:
             self._check(state)
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from fastmae.data.batch import Batch
 from fastmae.data.indexed_batches import IndexedBatches, SlotBatch
 from fastmae.data.shared_memory import Slots
-from fastmae.images.nvjpeg import make_decoder
 from fastmae.kernels import resized_crop
 
 _LEAD = 16  # batches that a program may be ahead of its device
@@ -36,7 +35,6 @@ class Stage:
     def __init__(self, source: IndexedBatches, device: torch.device):
         self.source, self.slots, self.device = source, source.slots, device
         self.channels = source.config.channels
-        self._decoder = make_decoder(device) if source.config.decode == "nvjpeg" else None
         self.labels = torch.from_numpy(source.reader.index.table["label"].astype(np.int64))
         self.held: list[Tensor] = []
         self._locks = PageLocks(source.slots, device) if device.type == "cuda" else None
@@ -46,41 +44,21 @@ class Stage:
         if self._locks:
             self._locks.lock(batch.slot)
         memory = self._borrow(batch, "images" if self.source.region is None else "regions")
-        decoded = self._decoded(batch, memory) if self._decoder else {}  # may replace samples
         # What is small before what is large: a copy from pageable memory may wait for all others on its stream.
         ids = torch.from_numpy(batch.ids)
         keys = [self._to_device(t) for t in (ids, torch.from_numpy(batch.epochs), self.labels[ids])]
-        images = self._images(batch, memory) if self.source.region is None else self._cropped(batch, memory, decoded)
+        images = self._images(batch, memory) if self.source.region is None else self._cropped(batch, memory)
         return Batch(images, *keys, tuple(batch.replaced), tuple(batch.notes))
 
     def _images(self, batch: SlotBatch, memory: Tensor) -> Tensor:
         shape = (len(batch.ids), *batch.size, self.channels)
         return self._to_device(memory[: math.prod(shape)].view(shape)).permute(0, 3, 1, 2)
 
-    def _cropped(self, batch: SlotBatch, regions: Tensor, decoded: dict[int, Tensor]) -> Tensor:
+    def _cropped(self, batch: SlotBatch, regions: Tensor) -> Tensor:
         crops = self.slots.array(batch.slot, "crops").copy()
-        offsets, *rest = (torch.from_numpy(crops[name].copy()) for name in ("offset", "width", "box", "flip"))
-        rest = [self._to_device(t) for t in rest]
-        has_regions = len(decoded) < len(regions)
-        end = regions.numel() if has_regions else 0
-        for place, pixels in decoded.items():  # behind the regions
-            offsets[place] = end
-            end += pixels.numel()
-        offsets = self._to_device(offsets)
-        parts = [self._to_device(regions).flatten()] if has_regions else []
-        pixels = torch.cat([*parts, *(p.flatten() for p in decoded.values())]) if decoded else parts[0]
-        return resized_crop(pixels, offsets, *rest, batch.size, self.channels)
-
-    def _decoded(self, batch: SlotBatch, regions: Tensor) -> dict[int, Tensor]:
-        """Pixels (H, W, C) on the device of the places that hold a JPEG. Those that no decoder takes are replaced."""
-        while True:
-            lengths = self.slots.array(batch.slot, "crops")["length"].copy()
-            places = np.flatnonzero(lengths).tolist()
-            found = dict(zip(places, self._decoder([regions[i, : lengths[i]] for i in places]), strict=True)) if places else {}
-            bad = {place: why for place, why in found.items() if isinstance(why, str)}
-            if not bad:
-                return found
-            self.source.replace(batch, bad)
+        rows = [self._to_device(torch.from_numpy(crops[name].copy())) for name in ("width", "box", "flip", "offset")]
+        pixels = self._to_device(regions).flatten()
+        return resized_crop(pixels, rows[-1], *rows[:-1], batch.size, self.channels)
 
     def _borrow(self, batch: SlotBatch, name: str) -> Tensor:
         """The array ``name`` of the batch's slot; the slot is free again when neither it nor a view of it is left."""

@@ -44,19 +44,6 @@ def decode(data: bytes | memoryview, channels: int = 3, into: np.ndarray | None 
         raise DecodeError(f"cannot be decoded, {error}") from error
 
 
-def jpeg_sides(data: bytes | memoryview) -> tuple[int, int] | None:
-    """Height and width of a colour JPEG as its header states them; None for other data. Raises DecodeError as ``decode``."""
-    simplejpeg = require("simplejpeg", "decoding JPEGs")
-    if data[:2] != b"\xff\xd8":
-        return None
-    try:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:  # ``decode`` words it
-        return None
-    _check_size(height, width)
-    return (height, width) if colors == "YCbCr" else None
-
-
 def _decode_with_pillow(data: bytes | memoryview, channels: int) -> np.ndarray:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_size(image.height, image.width)

@@ -134,7 +134,6 @@ BAD = [  # the command, what its one line must say
     (["shards", "index", "{shards}"], "has an index already"),
     (["shards", "index", "{empty}", "--workers", "-1"], "workers must not be negative"),
     ([*PRETRAIN, "--crop", "gpu"], "crop must be one of auto, cpu, device"),
-    ([*PRETRAIN, "--decode", "nvjpeg"], "decode nvjpeg needs a CUDA device, and this run is on cpu"),
     ([*PRETRAIN, "--views", "0"], "views and the shuffle window must be >= 1"),
     ([*PRETRAIN, "--progressive", "0:12"], "image size 12 x 12 must be a multiple of the patch size 8"),
     ([*PRETRAIN, "--data", "s3://bucket/{{0..3}}.tar"], "pip install 'fsspec[s3]'"),

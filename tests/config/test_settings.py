@@ -17,7 +17,7 @@ CODE = ["!!python/object/apply:os.system ['touch {mark}']", "__import__('os').sy
 FLAGS = ["--batch-size", "--img-size", "--mask-ratio", "--norm-pix-loss", "--crop-scale", "--workers", "--seed", "--save-every",
          "--keep-every", "--async-save"]  # fmt: skip
 WORDS = ["--recipe", "--attention", "--residual", "--progressive", "--device", "--precision", "--parallel", "--reduce",
-         "--compile", "--crop", "--decode", "--resume", "--data"]  # fmt: skip
+         "--compile", "--crop", "--resume", "--data"]  # fmt: skip
 
 
 @pytest.mark.parametrize("code", CODE)

@@ -197,7 +197,6 @@ def test_image_sizes_follow_their_schedule_in_a_stream(foreign):
     [
         ({"crop": "device"}, "--crop device"),
         ({"shuffle_window": 2}, "--shuffle-window"),
-        ({"decode": "nvjpeg", "crop": "device"}, "--crop device and --decode nvjpeg"),
     ],
 )
 def test_what_a_stream_cannot_do_is_said(foreign, fields, flags):

@@ -18,7 +18,7 @@ PRECISION = ("auto", "bf16", "fp16", "fp32")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where a run reads and writes, and how fast it goes. Of these only ``precision``, ``compile``, ``crop`` and ``decode``
+    """Where a run reads and writes, and how fast it goes. Of these only ``precision``, ``compile`` and ``crop``
     touch the result, by rounding."""
 
     data: str
@@ -37,8 +37,6 @@ class Run:
     """Batches prepared ahead of the step."""
     crop: str = "auto"
     """Where random crops are resized: cpu, device, or auto: the device if it is a GPU. They differ by rounding."""
-    decode: str = "cpu"
-    """Where JPEGs are decoded: cpu, or nvjpeg: the GPU, through torchvision."""
     bad_budget: float = 0.001
     """Share of the data set's samples (streams: of those seen) that may be bad, and replaced, before the run stops; 16 always
     may."""

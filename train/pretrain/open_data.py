@@ -8,7 +8,7 @@ from fastmae.train.config.recipes import Recipe
 from fastmae.train.config.run import Run
 from fastmae.train.distributed.world import World
 
-_OF_RUN = ("crop", "decode", "bad_budget", "workers", "prefetch", "allow_pipe")
+_OF_RUN = ("crop", "bad_budget", "workers", "prefetch", "allow_pipe")
 
 
 def open_data(recipe: Recipe, run: Run, world: World, source: str, state: dict | None) -> tuple[Loader, int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmae import InputError
-from fastmae.train.config.run import default_workers
+from fastmae.train.distributed.launcher import default_workers
 from fastmae.train.distributed.world import World
 from fastmae.train.pretrain import pretrain
 from tests.support.runs import RECIPE, run_of

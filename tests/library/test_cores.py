@@ -8,7 +8,7 @@ import torch
 
 from fastmae import cores
 from fastmae.cores import affinity_cores, cpu_quota, usable_cores
-from fastmae.train.config import run
+from fastmae.train.distributed import launcher
 from fastmae.train.distributed.world import World
 from fastmae.train.pretrain import pretrain
 from tests.support.runs import RECIPE, run_of
@@ -64,7 +64,7 @@ def quota(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
 
     def allow(count):
-        for module in (cores, run, pretrain):
+        for module in (cores, launcher, pretrain):
             monkeypatch.setattr(module, "cpu_quota", lambda: count)
 
     return allow
@@ -77,16 +77,16 @@ def quota(monkeypatch):
 def test_workers_and_cores_follow_the_quota(quota, allowed, usable, alone, of_four):
     quota(allowed)
     assert (affinity_cores(), usable_cores()) == (64, usable)
-    assert (run.default_workers(1), run.default_workers(4)) == (alone, of_four)
+    assert (launcher.default_workers(1), launcher.default_workers(4)) == (alone, of_four)
 
 
 def test_a_task_that_srun_has_bound_shares_its_containers_quota_and_not_its_own_cores(quota, monkeypatch):
     for name, value in {**STEP_OF_TWO, "SLURM_CPUS_ON_NODE": "128"}.items():
         monkeypatch.setenv(name, value)
     quota(None)
-    assert run.default_workers() == 63
+    assert launcher.default_workers() == 63
     quota(16)
-    assert run.default_workers() == 7
+    assert launcher.default_workers() == 7
 
 
 @pytest.mark.parametrize(("allowed", "of_user", "threads"), [(6, None, 3), (None, None, 64), (6, "9", 64), (0.5, None, 1)])

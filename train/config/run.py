@@ -1,14 +1,10 @@
 """Where a run reads and writes, and how fast it goes: what a recipe does not say."""
 
-import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastmae.cores import affinity_cores, cpu_quota
 from fastmae.errors import InputError
 from fastmae.files import open_home
-from fastmae.train.distributed.launcher import read_launcher
 
 COMPILE = ("auto", "off", "blocks", "model")
 PARALLEL = ("ddp", "fsdp", "hsdp")
@@ -108,31 +104,8 @@ class Run:
         for name, words in (("parallel", PARALLEL), ("reduce", REDUCE), ("precision", PRECISION)):
             if getattr(self, name) not in words:
                 raise InputError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
-        if self.workers is None and read_launcher().local_size is not None:  # else once they are counted, at the rendezvous
-            object.__setattr__(self, "workers", default_workers())
         if self.compile not in COMPILE:
             raise InputError(f"compile must be one of {', '.join(COMPILE)}, got {self.compile!r}")
-
-
-def default_workers(local_ranks: int | None = None) -> int:
-    """Loader processes for each of the training processes on this machine, whose number the launcher gives by default."""
-    cores, info = affinity_cores(), read_launcher()
-    ranks = max(1, info.local_size if local_ranks is None else local_ranks)
-    is_bound = local_ranks is None and info.launcher == "slurm" and cores < int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
-    share = cores if is_bound else cores // ranks  # srun has bound the task to its own share already
-    if (quota := cpu_quota()) is not None:  # which all processes of a container share
-        share = min(share, math.ceil(quota) // ranks)
-    return max(1, share - 1)
-
-
-def check_kernels() -> None:
-    """Raise InputError on a wrong ``FASTMAE_KERNELS`` before any work is done."""
-    from fastmae.kernels import dispatch  # and torch, without which this file can be read
-
-    try:
-        dispatch.mode()
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def accumulation(effective_batch: int, batch_size: int, processes: int) -> int:

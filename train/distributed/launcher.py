@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from fastmae.cores import affinity_cores, cpu_quota
 from fastmae.errors import InputError
 
 _PORTS = range(10000, 30000)  # above the services, below the ports that Linux gives to connections (from 32768 on)
@@ -82,6 +83,17 @@ def read_launcher(environ: Mapping[str, str] = os.environ) -> RankInfo:
                 "(torchrun --nproc-per-node 8 -m fastmae.train ...) or srun: docs/launch.md"
             )
     return _slurm(environ) if is_step else RankInfo()
+
+
+def default_workers(local_ranks: int | None = None) -> int:
+    """Loader processes for each of the training processes on this machine, whose number the launcher gives by default."""
+    cores, info = affinity_cores(), read_launcher()
+    ranks = max(1, info.local_size if local_ranks is None else local_ranks)
+    is_bound = local_ranks is None and info.launcher == "slurm" and cores < int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
+    share = cores if is_bound else cores // ranks  # srun has bound the task to its own share already
+    if (quota := cpu_quota()) is not None:  # which all processes of a container share
+        share = min(share, math.ceil(quota) // ranks)
+    return max(1, share - 1)
 
 
 def node_names(text: str) -> list[str]:

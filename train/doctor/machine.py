@@ -17,7 +17,7 @@ from fastmae.kernels import dispatch, gather_patches
 from fastmae.model.attention.dot_product import attention_shapes, resolve
 from fastmae.model.attention.probe import notes, probe, why_not
 from fastmae.model.config import BACKENDS, preset
-from fastmae.train.config.run import default_workers
+from fastmae.train.distributed.launcher import default_workers
 
 SHARED = 8 << 30  # bytes of /dev/shm that a node's streams and collectives can fill
 FILES = 4096  # open files that let a reader keep a thousand shards open

@@ -14,9 +14,10 @@ from fastmae.files import make_folder
 from fastmae.lock import RunLock
 from fastmae.train.checkpoint.disk_space import bytes_of_checkpoint, check_room
 from fastmae.train.config.recipes import Recipe
-from fastmae.train.config.run import Run, default_workers
+from fastmae.train.config.run import Run
 from fastmae.train.console import outlived
 from fastmae.train.distributed.background import Background
+from fastmae.train.distributed.launcher import default_workers, read_launcher
 from fastmae.train.distributed.shared_folder import check_shared
 from fastmae.train.distributed.signals import StopSignals
 from fastmae.train.distributed.watch import Watch
@@ -40,8 +41,9 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     with outlived(), StopSignals() as signals:
         world = _join(recipe, run, signals)
         _keep_to_quota(world)
-        if run.workers is None:  # this machine's processes were counted
-            run = replace(run, workers=default_workers(world.local_size))
+        if run.workers is None:
+            counted = world.local_size if read_launcher().local_size is None else None
+            run = replace(run, workers=default_workers(counted))
         use_local_folders(world.device)
         lock = RunLock(run.out)
         try:

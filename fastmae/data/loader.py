@@ -3,67 +3,57 @@
 Bad samples are counted and named; more of them than the budget, and anything wrong with a shard, ends the run.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import xxhash
 
 from fastmae.data.batch import Batch, LoaderConfig
 from fastmae.data.indexed_batches import LOST_BEFORE_BUDGET, IndexedBatches
+from fastmae.data.source import Source
 from fastmae.data.streamed_batches import streamed_batches
 from fastmae.data.to_device import device_batches
 from fastmae.errors import DataError, InputError
-from fastmae.shards.index import JSON_NAME, Index
-from fastmae.shards.urls import find_shards
 
 
 class Loader:
-    """An endless iterator of ``Batch`` for one rank, over indexed shards or a stream.
+    """An endless iterator of ``Batch`` for one rank, over indexed shards or a stream."""
 
-    ``samples`` is the number of samples per epoch, None for a stream; ``fingerprint`` names the data.
-    """
-
-    def __init__(self, data: str | Path, config: LoaderConfig, *, batch_size: int, rank: int = 0, world_size: int = 1,
+    def __init__(self, data: str | Path | Source, config: LoaderConfig, *, batch_size: int, rank: int = 0, world_size: int = 1,
                  device: torch.device | str = "cpu", state: dict | None = None):  # fmt: skip
-        """Open ``data``: a folder with an index, a folder of tars, or a pattern of paths or URLs with {000..999} in it.
+        """``data``: a ``Source``, opened for ``world_size`` ranks, or what one is opened from.
 
-        ``state``: what ``state()`` gave at the place to go on from, on any number of ranks. Raises InputError or DataError
-        naming what is wrong.
+        ``state``: what ``state()`` gave where to continue, on any number of ranks. Raises InputError or DataError naming what
+        is wrong.
         """
-        self.data, self.config, self.device = data, config, torch.device(device)
+        if not isinstance(data, Source):
+            data = Source(data, world_size=world_size, allow_pipe=config.allow_pipe)
+        self.source, self.config, self.device = data, config, torch.device(device)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.start = state["samples"] if state else 0
         self.seen = self.lost = 0
-        self.index = Index.load(data) if (Path(data) / JSON_NAME).is_file() else None
-        if self.index is not None:
-            self.samples, self.fingerprint = len(self.index), self.index.fingerprint
+        self.crop = "cpu"
+        if data.index is not None:
             self.crop = ("device" if self.device.type == "cuda" else "cpu") if config.crop == "auto" else config.crop
         else:
-            self.shards = find_shards(data, world_size, allow_pipe=config.allow_pipe)
-            urls = os.fsencode("\n".join(self.shards))
-            self.kind = f"stream of {len(self.shards)} shards"
-            self.samples, self.fingerprint = None, f"{self.kind} {xxhash.xxh3_64_hexdigest(urls)}"
-            self.crop = "cpu"
             given = {"--crop device": config.crop == "device", "--shuffle-window": config.shuffle_window is not None}
             if flags := [flag for flag, is_given in given.items() if is_given]:
                 raise InputError(
-                    f"{data}: has no index, and a stream is decoded and cropped on the CPU and shuffled in its own way: remove "
-                    f"{' and '.join(flags)}, or make an index with `fastmae shards index`"
+                    f"{data.data}: has no index, and a stream is decoded and cropped on the CPU and shuffled in its own way: "
+                    f"remove {' and '.join(flags)}, or make an index with `fastmae shards index`"
                 )
         if state:
             self._check(state)
 
     def state(self, samples: int) -> dict:
-        """The place after ``samples`` samples of the whole run, over all ranks, as plain JSON."""
+        """The position after ``samples`` samples of the run, over all ranks, as plain JSON."""
         return {
-            "epoch": samples / self.samples if self.samples else None,
+            "epoch": samples / self.source.samples if self.source.samples else None,
             "samples": samples,
             "seed": self.config.seed,
             "views": self.config.views,
             "shuffle_window": self.config.shuffle_window,
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.source.fingerprint,
         }
 
     def describe(self) -> str:
@@ -71,32 +61,32 @@ class Loader:
         config = self.config
         where = f"{config.workers} worker{'s' * (config.workers > 1)}" if config.workers else "this process"
         views = f", {config.views} views of each image" if config.views > 1 else ""
-        if self.index is None:
+        if self.source.index is None:
             return f"{where}, streamed, cropped on the CPU{views}"
         mixed = "all samples mixed" if config.shuffle_window is None else f"mixed within {config.shuffle_window} shards"
-        return f"{where}, {len(self.index.shards)} shards, {mixed}, cropped on the {self.crop}{views}".replace(
+        return f"{where}, {len(self.source.index.shards)} shards, {mixed}, cropped on the {self.crop}{views}".replace(
             "the cpu", "the CPU"
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.index is None:
-            source = streamed_batches(
-                self.shards, self.config, self.batch_size, self.rank, self.world_size, self.start, self.device
+        if self.source.index is None:
+            batches = streamed_batches(
+                self.source.shards, self.config, self.batch_size, self.rank, self.world_size, self.start, self.device
             )
         else:
-            slots = IndexedBatches(self.index, self.config, batch_size=self.batch_size, rank=self.rank,
+            slots = IndexedBatches(self.source.index, self.config, batch_size=self.batch_size, rank=self.rank,
                                    world_size=self.world_size, start=self.start, on_device=self.crop == "device")  # fmt: skip
-            source = _closing(slots, self.device)
+            batches = _closing(slots, self.device)
         try:
-            yield from source if self.index is not None else map(self._counted, source)
+            yield from batches if self.source.index is not None else map(self._counted, batches)
         finally:
-            source.close()
+            batches.close()
 
     def _check(self, state: dict) -> None:
-        """Raise InputError unless ``state`` is a place in this loader's own order."""
-        if state["fingerprint"] not in (None, self.fingerprint):  # None: of a time when places did not name their data
+        """Raise InputError unless ``state`` is a position in this loader's own order."""
+        if state["fingerprint"] not in (None, self.source.fingerprint):  # None: written before positions named their data
             raise InputError(
-                f"{self.data}: other data than this run began with, fingerprint {self.fingerprint} here and "
+                f"{self.source.data}: other data than this run began with, fingerprint {self.source.fingerprint} here and "
                 f"{state['fingerprint']} in the checkpoint; give that data or another --out"
             )
         for name in ("seed", "views", "shuffle_window"):

@@ -1,9 +1,8 @@
 """The data of a run: its loader, opened where the run stands, and its length in steps."""
 
-from dataclasses import replace
-
 from fastmae.data.batch import LoaderConfig
 from fastmae.data.loader import Loader
+from fastmae.data.source import Source
 from fastmae.train.config.recipes import Recipe
 from fastmae.train.config.run import Run
 from fastmae.train.distributed.world import World
@@ -18,20 +17,20 @@ def open_data(recipe: Recipe, run: Run, world: World, source: str, state: dict |
 
     Raises InputError or DataError if the data cannot be read or is not that of ``state``.
     """
+    opened = Source(source, world_size=world.size, allow_pipe=run.allow_pipe)
+    total_steps = recipe.total_steps(opened.samples)
     config = LoaderConfig(
         image_size=recipe.model.img_size,
+        sizes=recipe.sizes(total_steps),
         channels=recipe.model.in_chans,
         augment=recipe.augment,
         views=recipe.views,
         shuffle_window=recipe.shuffle_window,
         seed=recipe.seed,
-        timeout=run.timeout / 2,  # a loader that is stuck says more of it than the run's watch
+        timeout=run.timeout / 2,  # a loader that is stuck knows more of it than the run's watch
         **{name: getattr(run, name) for name in _OF_RUN},
     )
-    data = Loader(
-        source, config, batch_size=run.batch_size, rank=world.rank, world_size=world.size, device=world.device, state=state
+    loader = Loader(
+        opened, config, batch_size=run.batch_size, rank=world.rank, world_size=world.size, device=world.device, state=state
     )
-    total_steps = recipe.total_steps(data.samples)
-    # A progressive run's image sizes are given as shares of its length, which only the opened data can tell.
-    data.config = replace(config, sizes=recipe.sizes(total_steps))
-    return data, total_steps
+    return loader, total_steps

@@ -20,10 +20,10 @@ def overview(recipe: Recipe, run: Run, world: World, data: Loader, *, parameters
              accumulate: int, total_steps: int, warmup_steps: float, done: int) -> list[str]:  # fmt: skip
     """The lines; every number that decides on the result stands in them as arithmetic."""
     config: ModelConfig = recipe.model
-    if data.samples is None:
-        length = f"a {data.kind} without an index: no exact order or resume; `fastmae shards index` makes one"
+    if data.source.samples is None:
+        length = f"a {data.source.kind} without an index: no exact order or resume; `fastmae shards index` makes one"
     else:
-        length = f"{total_steps * recipe.effective_batch / data.samples:.2f} epochs of {data.samples} samples"
+        length = f"{total_steps * recipe.effective_batch / data.source.samples:.2f} epochs of {data.source.samples} samples"
     shared = f", {run.parallel}, gradients shared in {run.reduce}" if world.size > 1 else ""
     return [
         f"model: {parameters / 1e6:.1f} M parameters, images {config.img_size[0]} x {config.img_size[1]}, {config.patches} "

@@ -230,7 +230,7 @@ class Trainer:
     def _look(self, done: int, lr: float, meter: Meter, incidents: Incidents, log: RunLog) -> None:
         """Read what the last steps have given, which waits for the device, and tell it."""
         values, steps = meter.read()
-        epoch = done * self.recipe.effective_batch / self.data.samples if self.data.samples else 0.0
+        epoch = done * self.recipe.effective_batch / self.data.source.samples if self.data.source.samples else 0.0
         log.measurements(done, epoch=epoch, lr=lr, **values)
         incidents.tell(done, steps)
 

@@ -20,4 +20,4 @@ def wait_until(condition, seconds=10.0):
 
 def workers_of(source):
     """Pids of the workers behind a running iterator of a Loader."""
-    return source.gi_frame.f_locals["source"].gi_frame.f_locals["source"]._pool.pids
+    return source.gi_frame.f_locals["batches"].gi_frame.f_locals["source"]._pool.pids

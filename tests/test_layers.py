@@ -61,7 +61,7 @@ def test_everything_can_be_imported(module):
     importlib.import_module(module)
 
 
-ROOMS = [  # of each layer, from below: a room imports its own and those before it
+ROOMS = [  # of each layer, from below: a room imports its own and those before it; a file in no room, none
     ("fastmae.model", "fastmae.images", "fastmae.shards", "fastmae.data"),
     ("fastmae.train.config", "fastmae.train.distributed", "fastmae.train.checkpoint", "fastmae.train.step",
      "fastmae.train.pretrain", "fastmae.train.report", "fastmae.train.doctor", "fastmae.train.cli", "fastmae.train.launch"),
@@ -77,7 +77,7 @@ def test_a_room_imports_only_rooms_below_it(rooms):
         f"{module} imports {target}"
         for module, path in modules().items()
         for target in imports(path)
-        if layer_of(module) == layer_of(target) and room_of(module) < room_of(target) and room_of(module) >= 0
+        if layer_of(module) == layer_of(target) and room_of(module) < room_of(target) and path.name[:2] != "__"
     ]
     assert not wrong
 

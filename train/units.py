@@ -1,9 +1,8 @@
 """Values in words for people: settings, times, durations, sizes, counts."""
 
 import json
+import math
 from datetime import UTC, datetime
-
-from fastmae.train.report.history import number
 
 
 def say_value(value: object) -> str:
@@ -48,3 +47,10 @@ def say_bytes(count: object) -> str:
 def say_count(count: int, noun: str) -> str:
     """So many of a thing."""
     return f"{count:,} {noun if count == 1 else f'{noun}s'}"
+
+
+def number(value: object) -> float | None:
+    """``value`` if it is a finite number that means something, so less than 1e100, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e100:
+        return None
+    return value if math.isfinite(value) else None

@@ -7,7 +7,6 @@ does not say, or says as something else than a finite number, is None.
 
 import contextlib
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastmae.errors import DataError, InputError
+from fastmae.train.units import number
 
 LOG = "metrics.jsonl"
 _SILENCE = 900.0  # seconds; quiet for so long, and for five times its longest interval, a run is taken for dead
@@ -142,13 +142,6 @@ def read_history(run: Path) -> History:
     for event in events:
         by_name.setdefault(event["event"], []).append(event)
     return History(attempts=attempts, measurements=measurements, events=by_name, unreadable=len(records) - len(found))
-
-
-def number(value: object) -> float | None:
-    """``value`` if it is a finite number that means something, so less than 1e100, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e100:
-        return None
-    return value if math.isfinite(value) else None
 
 
 def _records(lines: Iterable[str]) -> Iterator[dict | None]:

@@ -17,9 +17,9 @@ from fastmae.errors import InputError
 from fastmae.files import write_atomically
 from fastmae.model.config import PRESETS, ModelConfig
 from fastmae.train.report import curves, tables
-from fastmae.train.report.history import LOG, History, number, read_history
+from fastmae.train.report.history import LOG, History, read_history
 from fastmae.train.report.html import escape_text, make_document, make_section
-from fastmae.train.units import say_count, say_duration, say_time, say_value
+from fastmae.train.units import number, say_count, say_duration, say_time, say_value
 
 _PICTURES = 6
 _PICTURE_SIZE = (720, 1800)  # pixels, width and height at most

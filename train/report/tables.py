@@ -2,9 +2,9 @@
 
 import statistics
 
-from fastmae.train.report.history import History, number
+from fastmae.train.report.history import History
 from fastmae.train.report.html import make_section, make_table
-from fastmae.train.units import say_bytes, say_count, say_duration, say_time, say_value
+from fastmae.train.units import number, say_bytes, say_count, say_duration, say_time, say_value
 
 
 def restarts(history: History) -> str:

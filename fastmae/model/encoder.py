@@ -54,10 +54,9 @@ class Encoder(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Features of all patches, no mask: (B, 1 + L, D), class token first. ``images`` as in ``normalize``, of any size
-        that the patch size divides; raises ValueError on others. Positions of other sizes than the config's: ``add_size``."""
-        self.check_size(images)
-        positions = self.positions("pos_embed", tuple(images.shape[2:]))
-        return self.transform(self.patch_embed(self.normalize(images)) + positions[:, 1:])
+        that the patch size divides. Positions of other sizes than the config's: ``add_size``."""
+        images = self.normalize(images)
+        return self.transform(self.patch_embed(images) + self.positions("pos_embed", tuple(images.shape[2:]))[:, 1:])
 
     def encode_visible(self, images: Tensor, ids_keep: Tensor) -> Tensor:
         """Features of the patches ``ids_keep`` (B, K) int32 alone: (B, 1 + K, D). Other patches are never read.
@@ -81,7 +80,11 @@ class Encoder(nn.Module):
         return self.norm(x)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images (B, C, H, W) as floats less the config's mean over its std; floating-point ones as they are."""
+        """uint8 images (B, C, H, W) as floats less the config's mean over its std; floating-point ones as they are.
+
+        Raises ValueError unless they have the config's channels and a size that the patch size divides.
+        """
+        self.check_size(images)
         if images.is_floating_point():
             return images
         mean, std = self.pixel_statistics(images)
@@ -98,7 +101,8 @@ class Encoder(nn.Module):
 
         A patch has the position of the same place in an image of the config's size: computed where the table is the sin-cos
         one, else, as of weights that trained theirs, interpolated bicubically with the class token's row kept. No parameter
-        is added. ``encode`` and ``training_loss`` do this at an image's first visit; torch.compile needs it before.
+        is added. ``encode`` and ``training_loss`` do this for a size that is new, and the model keeps its tables; torch.compile
+        needs it before. Raises ValueError on a size that is no multiple.
         """
         p = self.config.patch_size
         if min(img_size) < 1 or img_size[0] % p or img_size[1] % p:

@@ -62,14 +62,15 @@ class MAE(DecoderMixin, Encoder):
         ``images`` (B, C, H, W): floating point normalised already, or uint8. ``noise`` (B, L) fixes the mask, smallest
         kept; None draws it anew. Raises ValueError on a ratio that keeps nothing or everything.
         """
-        self.check_size(images, self.config.img_size)
         images = self.normalize(images)
         latent, mask, ids_restore = self.forward_encoder(images, mask_ratio, noise)
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(images, pred, mask), pred, mask
 
     def forward_encoder(self, images: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Embed all patches, then mask: latent (B, 1 + K, D), mask (B, L), ids_restore (B, L)."""
+        """Embed all patches, then mask: latent (B, 1 + K, D), mask (B, L), ids_restore (B, L). Raises ValueError on images of
+        another size than the config's."""
+        self.check_size(images, self.config.img_size)
         x = self.patch_embed(images) + self.pos_embed[:, 1:]
         x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)
         return self.transform(x), mask, ids_restore

@@ -25,7 +25,7 @@ import torch
 import triton
 import xxhash
 
-import fastmae
+import fastmae.model
 from fastmae.cache import cache_folder
 from fastmae.devices import device_name
 from fastmae.errors import InputError
@@ -160,7 +160,7 @@ def _keys(info: object) -> set[tuple[str, str]]:
 
 def _identity(device: torch.device) -> list:
     """What compiled code is valid for. Of our operators torch compares the graphs they stand in, not their own source."""
-    sources = [p for module in (fastmae, dispatch) for p in sorted(Path(module.__file__).parent.rglob("*.py"))]
+    sources = [p for module in (fastmae.model, dispatch) for p in sorted(Path(module.__file__).parent.rglob("*.py"))]
     state = xxhash.xxh3_64()
     for path in sources:
         state.update(path.read_bytes())

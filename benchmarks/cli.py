@@ -226,18 +226,17 @@ def _kernels_or_resources(options: argparse.Namespace) -> int:
 
 
 def _scaling(options: argparse.Namespace) -> int:
-    from fastmae.benchmarks.scaling import model as scaling
-    from fastmae.benchmarks.scaling import page as scaling_page
+    from fastmae.benchmarks.scaling import model, page
     from fastmae.benchmarks.training import step
 
-    models = options.models or list(scaling.MODELS)
+    models = options.models or list(model.MODELS)
     step.check_models(models, None)
     cluster = Cluster(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Cluster)})
-    section = scaling.predict_scaling(models, options.gpus or scaling.GPUS, cluster, RESULTS,
-                                      effective_batch=options.effective_batch, micro_batch=options.micro_batch)  # fmt: skip
+    section = model.predict_scaling(models, options.gpus or model.GPUS, cluster, RESULTS,
+                                    effective_batch=options.effective_batch, micro_batch=options.micro_batch)  # fmt: skip
     if options.docs:
-        scaling_page.write_page(SCALING, section)
-    scaling_page.show(section)
+        page.write_page(SCALING, section)
+    page.show(section)
     return 0
 
 

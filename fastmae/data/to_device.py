@@ -56,9 +56,8 @@ class Stage:
 
     def _cropped(self, batch: SlotBatch, regions: Tensor) -> Tensor:
         crops = self.slots.array(batch.slot, "crops").copy()
-        rows = [self._to_device(torch.from_numpy(crops[name].copy())) for name in ("width", "box", "flip", "offset")]
-        pixels = self._to_device(regions).flatten()
-        return resized_crop(pixels, rows[-1], *rows[:-1], batch.size, self.channels)
+        offset, width, box, flip = (self._to_device(torch.from_numpy(crops[name].copy())) for name in crops.dtype.names)
+        return resized_crop(self._to_device(regions).flatten(), offset, width, box, flip, batch.size, self.channels)
 
     def _borrow(self, batch: SlotBatch, name: str) -> Tensor:
         """The array ``name`` of the batch's slot; the slot is free again when neither it nor a view of it is left."""

@@ -18,22 +18,8 @@ from fastmae.model.weights import read_weights, save_model
 from fastmae.train.cli.main import COMMANDS, main
 from tests.support.pictures import make_picture
 
-TINY = [
-    "--img-size",
-    "32",
-    "--patch-size",
-    "8",
-    "--batch-size",
-    "4",
-    "--steps",
-    "1",
-    "--warmup-epochs",
-    "0",
-    "--workers",
-    "0",
-    "--device",
-    "cpu",
-]
+TINY = ["--img-size", "32", "--patch-size", "8", "--batch-size", "4", "--steps", "1", "--warmup-epochs", "0", "--workers", "0",
+        "--device", "cpu"]  # fmt: skip
 CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=192, depth=1, num_heads=3, norm_pix_loss=True,
                      decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
 

@@ -33,7 +33,7 @@ def test_ids_epochs_and_labels_are_copied_before_the_images(shard_folder, copies
     labels = loader.source.index.table["label"][batch.sample_ids.numpy()]
     assert torch.equal(batch.labels, torch.from_numpy(labels.astype("int64")))
     *small, large = copies
-    assert small == [8 * BATCH] * 3 + ([4 * BATCH, 16 * BATCH, BATCH, 8 * BATCH] if crop == "device" else [])
+    assert small == [8 * BATCH] * 3 + ([8 * BATCH, 4 * BATCH, 16 * BATCH, BATCH] if crop == "device" else [])
     assert large > sum(small)
 
 

@@ -34,7 +34,7 @@ def test_two_hundred_steps_on_photographs_lower_the_loss(depth, decoder, folder,
     monkeypatch.setitem(PRESETS, "tiny", {**PRESETS["tiny"], "depth": depth})
     assert main(["shards", "build", str(folder), str(tmp_path / "shards"), "--resize", "256"]) == 0
     run = ["pretrain", "tiny", "--data", str(tmp_path / "shards"), "--out", str(tmp_path / "run"), "--img-size", "64",
-           "--patch-size", "8", "--batch-size", "16", "--steps", "200", "--blr", "2e-2", "--norm-pix-loss", "False",
+           "--patch-size", "8", "--batch-size", "16", "--steps", "200", "--blr", "2e-2", "--no-norm-pix-loss",
            "--device", "cpu", "--log-every", "10", "--workers", "1", *decoder]  # fmt: skip
     assert main(run) == 0
     found = losses(tmp_path / "run")

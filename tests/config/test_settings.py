@@ -7,17 +7,20 @@ from pathlib import Path
 import pytest
 
 from fastmae import InputError, ModelConfig
+from fastmae.model.config import PRESETS, preset
 from fastmae.train.cli.main import main
+from fastmae.train.config.recipes import RECIPES, Recipe
 from fastmae.train.config.run import Run
+from fastmae.train.config.settings import PretrainSettings, switches
 from tests.support.runs import RECIPE
 
 CODE = ["!!python/object/apply:os.system ['touch {mark}']", "__import__('os').system('touch {mark}')", "$(touch {mark})",
         "`touch {mark}`", "; touch {mark}", "{{__import__('os').system('touch {mark}')}}", "eval:open('{mark}','w')",
         "${{oc.env:HOME}}", "@{mark}"]  # fmt: skip
 FLAGS = ["--batch-size", "--img-size", "--mask-ratio", "--norm-pix-loss", "--crop-scale", "--workers", "--seed", "--save-every",
-         "--keep-every", "--async-save"]  # fmt: skip
-WORDS = ["--recipe", "--attention", "--residual", "--progressive", "--device", "--precision", "--parallel", "--reduce",
-         "--compile", "--crop", "--resume", "--data"]  # fmt: skip
+         "--keep-every", "--async-save", "--recipe", "--attention", "--residual", "--device", "--precision", "--parallel",
+         "--reduce", "--compile", "--crop"]  # fmt: skip
+WORDS = ["--progressive", "--resume", "--data"]
 
 
 @pytest.mark.parametrize("code", CODE)
@@ -75,3 +78,15 @@ def test_a_run_that_would_never_leave_a_rate_of_0_is_refused():
     with pytest.raises(InputError, match=r"1 step under a warm-up trains at learning rate 0 .*--warmup-epochs 0"):
         one_step.total_steps(8)
     assert replace(one_step, warmup_epochs=0).total_steps(8) == 1
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *RECIPES])
+def test_settings_that_are_not_given_are_the_recipes(name):
+    given = {"recipe": name} if name in RECIPES else {"preset": name}
+    wanted = RECIPES[name]() if name in RECIPES else Recipe(model=preset(name, norm_pix_loss=True), effective_batch=128)
+    assert PretrainSettings(data="d", out=Path("o"), **given).resolve(world_size=2) == wanted
+
+
+def test_switches_take_the_values_that_they_were_once_given():
+    old = ["tiny", "--flip", "False", "--norm-pix-loss", "True", "--checkpointing", "--out", "True", "--no-flip"]
+    assert switches(old) == ["tiny", "--no-flip", "--norm-pix-loss", "--checkpointing", "--out", "True", "--no-flip"]

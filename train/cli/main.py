@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -18,11 +19,15 @@ from fastmae.errors import CheckpointError, DivergedError, InputError, LostProce
 from fastmae.files import open_home
 from fastmae.train import console
 from fastmae.train.cli.interrupt import end, interrupts
-from fastmae.train.cli.shards import build, index, info, verify
-from fastmae.train.config.settings import DoctorSettings, PretrainSettings
+from fastmae.train.cli.shards import Images, build, index, info, verify
+from fastmae.train.config.run import optional
+from fastmae.train.config.settings import DoctorSettings, PretrainSettings, switches
 from fastmae.train.distributed.launcher import read_launcher
 
-Positional = tyro.conf.Positional
+Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+In = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
+Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 
 
 def pretrain(settings: tyro.conf.OmitArgPrefixes[PretrainSettings]) -> None:
@@ -34,13 +39,13 @@ def pretrain(settings: tyro.conf.OmitArgPrefixes[PretrainSettings]) -> None:
 
 
 def reconstruct(
-    checkpoint: Positional[Path],
-    images: Positional[Path],
+    checkpoint: Checkpoint,
+    images: Images,
     out: Path = Path("strip.png"),
     mask_ratio: float = 0.75,
     count: int = 8,
     seed: int = 0,
-    norm_pix_loss: bool | None = None,
+    norm_pix_loss: optional(bool, "{True,False}", "what the file says") = None,
 ) -> None:
     """Draw what a checkpoint reconstructs: original, masked, reconstruction, and that with the visible patches.
 
@@ -60,25 +65,25 @@ def reconstruct(
     )
 
 
-def report(run: Positional[Path], out: Path | None = None) -> None:
+def report(run: Run, out: optional(Path, "PATH", "RUN/report.html") = None) -> None:
     """Write one self-contained HTML page about a run: curves, reconstructions, restarts, faults, settings.
 
     Args:
         run: A run's folder.
-        out: Page to write; RUN/report.html by default.
+        out: Page to write.
     """
     from fastmae.train.report.report import write_report
 
     print(write_report(run, out))
 
 
-def convert(src: Positional[Path], dst: Positional[Path], encoder_only: bool = False) -> None:
+def convert(src: In, dst: Out, encoder_only: bool = False) -> None:
     """Convert weights between .safetensors and the reference's .pth; names stay the same.
 
     Args:
         src: File to read.
         dst: File to write, .safetensors or .pth.
-        encoder_only: Leave the decoder out: a ViT under timm's names.
+        encoder_only: Write no decoder: a ViT under timm's names.
     """
     from fastmae.model.weights import read_weights, save_weights
 
@@ -173,6 +178,8 @@ def _run(arguments: list[str]) -> int:
             if arguments[:1] == ["shards"]:
                 _run_shards(arguments[1:])
             else:
+                if arguments[:1] in (["pretrain"], ["doctor"]):
+                    arguments = switches(arguments)
                 return _run_one(COMMANDS, "fastmae", "Masked-autoencoder pretraining.", arguments)
     except (InputError, DivergedError, LostProcessError, CheckpointError, RequeueError) as error:
         console.report(str(error))

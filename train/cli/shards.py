@@ -4,37 +4,40 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from tqdm import tqdm
 
 from fastmae.cores import usable_cores
 from fastmae.errors import DataError, InputError
+from fastmae.train.config.run import optional
 
-Positional = tyro.conf.Positional
+Images = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
+Shards = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
 
 
 def build(
-    src: Positional[Path],
-    out: Positional[Path],
+    images: Images,
+    shards: Shards,
     resize: str = "256",
     quality: int = 90,
     samples_per_shard: int = 1000,
     exif_rotate: bool = True,
     seed: int = 0,
-    workers: int | None = None,
+    workers: optional(int, "INT", "one per core") = None,
 ) -> None:
-    """Turn a folder of images into webdataset shards and an index. A build that was killed goes on where it was.
+    """Turn a folder of images into webdataset shards and an index. A build that was killed continues where it was.
 
     Args:
-        src: Folder of images; its top-level subfolders, if any, are the classes.
-        out: Folder to write: empty, new, or of the same build, unfinished.
+        images: Folder of images; its top-level subfolders, if any, are the classes.
+        shards: Folder to write: empty, new, or of the same build, unfinished.
         resize: Shorter side in pixels (256, 320, 384, ...), or none to keep the size; images are never enlarged.
-        quality: JPEG quality of images that are encoded anew.
+        quality: JPEG quality of images that are encoded again.
         samples_per_shard: Images in a shard.
         exif_rotate: Turn images as their EXIF orientation says.
         seed: Of the global shuffle.
-        workers: Processes that decode and encode, by default one per core; the result does not depend on it.
+        workers: Processes that decode and encode; the result does not depend on it.
     """
     from fastmae.images.recode import Recode
     from fastmae.shards.build import write_shards
@@ -49,24 +52,26 @@ def build(
     try:
         with _bar("image") as progress:
             found, bad = write_shards(
-                src, out, settings, samples_per_shard=samples_per_shard, seed=seed, workers=processes, progress=progress
+                images, shards, settings, samples_per_shard=samples_per_shard, seed=seed, workers=processes, progress=progress
             )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{out}: interrupted; the same command goes on from the shards that are finished") from None
+        raise KeyboardInterrupt(
+            f"{shards}: interrupted; the same command continues from the shards that are finished"
+        ) from None
     for line in bad:
         print(f"left out: {line}", file=sys.stderr)
     size = sum(s.bytes for s in found.shards)
-    print(f"{out}: {len(found)} images in {len(found.shards)} shards, {size / 2**20:.1f} MiB, {len(found.classes)} classes, "
+    print(f"{shards}: {len(found)} images in {len(found.shards)} shards, {size / 2**20:.1f} MiB, {len(found.classes)} classes, "
           f"{len(bad)} bad images left out")  # fmt: skip
 
 
-def verify(folder: Positional[Path], decode: bool = False, workers: int | None = None) -> None:
+def verify(folder: Shards, decode: bool = False, workers: optional(int, "INT", "one per core") = None) -> None:
     """Read every byte of a folder of shards and name what is damaged. Exit code 0: all is as it was when it was indexed.
 
     Args:
         folder: Folder with index.json.
         decode: Decode every image too.
-        workers: Processes, by default one per core.
+        workers: Processes.
     """
     from fastmae.shards.index import JSON_NAME
     from fastmae.shards.verify import verify_shards
@@ -83,8 +88,8 @@ def verify(folder: Positional[Path], decode: bool = False, workers: int | None =
     print(f"{folder}: every byte is as it was indexed")
 
 
-def info(folder: Positional[Path]) -> None:
-    """Say what a folder of shards holds.
+def info(folder: Shards) -> None:
+    """Print what a folder of shards holds.
 
     Args:
         folder: Folder with index.json.
@@ -94,14 +99,19 @@ def info(folder: Positional[Path]) -> None:
     print("\n".join(describe(folder)))
 
 
-def index(folder: Positional[Path], out: Path | None = None, classes: Path | None = None, workers: int | None = None) -> None:
+def index(
+    folder: Shards,
+    out: optional(Path, "PATH", "SHARDS") = None,
+    classes: optional(Path, "PATH", "no names") = None,
+    workers: optional(int, "INT", "one per core") = None,
+) -> None:
     """Index webdataset tars that others wrote, so that they are read in exact order and resumed exactly.
 
     Args:
         folder: Folder of uncompressed tars, which are not changed.
-        out: Folder for the index, by default the tars' own.
+        out: Folder for the index.
         classes: Text file with a class name per line, in the order of the numbers in .cls members.
-        workers: Processes, by default one per core.
+        workers: Processes.
     """
     from fastmae.shards.index_tars import index_shards
 

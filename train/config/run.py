@@ -2,14 +2,23 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import tyro
 
 from fastmae.errors import InputError
 from fastmae.files import open_home
 
-COMPILE = ("auto", "off", "blocks", "model")
-PARALLEL = ("ddp", "fsdp", "hsdp")
-REDUCE = ("fp32", "bf16")
-PRECISION = ("auto", "bf16", "fp16", "fp32")
+Compile = Literal["auto", "off", "blocks", "model"]
+Parallel = Literal["ddp", "fsdp", "hsdp"]
+Reduce = Literal["fp32", "bf16"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+COMPILE, PARALLEL, REDUCE, PRECISION = map(get_args, (Compile, Parallel, Reduce, Precision))
+
+
+def optional(kind: type, metavar: str, default: str) -> type:
+    """``kind`` or None, where ``--help`` shows ``default``: what None stands for."""
+    return Annotated[kind | None, tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,37 +28,36 @@ class Run:
 
     data: str
     """A folder of shards, or paths or URLs of tars with {000..999} in them."""
-    stage: Path | None = None
+    stage: optional(Path, "PATH", "read where it is") = None
     """Folder on each machine's own disk that indexed shards are copied to before they are read: once per machine, hashes
     checked; complete copies are used again."""
     out: Path
-    """Folder of checkpoints and logs; a run that is there already is continued."""
+    """Folder of checkpoints and logs; a run that is there already is resumed."""
     batch_size: int = 64
     """Images per process and micro-batch."""
-    workers: int | None = None
-    """Loader processes per training process; 0 loads in the training process. By default the cores that this machine or
-    container may use, shared among its training processes, less one for each of these."""
+    workers: optional(int, "INT", "the cores that node or container may use / its training processes - 1") = None
+    """Loader processes per training process; 0 loads in the training process."""
     prefetch: int = 4
     """Batches prepared ahead of the step."""
-    crop: str = "auto"
-    """Where random crops are resized: cpu, device, or auto: the device if it is a GPU. They differ by rounding."""
+    crop: Literal["auto", "cpu", "device"] = "auto"
+    """Where random crops are resized; auto: on the device if it is a GPU. The two differ by rounding."""
     bad_budget: float = 0.001
     """Share of the data set's samples (streams: of those seen) that may be bad, and replaced, before the run stops; 16 always
     may."""
     allow_pipe: bool = False
     """Let ``pipe:`` URLs run their shell commands."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    precision: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    precision: Precision = "auto"
     """bf16 or fp16 (autocast, fp32 weights and residual stream; fp16 with a dynamic loss scale), fp32, or auto: bf16 on GPUs,
     fp32 on the CPU."""
-    parallel: str = "ddp"
-    """How processes share the model: ddp (each holds all of it), fsdp (cut over all of them), or hsdp (cut within a machine,
-    replicated over machines)."""
-    reduce: str = "fp32"
-    """The dtype in which gradients travel between processes: fp32, or bf16, half the bytes."""
-    compile: str = "auto"
-    """torch.compile of the whole model, of single blocks (compiled in seconds), off, or auto: off on the CPU, model on one GPU,
+    parallel: Parallel = "ddp"
+    """How processes share the model: ddp (each holds the full model), fsdp (sharded over all of them), or hsdp (sharded within
+    a node, replicated over nodes)."""
+    reduce: Reduce = "fp32"
+    """The dtype in which gradients are reduced between processes; bf16 is half the bytes."""
+    compile: Compile = "auto"
+    """torch.compile of the full model, of single blocks (compiled in seconds), off, or auto: off on the CPU, model on one GPU,
     blocks on several."""
     cuda_graphs: bool = False
     """Record the whole step once and replay it: no launches, for small batches on one GPU."""
@@ -62,27 +70,27 @@ class Run:
     """Steps between two checkpoints; the last step always makes one."""
     keep: int = 3
     """Newest checkpoints to keep."""
-    keep_every: int | None = None
+    keep_every: optional(int, "INT", "none of them") = None
     """Checkpoints of every so many steps are kept for good."""
     async_save: bool = True
-    """Write checkpoints while training goes on."""
+    """Write checkpoints while training continues."""
     draw_every: int | None = 5000
-    """Steps between two drawings of what the model reconstructs; the last step draws too."""
+    """Steps between two pictures of what the model reconstructs; the last step draws too. None: no pictures."""
     requeue_exit: bool = False
-    """After a signal exit with code 85, by which a cluster's script knows that the run wants to go on."""
+    """After a signal exit with code 85, by which a cluster's script knows that the run is to be resumed."""
     first_timeout: float = 1800.0
     """Seconds that the start, the first step and a save may take."""
     timeout: float = 300.0
     """Seconds that any later step may take before stacks are written and the run ends."""
     max_skips: int = 20
-    """Updates left out on end, for gradients that are not finite or loss spikes, before the run is called diverged."""
+    """Consecutive updates skipped, for gradients that are not finite or loss spikes, before the run is called diverged."""
     spike_z: float = 8.0
     """Robust z-score from which on a loss is called a spike, and logged."""
     skip_spikes: bool = False
-    """Leave out the updates of loss spikes; decided on the device, in each step."""
-    check_replicas: int | None = None
+    """Skip the updates of loss spikes; decided on the device, in each step."""
+    check_replicas: optional(int, "INT", "never") = None
     """Steps between two comparisons of the weights of all processes, bit for bit."""
-    wandb: str | None = None
+    wandb: optional(str, "STR", "no log there") = None
     """A Weights & Biases project to log to as well."""
 
     def __post_init__(self):

@@ -1,17 +1,36 @@
 """From the command line's flags to a recipe: a preset or a named recipe, with single settings overridden."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
+from fastmae.data.augment import Augment
 from fastmae.errors import InputError
+from fastmae.model.config import BACKENDS, PRESETS, ModelConfig
 from fastmae.model.config import preset as preset_config
 from fastmae.train.config.recipes import RECIPES, Recipe
-from fastmae.train.config.run import Run
+from fastmae.train.config.run import Run, optional
 
-PresetName = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PRESET]")]
+_PRESET = Annotated[
+    Literal[*PRESETS] | None,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="[PRESET]", help_behavior_hint="(required without --recipe)"),
+]
+_RECIPES = {name: Recipe(model=preset_config(name, norm_pix_loss=True)) for name in PRESETS}
+_RECIPES |= {name: make() for name, make in RECIPES.items()}
+
+
+def _of_recipe(kind: type, metavar: str, get: Callable[[Recipe], object]) -> type:
+    """A setting whose default, which ``get`` finds, depends on the preset or recipe: "16 (huge, reference-h, paper-h: 14)"."""
+    names: dict[object, list[str]] = {}
+    for name, recipe in _RECIPES.items():
+        names.setdefault(get(recipe), []).append(name)
+    usual = max(names, key=lambda value: len(names[value]))
+    others = "; ".join(f"{', '.join(of)}: {value}" for value, of in names.items() if value != usual)
+    return optional(kind, metavar, f"{usual} ({others})" if others else f"{usual}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,59 +38,58 @@ class PretrainSettings(Run):
     """Pretrain a masked autoencoder on shards. Give a preset, a recipe, or both if they agree; a setting given by itself
     overrides theirs."""
 
-    preset: PresetName = None
+    preset: _PRESET = None
     """Model size: tiny, small, base, large or huge."""
-    recipe: str | None = None
-    """reference-b, -l, -h or paper-b, -l, -h: the published settings, effective batch included. Without one: the
-    reference's settings at the batch size given."""
-    img_size: tuple[int, ...] | None = None
+    recipe: optional(Literal[*RECIPES], f"{{{','.join(RECIPES)}}}", "none") = None
+    """The published settings, effective batch included. Without one: the reference's settings at the batch size given."""
+    img_size: tuple[int, ...] = (ModelConfig.img_size,)
     """Pixels: one number, or height and width."""
-    patch_size: int | None = None
+    patch_size: _of_recipe(int, "INT", lambda recipe: recipe.model.patch_size) = None
     """Side of a patch, pixels."""
-    in_chans: int | None = None
+    in_chans: int = ModelConfig.in_chans
     """Image channels, 3 or 1."""
-    decoder_embed_dim: int | None = None
+    decoder_embed_dim: _of_recipe(int, "INT", lambda recipe: recipe.model.decoder_embed_dim) = None
     """Decoder width."""
-    decoder_depth: int | None = None
+    decoder_depth: _of_recipe(int, "INT", lambda recipe: recipe.model.decoder_depth) = None
     """Decoder blocks."""
-    decoder_num_heads: int | None = None
+    decoder_num_heads: _of_recipe(int, "INT", lambda recipe: recipe.model.decoder_num_heads) = None
     """Decoder attention heads."""
-    norm_pix_loss: bool | None = None
-    """Predict normalised pixels (the recipes' default) or plain ones."""
-    attention: str | None = None
-    """Attention backend: auto, xformers, sdpa, flash, cudnn, efficient or math."""
-    residual: str | None = None
+    norm_pix_loss: bool = True
+    """Predict normalised pixels, or plain ones."""
+    attention: Literal["auto", *BACKENDS] = ModelConfig.attention
+    """Attention backend."""
+    residual: Literal["fp32", "bf16"] = ModelConfig.residual
     """Residual stream under bf16 autocast: fp32, the reference's, or bf16, which is faster and rounds more."""
-    checkpointing: bool | None = None
+    checkpointing: bool = ModelConfig.checkpointing
     """Compute each block again in the backward pass instead of keeping its activations: less memory, slower."""
-    mask_ratio: float | None = None
+    mask_ratio: float = Recipe.mask_ratio
     """Share of patches removed, between 0 and 1."""
-    epochs: float | None = None
+    epochs: _of_recipe(float, "FLOAT", lambda recipe: recipe.epochs) = None
     """Visits to each sample: passes over the data, times the views."""
-    steps: int | None = None
+    steps: optional(int, "INT", "those of the epochs") = None
     """Optimizer steps, instead of epochs."""
-    warmup_epochs: float | None = None
-    """Epochs of linear warm-up; by default the recipe's share of the epochs, and no more than its own."""
-    effective_batch: int | None = None
+    warmup_epochs: optional(float, "FLOAT", f"{Recipe.warmup_epochs}, or the recipe's share of fewer --epochs") = None
+    """Epochs of linear warm-up from 0."""
+    effective_batch: optional(int, "INT", f"{Recipe.effective_batch} of a recipe; else batch size x processes") = None
     """Images per optimizer step over all processes; what exceeds them is accumulated."""
-    blr: float | None = None
+    blr: float = Recipe.blr
     """Base learning rate, per 256 images of effective batch."""
-    min_lr: float | None = None
-    """Final learning rate."""
-    weight_decay: float | None = None
+    min_lr: float = Recipe.min_lr
+    """Final learning rate, at most the peak."""
+    weight_decay: float = Recipe.weight_decay
     """AdamW's weight decay."""
-    crop_scale: tuple[float, float] | None = None
+    crop_scale: tuple[float, float] = Augment.scale
     """Least and greatest share of the image that a crop covers."""
-    flip: bool | None = None
+    flip: bool = Augment.flip
     """Mirror half of the images."""
-    views: int | None = None
+    views: int = Recipe.views
     """Crops of each decoded image, each with its mask: less decoding, less variety; a pass counts as so many epochs."""
-    shuffle_window: int | None = None
-    """Shards mixed at a time, for disks that must read in sequence; by default all samples are mixed."""
-    progressive: tuple[str, ...] | None = None
+    shuffle_window: optional(int, "INT", "all") = None
+    """Shards mixed at a time, for disks that must read in sequence."""
+    progressive: optional(tuple[str, ...], "SHARE:PIXELS", "one size") = None
     """Progressive resolution, SHARE:PIXELS or SHARE:HEIGHTxWIDTH, as in 0:160 0.5:192 0.8:224: from which share of the run on
     images have which size."""
-    seed: int | None = None
+    seed: int = Recipe.seed
     """Of weights, order, crops and masks."""
 
     def __post_init__(self):
@@ -85,30 +103,26 @@ class PretrainSettings(Run):
         """The recipe of a run over ``world_size`` processes. Raises InputError on settings that do not fit together."""
         base = self._base(world_size)
         model = {name: getattr(self, name) for name in _MODEL if getattr(self, name) is not None}
-        if self.img_size is not None:
-            if len(self.img_size) not in (1, 2):
-                raise InputError(f"img-size takes one number or height and width, got {self.img_size}")
-            model["img_size"] = self.img_size if len(self.img_size) == 2 else self.img_size * 2
-        if "in_chans" in model:  # the statistics of three channels do not fit another number
-            model |= {"pixel_mean": None, "pixel_std": None}
+        if len(self.img_size) not in (1, 2):
+            raise InputError(f"img-size takes one number or height and width, got {self.img_size}")
+        model["img_size"] = self.img_size if len(self.img_size) == 2 else self.img_size * 2
+        model |= {"pixel_mean": None, "pixel_std": None}  # those of the channels asked for
         training = {name: getattr(self, name) for name in _TRAINING if getattr(self, name) is not None}
-        augment = {name: value for name, value in (("scale", self.crop_scale), ("flip", self.flip)) if value is not None}
         if self.progressive is not None:
             training["progressive"] = tuple(_stage(text) for text in self.progressive)
         if self.epochs is not None and self.warmup_epochs is None:
             training["warmup_epochs"] = min(base.warmup_epochs, self.epochs * base.warmup_epochs / base.epochs)
-        return replace(base, model=replace(base.model, **model), augment=replace(base.augment, **augment), **training)
+        augment = replace(base.augment, scale=self.crop_scale, flip=self.flip)
+        return replace(base, model=replace(base.model, **model), augment=augment, **training)
 
     def _base(self, world_size: int) -> Recipe:
         if self.preset is None and self.recipe is None:
             raise InputError("give a preset (tiny, small, base, large, huge) or --recipe")
         if self.recipe is None:
             return Recipe(model=preset_config(self.preset, norm_pix_loss=True), effective_batch=self.batch_size * world_size)
-        if self.recipe not in RECIPES:
-            raise InputError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
         recipe = RECIPES[self.recipe]()
         if self.preset is not None and preset_config(self.preset, norm_pix_loss=True) != recipe.model:
-            raise InputError(f"recipe {self.recipe} is not for preset {self.preset}; leave the preset out")
+            raise InputError(f"recipe {self.recipe} is not for preset {self.preset}; remove one of the two")
         return recipe
 
 
@@ -119,9 +133,9 @@ class DoctorSettings(PretrainSettings):
 
     distributed: bool = False
     """All processes of a launcher look together; so they do without it where a launcher has started several."""
-    data: str | None = None
+    data: optional(str, "STR", "not checked") = None
     """As for pretrain: whether every process reads the same."""
-    out: Path | None = None
+    out: optional(Path, "PATH", "not checked") = None
     """As for pretrain: whether it is the same folder for every process, and has room."""
 
     def run(self) -> Run:
@@ -133,6 +147,17 @@ class DoctorSettings(PretrainSettings):
     def is_of_run(self) -> bool:
         """Whether a run's model, data or output is to be looked at."""
         return any(value is not None for value in (self.preset, self.recipe, self.data, self.out))
+
+
+def switches(arguments: list[str]) -> list[str]:
+    """``arguments`` of a run with ``--flip True`` and ``--flip False``, as of old, as ``--flip`` and ``--no-flip``."""
+    found: list[str] = []
+    for argument in arguments:
+        if found and found[-1] in ("--norm-pix-loss", "--checkpointing", "--flip") and argument in ("True", "False"):
+            found[-1] = found[-1] if argument == "True" else f"--no-{found[-1][2:]}"
+        else:
+            found.append(argument)
+    return found
 
 
 def _stage(text: str) -> tuple[float, tuple[int, int]]:

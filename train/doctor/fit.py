@@ -32,7 +32,7 @@ def check_fit(report: Report, world: World, run: Run, recipe: Recipe, device: to
     advice = [f"--batch-size {batch} --effective-batch {recipe.effective_batch}"] if batch else []
     if not recipe.model.checkpointing:
         other, _ = _largest(world, run, recipe, replace(recipe.model, checkpointing=True), device)
-        advice += [f"--checkpointing True (the largest is {other} with it)"] if other > largest else []
+        advice += [f"--checkpointing (the largest is {other} with it)"] if other > largest else []
     if run.parallel != "ddp" and world.size > 1:
         report.warning(f"{asked}: may not fit; the largest that does unsharded is {largest}{how}; if it fails, give "
                        f"{' or '.join([*advice, 'more processes'])}")  # fmt: skip

@@ -17,7 +17,7 @@ import tyro
 from fastmae.errors import InputError, RequeueError
 from fastmae.optional import require
 from fastmae.train.cli.main import main as fastmae_main
-from fastmae.train.config.settings import PretrainSettings
+from fastmae.train.config.settings import PretrainSettings, switches
 
 _SAVING = 120  # seconds between the signal and the time limit
 _TASKS = ("--kill-on-bad-exit=0", "--wait=300")  # as in slurm.sbatch, which says why
@@ -95,7 +95,7 @@ def submit(submission: Submission, flags: list[str]):
     """Submit the run; return submitit's job. Raises InputError on flags that cannot be right, before they wait in a queue."""
     submitit = require("submitit", "submitting jobs", "'fastmae[submitit]'")
     _check(submission)
-    settings = tyro.cli(tyro.conf.OmitArgPrefixes[PretrainSettings], prog="fastmae pretrain", args=flags)
+    settings = tyro.cli(tyro.conf.OmitArgPrefixes[PretrainSettings], prog="fastmae pretrain", args=switches(flags))
     settings.run()
     settings.resolve(world_size=submission.nodes * submission.tasks)
     executor = submitit.AutoExecutor(

@@ -77,7 +77,7 @@ def _smaller_batch(recipe: Recipe, run: Run, world: World) -> str:
             "accumulated micro-batches"
         )
     if not recipe.model.checkpointing:
-        ways.append("--checkpointing True keeps fewer activations")
+        ways.append("--checkpointing keeps fewer activations")
     if not ways:
         ways.append(_smaller_model(run, world))
     return f"--batch-size {run.batch_size} does not fit; " + ", or ".join(ways)

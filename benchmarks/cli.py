@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastmae.benchmarks.flags import FLAGS, add_scaling_flags
+from fastmae.benchmarks.flags import FLAGS, add_scaling_flags, minutes, positive
 from fastmae.benchmarks.report import align, save, update_readme
 from fastmae.benchmarks.scaling.cluster import Cluster
 from fastmae.errors import InputError
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     description = "Measure fastmae against the reference: a table, and one JSON document as the last line."
     top = argparse.ArgumentParser(prog="fastmae bench", description=description)
-    names = "step | gradients | kernels | attention | waterfall | loader | fed-step | all | scaling | readme"
+    names = "step | gradients | kernels | attention | waterfall | loader | fed-step | all | scaling"
     commands = top.add_subparsers(required=True, metavar=names)
 
     def add(name: str, run: Callable, help: str, *flags: str) -> argparse.ArgumentParser:
@@ -98,7 +98,11 @@ def parser() -> argparse.ArgumentParser:
     add("waterfall", partial(_report, _waterfall), "the step with each optimisation switched off alone",
         "device", "out", "model", "batch", "rounds", "minutes", "image-size", "only", "together")  # fmt: skip
     command = add("loader", partial(_report, _loader), "images per second from shards to batches, against other pipelines",
-                  "device", "out", "data", "originals", "workers", "rounds", "model", "batch", "gpu")  # fmt: skip
+                  "device", "out", "data", "originals", "workers", "model", "batch", "gpu")  # fmt: skip
+    command.add_argument(
+        "--rounds", type=positive, metavar="N", help="turns that each pipeline gets, 5; with --minutes at most N"
+    )
+    command.add_argument("--minutes", type=minutes, metavar="M", help="as many turns as fit into this time, at least 1")
     command.set_defaults(steps=FLAGS["steps"]["default"], image_size=FLAGS["image-size"]["default"])
     add("fed-step", partial(_report, _fed_step), "the training step from shards beside the same step from memory",
         "device", "out", "data", "workers", "model", "batch", "image-size", "steps")  # fmt: skip
@@ -106,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
         *common, "model", "batches", "batch", "rounds", "minutes", "image-size", "reference", "contenders", "compile",
         "profile", "only", "together")  # fmt: skip
     add_scaling_flags(add("scaling", _scaling, "on paper: step time and efficiency on 8 to 512 GPUs", "models"))
-    add("readme", _readme, "write README's table from benchmarks/results")
+    commands.add_parser("readme").set_defaults(run=_readme)  # for those who change the project: not in the list of --help
     return top
 
 
@@ -190,7 +194,9 @@ def _loader(options: argparse.Namespace) -> Iterator[Part]:
     step.check_models([options.model], None)
     from fastmae.benchmarks import loader  # needs the packages that read data, which other benchmarks do without
 
-    yield "loader", loader.measure_loader(options.data, options.originals, options.workers, options.rounds), loader.table
+    rounds = options.rounds or (5 if options.minutes is None else None)
+    section = loader.measure_loader(options.data, options.originals, options.workers, rounds, options.minutes)
+    yield "loader", section, loader.table
     if options.gpu:
         yield from _fed_step(options)
 

@@ -8,9 +8,11 @@ With a GPU, also the training step fed from shards beside the same step fed from
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from fastmae.benchmarks.pipelines import BATCH, Bare, Ours, folder_bytes, open_index, reference_loader, webdataset_loader
 from fastmae.benchmarks.timing import interleave, synchronize
@@ -39,10 +41,12 @@ _ROWS = {
 }
 
 
-def measure_loader(data: Path, originals: Path | None, workers: int, rounds: int) -> dict[str, object]:
+def measure_loader(data: Path, originals: Path | None, workers: int, rounds: int | None,
+                   minutes: float | None = None) -> dict[str, object]:  # fmt: skip
     """The section ``loader`` of a result: a row for each pipeline.
 
     ``data``: a folder of shards; ``originals``: of untouched images, for the reference's pipeline, by default ``data``.
+    ``rounds``: turns of each pipeline, at most as many as fit into ``minutes``; one of the two may be None.
     """
     with tempfile.TemporaryDirectory() as scratch:
         index = open_index(data, Path(scratch, "data"))
@@ -59,7 +63,12 @@ def measure_loader(data: Path, originals: Path | None, workers: int, rounds: int
             "Pillow as the reference, DataLoader": reference_loader(untouched, workers),
             "webdataset + DataLoader": webdataset_loader(index, workers),
         }
-        times = interleave(runs, rounds=rounds, calls=_BATCHES, warm_up=1)
+        total = None if rounds is None else (1 + rounds) * len(runs)  # turns, the one of warming up included
+        with tqdm(total=total, unit="turn", dynamic_ncols=True, delay=0.2) as bar:
+            shown = {name: _shown(run, name, bar) for name, run in runs.items()}
+            times = interleave(
+                shown, rounds=rounds, calls=_BATCHES, warm_up=1, seconds=None if minutes is None else 60 * minutes
+            )
         rows = []
         for name, (baseline, uses_all) in _ROWS.items():
             speed = BATCH / times[name].median
@@ -77,9 +86,22 @@ def measure_loader(data: Path, originals: Path | None, workers: int, rounds: int
             rows.append(row)
         notes = [
             f"{len(index)} images of {folder_bytes(index) / 1e3:.0f} kB on average, batches of {BATCH}, crops of 224 px",
+            f"{len(next(iter(times.values())).seconds)} turns of {_BATCHES} batches for each pipeline",
             f"the reference's pipeline reads {len(untouched)} images of {folder_bytes(untouched) / 1e3:.0f} kB",
         ]
     return {"rows": rows, "workers": workers, "batch": BATCH, "notes": notes}
+
+
+def _shown(run: Callable[[int], float], name: str, bar: tqdm) -> Callable[[int], float]:
+    """``run``, named beside ``bar`` while it is timed."""
+
+    def timed(calls: int) -> float:
+        bar.set_postfix_str(name)
+        seconds = run(calls)
+        bar.update()
+        return seconds
+
+    return timed
 
 
 def measure_fed_step(model: str, data: Path, batch: int, workers: int, device: torch.device, crop: str = "auto",

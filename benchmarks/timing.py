@@ -1,5 +1,6 @@
 """Time and memory of things that do the same work: in one run, in turns, so that a busy machine slows them alike."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -29,19 +30,28 @@ class Times:
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
-def interleave(runs: dict[str, Callable[[int], float]], *, rounds: int, calls: int, warm_up: int) -> dict[str, Times]:
+def interleave(runs: dict[str, Callable[[int], float]], *, rounds: int | None, calls: int, warm_up: int,
+               seconds: float | None = None) -> dict[str, Times]:  # fmt: skip
     """Time ``runs`` in turns: ``rounds`` rounds of ``calls`` calls each, after ``warm_up`` calls.
 
-    Each run is told how many calls to make, and returns the mean seconds of one.
+    Each run is given the number of calls to make, and returns the mean seconds of one. With ``seconds`` no round after the
+    first begins that would end later, warm-up included; ``rounds`` None leaves their number to it alone.
     """
+    if rounds is None and seconds is None:
+        raise ValueError("rounds or seconds must be given, got neither")
+    began = time.perf_counter()
     for run in runs.values():
         run(warm_up)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for number in itertools.count() if rounds is None else range(rounds):
+        round_began = time.perf_counter()
         # Every other round backwards, so that none always runs after the same neighbour.
         for name in list(runs)[:: 1 if number % 2 == 0 else -1]:
-            seconds[name].append(runs[name](calls))
-    return {name: Times(tuple(s)) for name, s in seconds.items()}
+            found[name].append(runs[name](calls))
+        now = time.perf_counter()
+        if seconds is not None and now - began + (now - round_began) > seconds:
+            break
+    return {name: Times(tuple(s)) for name, s in found.items()}
 
 
 def seconds_per_call(run: Callable[[], object], device: torch.device, calls: int) -> float:

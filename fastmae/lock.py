@@ -1,4 +1,4 @@
-"""The lock of a run's folder: two runs that write the same checkpoints would destroy each other's."""
+"""The lock of a folder: two processes that write the same checkpoints or shards would destroy each other's."""
 
 import contextlib
 import errno
@@ -12,51 +12,107 @@ from typing import BinaryIO
 from fastmae.errors import InputError
 
 LOCK = ".lock"
-_PATIENCE = 10.0  # seconds; a run that was killed just now may still be on its way out
+_HELD = (errno.EACCES, errno.EAGAIN)  # by another process
 _LEASE = 120.0  # seconds; NFS gives up the locks of a machine that is gone after about 90
+_LOOK = 0.2  # seconds between two attempts
+
+_ours: dict[Path, int] = {}  # locks of this process, with its id: a forked child inherits the entry but not the lock
 
 
-class RunLock:
+class FolderLock:
     """Held from ``acquire`` to ``release``, or to the end of the process, however it ends.
 
-    A POSIX record lock: the system drops it with its process, children do not inherit it, and NFS knows it.
+    A POSIX record lock: the system drops it with its process, children do not inherit it, and NFS knows it. Within one process
+    it excludes nobody and is lost when any handle of its file is closed, so locks of this process are kept in a table as well.
     """
 
-    def __init__(self, folder: Path):
-        self.path = folder / LOCK
+    def __init__(self, folder: Path, what: str = "run", advice: str = "give another --out"):
+        """``what`` writes into ``folder``, and ``advice``, what else a second one can do, word the error."""
+        self.path, self.what, self.advice = folder / LOCK, what, advice
+        self._key = self.path.resolve()
         self._file: BinaryIO | None = None
 
-    def acquire(self, patience: float = _PATIENCE) -> str | None:
-        """Take the lock, waiting up to ``patience`` seconds; return a warning if the file system has no locks.
+    def acquire(self, patience: float = 10.0) -> str | None:
+        """Take the lock, waiting up to ``patience`` seconds, for a holder that was killed just now may still be on its way out;
+        make the folder if it is not there. Return a warning if the file system has no locks.
 
-        Raises InputError that names the other process if there is one.
+        Raises InputError that names the other process if there is one, OSError if the lock's file cannot be opened.
         """
-        self._file = self.path.open("a+b", buffering=0)
+        if _is_ours(self._key):
+            raise self._refusal(_this_process())
         began = time.monotonic()
         while True:
             try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with contextlib.suppress(FileExistsError):
+                    self.path.parent.mkdir()
+                file = self.path.open("a+b", buffering=0)
+            except FileNotFoundError:
+                if not self.path.parent.parent.is_dir():
+                    raise
+                continue  # a holder has just removed the folder
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    return f"{self.path}: this file system has no locks ({error.strerror}); start no second run in this folder"
-                is_elsewhere = f" on {socket.gethostname()}" not in self._owner()
+                owner = _owner(file)
+                file.close()
+                if error.errno not in _HELD:
+                    return f"{self.path}: this file system has no locks ({error.strerror}); start no second {self.what} here"
+                is_elsewhere = f" on {socket.gethostname()}" not in owner
                 if time.monotonic() - began > (max(patience, _LEASE) if is_elsewhere and patience else patience):
-                    raise InputError(
-                        f"{self.path.parent}: another run writes here, {self._owner()}; wait for its end, or give another --out"
-                    ) from error
-                time.sleep(0.2)
-            else:
-                with contextlib.suppress(OSError):  # a full disk: held all the same, under an old name or none
-                    self._file.truncate(0)
-                    self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-                return None
+                    raise self._refusal(owner) from error
+                time.sleep(_LOOK)
+                continue
+            if self._is_removed(file):  # with its folder, by the holder before: another file counts now
+                file.close()
+                continue
+            self._file = file
+            _ours[self._key] = os.getpid()
+            with contextlib.suppress(OSError):  # a full disk: held all the same, under an old name or none
+                file.truncate(0)
+                file.write(_this_process().encode())
+            return None
 
     def release(self) -> None:
         """Give the lock back."""
         if self._file is not None:
             self._file.close()
             self._file = None
+            _ours.pop(self._key, None)
 
-    def _owner(self) -> str:
-        self._file.seek(0)
-        return self._file.read(200).decode(errors="replace") or "unnamed"
+    def _refusal(self, owner: str) -> InputError:
+        return InputError(f"{self.path.parent}: another {self.what} writes here, {owner}; wait for its end, or {self.advice}")
+
+    def _is_removed(self, file: BinaryIO) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return self.path.stat().st_ino != os.fstat(file.fileno()).st_ino
+        return True
+
+
+def lock_holder(folder: Path) -> str | None:
+    """The process that holds the lock of ``folder``, as "process 7 on HOST"; None if nobody does, or if the file system has no
+    locks or the lock's file cannot be read. Changes nothing; an ``acquire`` at the same moment waits for its next attempt."""
+    path = folder / LOCK
+    if _is_ours(path.resolve()):  # to open and close the file would give the lock back
+        return _this_process()
+    try:
+        with path.open("rb", buffering=0) as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                return _owner(file) if error.errno in _HELD else None
+    except OSError:
+        pass
+    return None
+
+
+def _is_ours(path: Path) -> bool:
+    return _ours.get(path) == os.getpid()
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _owner(file: BinaryIO) -> str:
+    file.seek(0)
+    return file.read(200).decode(errors="replace") or "unnamed"

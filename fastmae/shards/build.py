@@ -93,7 +93,7 @@ def _build(plan: Plan, listing: Listing, chunks: list[list[int]], settings: Reco
             yield image
 
     try:
-        with closing(recode_all(sources, settings, workers, plan.lock)) as images:
+        with closing(recode_all(sources, settings, workers)) as images:
             results = counted()
             for number in missing:
                 parts[number] = _write_shard(plan.out, number, islice(results, len(chunks[number])))

@@ -2,15 +2,12 @@
 
 ``.unfinished`` stands in a folder of shards for as long as it is being built. It holds ``plan.json`` (the settings, and a hash
 of the list of images), ``shard-000000.json`` for each finished shard (rows of the index, length and hash of the tar, bad
-images), and ``lock``. A build that was killed goes on from there, and its result is that of one that was not.
+images), and the folder's lock. A build that was killed goes on from there, and its result is that of one that was not.
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,12 +19,13 @@ import xxhash
 from fastmae.errors import InputError
 from fastmae.files import digest, write_atomically
 from fastmae.images.listing import Listing
+from fastmae.lock import FolderLock
 from fastmae.shards.index import FORMAT, JSON_NAME, ROW, Shard
 
 UNFINISHED = ".unfinished"
-_PLAN, _LOCK, _REMOVED = "plan.json", "lock", f"{UNFINISHED}.removed"
+_PLAN, _REMOVED = "plan.json", f"{UNFINISHED}.removed"
 _STALE = (".shard-*.partial", ".index.*.partial", ".plan.*.partial", ".writable-*")  # what a killed build leaves
-_PATIENCE = 1.0  # seconds until a held lock is believed: a worker of a killed build drops it in its first moment
+_PATIENCE = 1.0  # seconds until a held lock is believed: a build that was killed just now drops it in a moment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +45,6 @@ class Plan:
     """The unfinished build in ``out``, which this process holds."""
 
     out: Path
-    lock: int
-    """File handle that holds the lock; a forked process is to close it."""
 
     @property
     def folder(self) -> Path:
@@ -94,8 +90,8 @@ def hold_plan(out: Path, settings: dict, listing: Listing) -> Iterator[Plan]:
     process is building there.
     """
     _refuse_shards(out)
-    with _locked(out) as lock:
-        plan = Plan(out, lock)
+    with _locked(out):
+        plan = Plan(out)
         try:
             _refuse_shards(out)  # the one that held the lock before may have finished
         except InputError:
@@ -141,45 +137,19 @@ def _refuse_other(out: Path, path: Path, now: dict) -> None:
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[int]:
-    """Hold the lock of ``out``, a file handle. Raises InputError that names its holder."""
-    path = out / UNFINISHED / _LOCK
-    handle = _take_lock(path, time.monotonic() + _PATIENCE)
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the lock of the unfinished build in ``out``. Raises InputError that names its holder."""
+    lock = FolderLock(out / UNFINISHED, "build", "choose another folder")
     try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
-        yield handle
+        warning = lock.acquire(_PATIENCE)
+    except NotADirectoryError as error:
+        raise InputError(f"{out / UNFINISHED}: left by an older fastmae; remove {out} and build again") from error
+    if warning:
+        warnings.warn(warning, stacklevel=4)
+    try:
+        yield
     finally:
-        os.close(handle)
-
-
-def _take_lock(path: Path, until: float) -> int:
-    while True:
-        try:
-            path.parent.mkdir(exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the holder has just removed the folder
-            continue
-        except FileExistsError as error:
-            raise InputError(f"{path.parent}: left by an older fastmae; remove {path.parent.parent} and build anew") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.pread(handle, 20, 0).decode()
-            os.close(handle)
-            if time.monotonic() > until:
-                raise InputError(
-                    f"{path.parent.parent}: process {pid} is building into it; wait for that, or choose another folder"
-                ) from None
-            time.sleep(0.05)
-            continue
-        except OSError as error:
-            warnings.warn(f"{path}: this file system has no locks ({error.strerror}); do not build there twice", stacklevel=2)
-            return handle
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_ino == os.fstat(handle).st_ino:
-                return handle
-        os.close(handle)  # its holder has removed the folder: another lock counts now
+        lock.release()
 
 
 def _write(path: Path, content: dict) -> None:

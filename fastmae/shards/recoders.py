@@ -31,11 +31,10 @@ class RecoderError(RuntimeError):
     """A worker process died; the message says of what."""
 
 
-def recode_all(sources: Iterable[Source], settings: Recode, workers: int, lock: int) -> Iterator[tuple[Source, bytes | str]]:
+def recode_all(sources: Iterable[Source], settings: Recode, workers: int) -> Iterator[tuple[Source, bytes | str]]:
     """Each source with its JPEG bytes, or with the reason why there are none; close it if it is not read to its end.
 
-    ``workers`` processes recode, 0 does it here. ``lock`` is a file handle that they must not keep. Raises RecoderError if one
-    of them dies.
+    ``workers`` processes recode, 0 does it here. Raises RecoderError if one of them dies.
     """
     if workers == 0:
         yield from ((source, _recode_one(source, settings)) for source in sources)
@@ -46,7 +45,7 @@ def recode_all(sources: Iterable[Source], settings: Recode, workers: int, lock: 
     waiting: deque[tuple[list[Source], SimpleQueue]] = deque()
     try:
         with uninterrupted():
-            _start(recoders, workers, settings, lock)
+            _start(recoders, workers, settings)
             for recoder in recoders:
                 thread = threading.Thread(target=_ask, args=(todo, *recoder), daemon=True)
                 thread.start()
@@ -105,14 +104,14 @@ def _take(waiting: deque[tuple[list[Source], SimpleQueue]]) -> Iterator[tuple[So
     yield from zip(task, results, strict=True)
 
 
-def _start(recoders: list[tuple[ForkProcess, Connection]], workers: int, settings: Recode, lock: int) -> None:
+def _start(recoders: list[tuple[ForkProcess, Connection]], workers: int, settings: Recode) -> None:
     """Fork the workers and add them to ``recoders``."""
     for _ in range(workers):
         ours, theirs = Pipe()
         not_theirs = [ours, *(connection for _, connection in recoders)]
         # Forked on every Python: from a fork server, a worker would not be this process's child.
         process = multiprocessing.get_context("fork").Process(
-            target=_serve, args=(theirs, settings, not_theirs, lock, os.getpid()), daemon=True
+            target=_serve, args=(theirs, settings, not_theirs, os.getpid()), daemon=True
         )
         process.start()
         theirs.close()
@@ -128,10 +127,9 @@ def _cause(process: ForkProcess, task: list[Source]) -> str:
     return f"worker process {process.pid} {how} at one of these images, which may have to be left out: {names}"
 
 
-def _serve(connection: Connection, settings: Recode, not_mine: list[Connection], lock: int, parent: int) -> None:
+def _serve(connection: Connection, settings: Recode, not_mine: list[Connection], parent: int) -> None:
     """The life of a worker: until its parent ends it or is gone."""
     gc.freeze()  # else a collection of garbage would copy the parent's list of images into this process
-    os.close(lock)  # else the build's lock would outlive the build
     for other in not_mine:
         other.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -158,6 +158,21 @@ def test_turns_alternate_and_ratios_are_taken_within_a_round():
     assert Times((1.0, 2.0, 4.0)).spread == 1.5
 
 
+def test_a_limit_of_time_ends_the_turns_after_a_complete_round(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def run(calls):
+        clock[0] += calls
+        return 1.0
+
+    runs = {"a": run, "b": run}  # 2 seconds of warm-up, and 20 a round
+    for rounds, seconds, expected in ((None, 62, 3), (None, 61.9, 2), (None, 1, 1), (2, 1000, 2), (5, 62, 3)):
+        clock[0] = 0.0
+        times = interleave(runs, rounds=rounds, calls=10, warm_up=1, seconds=seconds)
+        assert [len(t.seconds) for t in times.values()] == [expected] * 2
+
+
 def test_the_waterfall_measures_each_switch_against_the_whole(monkeypatch):
     monkeypatch.setattr(waterfall, "SWITCHES", [s for s in waterfall.SWITCHES if s.name.startswith("no exact")])
     found = waterfall.measure_waterfall("tiny", 2, CPU, rounds=2, image_size=32)
@@ -234,7 +249,7 @@ def test_the_command_line_hands_over(tmp_path):
     wrong = subprocess.run([*program, "attention", "--models", "giant"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and wrong.stderr.startswith("fastmae bench: model must be one of")
     help = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
-    assert all(name in help for name in ("step", "kernels", "attention", "waterfall", "all"))
+    assert all(name in help for name in ("step", "kernels", "attention", "waterfall", "all")) and "readme" not in help
 
 
 @pytest.mark.gpu

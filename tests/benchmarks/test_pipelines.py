@@ -2,11 +2,13 @@
 
 import io
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from fastmae.benchmarks import loader, pipelines
 from fastmae.benchmarks.cli import main
@@ -24,7 +26,8 @@ def small(monkeypatch):
     monkeypatch.setattr(loader, "_BATCHES", 2)
 
 
-def test_every_pipeline_is_measured_and_told(small, shard_folder, tmp_path, capsys):
+def test_every_pipeline_is_measured_and_shown(small, shard_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loader, "tqdm", partial(tqdm, mininterval=0, miniters=1))  # a busy or idle machine shows the same
     command = [
         "loader",
         "--data",
@@ -39,7 +42,9 @@ def test_every_pipeline_is_measured_and_told(small, shard_folder, tmp_path, caps
         str(tmp_path),
     ]
     assert main(command) == 0
-    section = json.loads(capsys.readouterr().out.splitlines()[-1])["loader"]
+    out, progress = capsys.readouterr()
+    assert "24/24" in progress and "webdataset + DataLoader" in progress  # two rounds of eight pipelines and the warm-up
+    section = json.loads(out.splitlines()[-1])["loader"]
     rows = {row["pipeline"]: row for row in section["rows"]}
     assert list(rows) == list(loader._ROWS) and all(row["images_per_second"] > 0 for row in rows.values())
     for name in ("fastmae, crop on the device", "fastmae, crop on the CPU"):

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,16 +15,16 @@ from pathlib import Path
 import pytest
 
 from fastmae import InputError
-from fastmae.lock import RunLock
+from fastmae.lock import FolderLock, lock_holder
 from fastmae.train.pretrain.pretrain import pretrain
 from tests.support.runs import FLAGS, RECIPE, TORCHRUN, finish, losses, run_of, start, wait_for
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from fastmae.lock import RunLock
+from fastmae.lock import FolderLock
 
-lock = RunLock(Path(sys.argv[1]))
+lock = FolderLock(Path(sys.argv[1]))
 assert lock.acquire() is None
 if sys.argv[2] == "forks" and os.fork() == 0:  # as a loader's worker: it has the lock's file open
     Path(sys.argv[1], "pid").write_text(str(os.getpid()))
@@ -59,7 +60,7 @@ def hold(tmp_path):
 
 
 def test_a_second_run_is_refused_with_the_process_and_host_of_the_first(hold, tmp_path):
-    holder, lock = hold(), RunLock(tmp_path)
+    holder, lock = hold(), FolderLock(tmp_path)
     began = time.monotonic()
     with pytest.raises(InputError) as refused:
         lock.acquire(patience=0.5)
@@ -72,7 +73,7 @@ def test_a_second_run_is_refused_with_the_process_and_host_of_the_first(hold, tm
 
 
 def test_a_lock_that_is_given_back_while_somebody_waits_is_taken(hold, tmp_path):
-    holder, lock = hold(), RunLock(tmp_path)
+    holder, lock = hold(), FolderLock(tmp_path)
     with pytest.raises(InputError):
         lock.acquire(patience=0)
     lock.release()
@@ -83,13 +84,47 @@ def test_a_lock_that_is_given_back_while_somebody_waits_is_taken(hold, tmp_path)
 
 
 def test_a_killed_process_leaves_no_lock_even_if_its_children_live(hold, tmp_path):
-    holder, lock = hold("forks"), RunLock(tmp_path)
+    holder, lock = hold("forks"), FolderLock(tmp_path)
     wait_for(tmp_path / "child", holder)
     holder.kill()
     holder.wait()
     os.kill(child := int((tmp_path / "child").read_text()), 0)  # it lives
     assert f"{tmp_path}/.lock" in [str(p.readlink()) for p in Path(f"/proc/{child}/fd").iterdir()]
     assert lock.acquire(patience=0) is None
+    lock.release()
+
+
+def test_a_process_excludes_itself_and_asking_loses_no_lock(tmp_path):
+    us, link = f"process {os.getpid()} on {socket.gethostname()}", tmp_path / "link"
+    (folder := tmp_path / "folder").mkdir()
+    link.symlink_to(folder)
+    first, second = FolderLock(folder), FolderLock(link, "build", "choose another folder")
+    assert lock_holder(folder) is None and first.acquire() is None
+    assert lock_holder(folder) == lock_holder(link) == us
+    with pytest.raises(InputError) as refused:
+        second.acquire()
+    assert str(refused.value) == f"{link}: another build writes here, {us}; wait for its end, or choose another folder"
+    second.release()
+    ask = f"from pathlib import Path; from fastmae.lock import lock_holder; print(lock_holder(Path({str(folder)!r})))"
+    assert subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout == f"{us}\n"
+    first.release()
+    assert lock_holder(folder) is None and second.acquire() is None
+    second.release()
+
+
+def test_a_lock_whose_folder_was_removed_by_its_holder_is_not_taken(tmp_path, monkeypatch):
+    folder, lockf, calls = tmp_path / "folder", fcntl.lockf, []
+
+    def remove_first(*arguments):  # between the opening of the file and the taking of its lock
+        calls.append(1)
+        if len(calls) == 1:
+            shutil.rmtree(folder)
+        lockf(*arguments)
+
+    monkeypatch.setattr(fcntl, "lockf", remove_first)
+    lock = FolderLock(folder)
+    assert lock.acquire() is None and len(calls) == 2
+    assert lock.path.read_bytes() == f"process {os.getpid()} on {socket.gethostname()}".encode()
     lock.release()
 
 
@@ -100,11 +135,9 @@ def test_a_file_system_without_locks_is_told_and_the_run_goes_on(error, shard_fo
 
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "lockf", refuse)
-        warning = (lock := RunLock(tmp_path)).acquire()
+        warning = (lock := FolderLock(tmp_path)).acquire()
         lock.release()
-        assert warning == (
-            f"{tmp_path}/.lock: this file system has no locks ({os.strerror(error)}); start no second run in this folder"
-        )
+        assert warning == (f"{tmp_path}/.lock: this file system has no locks ({os.strerror(error)}); start no second run here")
         if error == errno.ENOLCK:
             pretrain(RECIPE, run_of(shard_folder, tmp_path))
             assert warning in capsys.readouterr().out
@@ -112,7 +145,7 @@ def test_a_file_system_without_locks_is_told_and_the_run_goes_on(error, shard_fo
 
 def test_a_full_disk_keeps_nobody_from_the_lock(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    lock = RunLock(tmp_path)
+    lock = FolderLock(tmp_path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
         with pytest.raises(OSError, match="too large"):
@@ -133,12 +166,12 @@ PROGRAM = """
 import os, signal, sys
 from fastmae.model.config import PRESETS
 from fastmae.train.cli.main import main
-from fastmae.lock import RunLock
+from fastmae.lock import FolderLock, lock_holder
 from fastmae.train.pretrain.log import RunLog
 
 PRESETS["tiny"].update(embed_dim=24, depth=2, num_heads=3, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
 if "PATIENCE" in os.environ:
-    RunLock.acquire.__defaults__ = (float(os.environ["PATIENCE"]),)
+    FolderLock.acquire.__defaults__ = (float(os.environ["PATIENCE"]),)
 if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
     advance, steps = RunLog.advance, []
     def advance_then_die(self):
@@ -166,15 +199,16 @@ def test_a_second_start_is_refused_until_the_first_is_killed_and_then_goes_on(sh
     line = next(line for line in text.splitlines() if line.startswith("fastmae: "))
     assert f"{tmp_path}: another run writes here, process {first.pid} on {socket.gethostname()}" in line
     assert first.poll() is None  # and goes on
+    assert lock_holder(tmp_path) == f"process {first.pid} on {socket.gethostname()}"
     workers = workers_of(first)
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)  # or they would see that it is gone, and end
     first.kill()
     first.wait()
     assert workers and all(Path(f"/proc/{worker}").exists() for worker in workers)
-    lock = RunLock(tmp_path)
+    lock = FolderLock(tmp_path)
     try:
-        assert lock.acquire(patience=0) is None
+        assert lock_holder(tmp_path) is None and lock.acquire(patience=0) is None
     finally:
         lock.release()
         for worker in workers:

@@ -10,6 +10,7 @@ import pytest
 
 from fastmae import InputError
 from fastmae.images.recode import Recode
+from fastmae.lock import LOCK
 from fastmae.shards.build import write_shards
 from fastmae.shards.index import Index
 from fastmae.shards.journal import UNFINISHED, Plan
@@ -144,7 +145,7 @@ def test_other_settings_are_refused_by_name(change, says, source, tmp_path):
     before = contents(out / UNFINISHED)
     with pytest.raises(InputError, match=says):
         build(source, out, **change)
-    assert {**before, "lock": None} == {**contents(out / UNFINISHED), "lock": None} and len(marks(out)) == 1
+    assert {**before, LOCK: None} == {**contents(out / UNFINISHED), LOCK: None} and len(marks(out)) == 1
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,9 @@ def test_two_builds_into_one_folder_are_refused_and_the_first_is_unharmed(source
 
     def again(done, _):
         if done == 15:
-            with pytest.raises(InputError, match=f"out: process {os.getpid()} is building into it") as error:
+            with pytest.raises(
+                InputError, match=f"another build writes here, process {os.getpid()} on .*; wait for its end, or choose"
+            ) as error:
                 build(source, out)
             refused.append(error)
 
@@ -209,7 +212,7 @@ def test_a_file_system_without_locks_is_told_of_and_used(source, whole, tmp_path
     def refuse(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
     with pytest.warns(UserWarning, match=r"this file system has no locks \(Function not implemented\)"):
         build(source, tmp_path / "out")
     assert contents(tmp_path / "out") == whole

@@ -11,7 +11,7 @@ from torch.distributed import DistError
 from fastmae.cores import cpu_quota
 from fastmae.errors import LostProcessError, RequeueError
 from fastmae.files import make_folder
-from fastmae.lock import RunLock
+from fastmae.lock import FolderLock
 from fastmae.train.checkpoint.disk_space import bytes_of_checkpoint, check_room
 from fastmae.train.config.recipes import Recipe
 from fastmae.train.config.run import Run
@@ -45,7 +45,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
             counted = world.local_size if read_launcher().local_size is None else None
             run = replace(run, workers=default_workers(counted))
         use_local_folders(world.device)
-        lock = RunLock(run.out)
+        lock = FolderLock(run.out)
         try:
             warning = world.by_main(lock.acquire)
             check_shared(run.out, world)

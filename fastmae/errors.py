@@ -13,6 +13,10 @@ class DataError(InputError):
     """A shard, index, image or checkpoint is missing, damaged or not what it says; the message names path and place."""
 
 
+class SchemaError(DataError):
+    """A checkpoint of another version of fastmae: nothing of it is damaged, so it is neither passed over nor replaced."""
+
+
 class DivergedError(RuntimeError):
     """The loss or a gradient stayed non-finite; no such update was applied. Exit code 3."""
 

@@ -12,11 +12,11 @@ import torch
 
 from fastmae.errors import CheckpointError, DataError
 from fastmae.train.checkpoint import saver as saver_file
-from fastmae.train.checkpoint.format import find_checkpoint, list_checkpoints
+from fastmae.train.checkpoint.format import list_checkpoints
 from fastmae.train.checkpoint.state import total_bytes
 from fastmae.train.cli.main import main
 from tests.support.runs import FLAGS, finish, records, start
-from tests.support.saves import files_of, save, saver_of, tensors_at
+from tests.support.saves import files_of, found_in, save, saver_of, tensors_at
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -93,7 +93,7 @@ def test_a_save_that_fails_leaves_the_others_and_is_told_with_path_and_bytes(fai
     assert saver.newest == tmp_path / "step-0000003" and ended.bytes == 0
     save(saver, 5)  # the next one works
     saver.wait()
-    assert find_checkpoint(tmp_path) == (tmp_path / "step-0000005", [])
+    assert found_in(tmp_path) == (tmp_path / "step-0000005", [])
 
 
 def test_three_failures_on_end_end_the_run_and_a_good_save_between_them_counts_anew(tmp_path, monkeypatch):
@@ -159,10 +159,10 @@ def test_a_disk_that_is_really_full_harms_no_older_checkpoint(lies, small_disk, 
     assert f"{small_disk}" in ended.error and "o space left on" in ended.error and "it needs 4" in ended.error
     assert ("tensors: No space left on device" in ended.error) == lies
     assert files_of(small) == before and [p.name for p in small_disk.iterdir()] == [small.name]
-    assert find_checkpoint(small_disk) == (small, [])
+    assert found_in(small_disk) == (small, [])
     save(saver, 10)
     saver.wait()
-    assert find_checkpoint(small_disk) == (small_disk / "step-0000010", [])
+    assert found_in(small_disk) == (small_disk / "step-0000010", [])
 
 
 @pytest.mark.parametrize("options", ["remount,size=4m", "remount,nr_inodes=10,size=200m", "remount,ro"])

@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from fastmae import DataError, InputError
+from fastmae import DataError
+from fastmae.errors import SchemaError
+from fastmae.train.checkpoint import format as checkpoint
 from fastmae.train.checkpoint.format import MODEL, write_manifest
 from fastmae.train.pretrain.pretrain import pretrain
 from tests.support.runs import RECIPE, assert_same_bits, records, run_of
@@ -63,7 +65,7 @@ def test_a_named_checkpoint_that_is_damaged_gives_way_to_the_next_older_one_and_
     damage(older / "step-0000004")
     last = go_on(shard_folder, tmp_path / "new", older / "step-0000004")
     text = capsys.readouterr().out
-    assert f"ignored a damaged checkpoint: {older / 'step-0000004' / MODEL}: damaged" in text
+    assert f"skipped a damaged checkpoint: {older / 'step-0000004' / MODEL}: damaged" in text
     assert f"resumed from {older / 'step-0000002'}" in text
     assert_same_bits(last, trained / "step-0000006")
 
@@ -100,11 +102,18 @@ def test_a_run_without_checkpoints_begins_anew(shard_folder, tmp_path, trained):
 
 
 @pytest.mark.parametrize("resume", ["auto", "{older}", "exact:{older}/step-0000004"])
-def test_a_checkpoint_of_a_newer_version_stops_the_run_and_stays(resume, older, shard_folder, tmp_path):
+def test_a_checkpoint_of_another_schema_stops_the_run_and_stays(resume, older, shard_folder, tmp_path):
     newest = older / "step-0000004"
     (newest / "state.json").write_text((newest / "state.json").read_text().replace('"schema": 3', '"schema": 4'))
     (newest / "manifest.json").unlink()
     write_manifest(newest)
-    with pytest.raises(InputError, match="schema 4 is newer than 3; update fastmae"):
+    with pytest.raises(SchemaError, match="has schema 4, this fastmae reads schema 3"):
         go_on(shard_folder, older if resume == "auto" else tmp_path / "new", resume.format(older=older))
     assert newest.is_dir()
+
+
+def test_the_state_is_read_once_from_its_file(older, trained, shard_folder, monkeypatch):
+    read, paths = checkpoint._read_json, []
+    monkeypatch.setattr(checkpoint, "_read_json", lambda path: paths.append(path) or read(path))
+    assert_same_bits(go_on(shard_folder, older, "auto"), trained / "step-0000006")
+    assert [path for path in paths if path.name == "state.json"] == [older / "step-0000004" / "state.json"]

@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_continued(shard_folder,
     os.truncate(path, path.stat().st_size - 1)
     pretrain(replace(RECIPE, steps=5), run_of(shard_folder, tmp_path))
     text = capsys.readouterr().out
-    assert f"ignored a damaged checkpoint: {path}" in text and f"resumed from {tmp_path / 'step-0000002'}" in text
+    assert f"skipped a damaged checkpoint: {path}" in text and f"resumed from {tmp_path / 'step-0000002'}" in text
 
 
 @pytest.mark.parametrize(

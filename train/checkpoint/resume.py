@@ -6,33 +6,36 @@ from pathlib import Path
 
 from fastmae.errors import DataError, InputError
 from fastmae.model.config import ModelConfig
-from fastmae.train.checkpoint.format import FIXED, find_checkpoint, list_checkpoints, read_state, step_of, verify
+from fastmae.train.checkpoint.format import FIXED, Checkpoint, find_checkpoint, list_checkpoints, open_checkpoint, step_of
 from fastmae.train.config.recipes import Recipe
 from fastmae.train.config.run import Run
 from fastmae.train.distributed.world import World
 
 
-def choose_checkpoint(run: Run, world: World) -> tuple[Path | None, list[str]]:
-    """The checkpoint to continue from, or None, and a line for each damaged one passed over.
+def choose_checkpoint(run: Run, world: World) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to resume from, or None, and a line for each damaged one that was skipped.
 
-    The main process looks and verifies; the others take its word, so that all start at the same step. Raises InputError
-    if a named checkpoint is older than the newest of the run's folder, DataError if ``exact`` it is damaged, or if every
-    checkpoint of a run is: a run that has lost all of them does not begin anew by itself.
+    Rank 0 verifies and reads it, the others receive what it has read, so that all start at the same step. Raises InputError if
+    the named checkpoint is older than the newest in the run's folder, DataError if an ``exact:`` one is damaged, or if every
+    checkpoint of a run is: a run that has lost all of them is not started from step 0 unasked.
     """
     damaged: list[str] = []
 
     def choose() -> str | None:
         found, lines = _choose(run)
-        damaged.extend(lines)
-        return str(found) if found else None
+        damaged.extend(f"skipped a damaged checkpoint: {line}" for line in lines)
+        return json.dumps([str(found.folder), found.state]) if found else None
 
-    word = world.by_main(choose)
-    return Path(word) if word else None, [f"ignored a damaged checkpoint: {line}" for line in damaged]
+    chosen = world.by_main(choose)
+    if chosen is None:
+        return None, damaged
+    folder, state = json.loads(chosen)
+    return Checkpoint(Path(folder), state), damaged
 
 
-def check_resume(folder: Path, recipe: Recipe) -> list[str]:
+def check_resume(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     """A line for each setting that differs from the checkpoint's. Raises InputError on one that must not."""
-    state = read_state(folder)
+    folder, state = checkpoint.folder, checkpoint.state
     theirs, ours = ModelConfig.from_json(state["model"]), recipe.model
     changed = [f for f in asdict(ours) if getattr(ours, f) != getattr(theirs, f)]
     if wrong := [f for f in changed if f in ours.architecture]:
@@ -56,27 +59,27 @@ def plain_settings(recipe: Recipe) -> dict:
     return settings
 
 
-def _choose(run: Run) -> tuple[Path | None, list[str]]:
+def _choose(run: Run) -> tuple[Checkpoint | None, list[str]]:
     newest, damaged = find_checkpoint(run.out)
     if run.resume == "auto":
         if newest is None and damaged:
-            raise DataError(f"{run.out}: no checkpoint of this run is whole; give another --out to begin anew; {damaged[0]}")
+            raise DataError(f"{run.out}: no complete checkpoint, give another --out to start from step 0; {damaged[0]}")
         return newest, damaged
-    found, lines = Path(run.resume.removeprefix("exact:")), []
+    path, lines = Path(run.resume.removeprefix("exact:")), []
     if run.resume.startswith("exact:"):
-        verify(found)
-        read_state(found)
+        found = open_checkpoint(path)
     else:
-        found, lines = _nearest(found)
-    if newest is not None and read_state(newest)["step"] > read_state(found)["step"]:
+        found, lines = _nearest(path)
+    if newest is not None and newest.step > found.step:
         raise InputError(
-            f"{found}: {newest} is newer, and the next start would continue from that one; move it away, or give another --out"
+            f"{found.folder}: {newest.folder} is newer, and the next start would resume from that one; move it away, or give "
+            "another --out"
         )
     return found, lines
 
 
-def _nearest(path: Path) -> tuple[Path, list[str]]:
-    """The checkpoint ``path``, or the newest whole one of the run ``path``; if damaged, the next older one beside it."""
+def _nearest(path: Path) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint ``path``, or the newest complete one of the run ``path``; if damaged, the next older one beside it."""
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; give a checkpoint of a run, or a run")
     if list_checkpoints(path):
@@ -84,9 +87,7 @@ def _nearest(path: Path) -> tuple[Path, list[str]]:
     elif (step := step_of(path)) is not None:
         found, damaged = find_checkpoint(path.parent, newest=step)
     else:  # of another name: it has no older ones
-        verify(path)
-        read_state(path)
-        return path, []
+        return open_checkpoint(path), []
     if found is None:
         raise DataError(f"{path}: no complete checkpoint{'; ' + damaged[0] if damaged else ' is there'}")
     return found, damaged

@@ -82,7 +82,7 @@ class Trainer:
         self.warmup_steps = self.total_steps * recipe.warmup_epochs / recipe.epochs
         self.drawing = Drawing(source, self.model, world, recipe.mask_ratio, autocast) if run.draw_every else None
         self.saver = Saver(run.out, recipe.model, world, keep=run.keep, keep_every=run.keep_every, asynchronous=run.async_save)
-        self.saver.newest = self.checkpoint
+        self.saver.newest = self.checkpoint and self.checkpoint.folder
         self.stopped_by: str | None = None
 
     def train(self) -> Path:
@@ -134,7 +134,7 @@ class Trainer:
             parallel=run.parallel,
             attention=self.attention.text,
             environment=environment(self.world),
-            resumed_from=self.checkpoint and str(self.checkpoint),
+            resumed_from=self.checkpoint and str(self.checkpoint.folder),
         )
 
     def _loop(self, batches: Iterator[MicroBatch], meter: Meter, incidents: Incidents, log: RunLog) -> Path:
@@ -236,8 +236,9 @@ class Trainer:
 
     def _resume(self) -> dict:
         """Fill the run from the checkpoint; return its state."""
-        self.notes += [f"resumed from {self.checkpoint}", *check_resume(self.checkpoint, self.recipe)]
-        return restore(self.checkpoint, self.tensors, self.model, self.world)
+        self.notes += [f"resumed from {self.checkpoint.folder}", *check_resume(self.checkpoint, self.recipe)]
+        restore(self.checkpoint, self.tensors, self.world)
+        return self.checkpoint.state
 
     def _save(self, step: int) -> None:
         self.watch.beat(step, "saving", slow=True)

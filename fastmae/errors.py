@@ -30,7 +30,7 @@ class LostProcessError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """Checkpoints cannot be written, several times on end; the older ones are intact. Exit code 5."""
+    """Several consecutive checkpoints could not be written; the older ones are intact. Exit code 5."""
 
     exit_code = 5
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or passed over, and kept and removed as promised."""
+"""Checkpoints: complete or skipped, and kept and removed as promised."""
 
 import errno
 import json
@@ -35,10 +35,10 @@ def rewrite(path, **changes):
     """Change what a JSON file says, and let the manifest know."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     if path.name != "manifest.json":
-        state_anew(path.parent)
+        renew_manifest(path.parent)
 
 
-def state_anew(folder):
+def renew_manifest(folder):
     """A manifest of what ``folder`` holds now."""
     (folder / "manifest.json").unlink(missing_ok=True)
     write_manifest(folder)

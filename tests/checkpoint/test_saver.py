@@ -71,7 +71,7 @@ def test_one_save_is_under_way_at_a_time(gate, tmp_path, monkeypatch):
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000002", "step-0000001"]
 
 
-def test_how_a_save_ended_is_told(tmp_path):
+def test_how_a_save_ended_is_reported(tmp_path):
     saver = saver_of(tmp_path)
     folder = save(saver, 1)
     (ended,) = saver.ended()

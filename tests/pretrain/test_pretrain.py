@@ -168,8 +168,11 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_continued(shard_folder,
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (replace(RECIPE, model=replace(MODEL, depth=3)), "another architecture, depth 2 there and 3 here"),
-        (replace(RECIPE, model=replace(MODEL, norm_pix_loss=False)), "norm_pix_loss True there and False here"),
+        (replace(RECIPE, model=replace(MODEL, depth=3)), "another architecture, depth 2 in the checkpoint and 3 in this run"),
+        (
+            replace(RECIPE, model=replace(MODEL, norm_pix_loss=False)),
+            "norm_pix_loss True in the checkpoint and False in this run",
+        ),
         (replace(RECIPE, seed=1), "trained with seed 0, not 1"),
         (replace(RECIPE, effective_batch=16), "trained with effective_batch 8, not 16"),
     ],

@@ -1,9 +1,9 @@
 """Checkpoints: folders that are either complete or ignored.
 
-``step-NNNNNNN/`` holds ``tensors/`` (all that a run goes on from, written by all processes through DCP), ``model.safetensors``
-(weights and config, for exchange), ``state.json`` (where the run stands, for people too) and ``manifest.json`` (size and
-xxh3-64 of all others), which is written last. ``saver.py`` writes them aside, flushes them to the disk, and renames the
-folder; the newest complete one is found by looking. Reading one runs nothing of it.
+``step-NNNNNNN/`` holds ``tensors/`` (all that a run resumes from, written by all ranks through DCP), ``model.safetensors``
+(weights and config, for exchange), ``state.json`` (step, settings and position in the data, for people too) and
+``manifest.json`` (size and xxh3-64 of all others), which is written last. ``saver.py`` writes them to a temporary folder,
+flushes that to the disk, and renames it. Reading one runs no code from it.
 """
 
 import contextlib
@@ -96,7 +96,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def write_manifest(folder: Path) -> int:
-    """State every file in ``folder``, in a file that is written last; return their bytes."""
+    """Write size and hash of every file in ``folder`` into its manifest; return their bytes."""
     files = {str(p.relative_to(folder)): _fingerprint(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     write_json(folder / MANIFEST, {"files": files})
     return sum(file["bytes"] for file in files.values())
@@ -105,7 +105,7 @@ def write_manifest(folder: Path) -> int:
 def remove_old(run: Path, step: int, keep: int, keep_every: int | None) -> None:
     """Keep the newest ``keep`` checkpoints up to ``step`` and those of every ``keep_every`` steps; remove the others.
 
-    Counted from ``step`` downwards: damaged newer ones, which a resume passed over, must not push good ones out.
+    Counted from ``step`` downwards: damaged newer ones, which a resume skipped, must not push good ones out.
     """
     for old in [c for c in list_checkpoints(run) if step_of(c) <= step][keep:]:
         if keep_every is None or step_of(old) % keep_every:
@@ -117,9 +117,9 @@ def remove_old(run: Path, step: int, keep: int, keep_every: int | None) -> None:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Remove what a process that was killed has left unfinished."""
-    for left_over in [*run.glob(".step-*.partial"), *run.glob(".step-*.removed")]:
-        _remove(left_over)
+    """Remove the unfinished checkpoints of a killed process."""
+    for folder in [*run.glob(".step-*.partial"), *run.glob(".step-*.removed")]:
+        _remove(folder)
 
 
 def write_json(path: Path, document: dict) -> None:
@@ -129,7 +129,7 @@ def write_json(path: Path, document: dict) -> None:
 
 
 def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # what is left takes room, and no save fails for it
+    shutil.rmtree(folder, ignore_errors=True)  # what remains takes disk space, and no save fails for it
 
 
 def _read_state(path: Path) -> dict:
@@ -150,15 +150,15 @@ def _verify_file(folder: Path, name: str, stated: object) -> None:
         raise DataError(f"{folder / MANIFEST}: names {name}, outside its folder")
     try:
         found = _fingerprint(path) if stated is not None and path.is_file() else None
-    except (OSError, ValueError) as error:  # a disk that gives it no more; a name that is none
+    except (OSError, ValueError) as error:  # a failing disk; an impossible file name
         raise DataError(f"{path}: cannot be read, {error}") from error
     if found is None:
         raise DataError(f"{path}: missing; the checkpoint is not complete")
     if found != stated:
-        said = stated if isinstance(stated, dict) else {}
+        listed = stated if isinstance(stated, dict) else {}
         raise DataError(
-            f"{path}: damaged, {found['bytes']} bytes with hash {found['xxh3']}; its manifest says {said.get('bytes')} with "
-            f"{said.get('xxh3')}"
+            f"{path}: damaged, {found['bytes']} bytes with hash {found['xxh3']}; its manifest lists {listed.get('bytes')} with "
+            f"{listed.get('xxh3')}"
         )
 
 

@@ -1,15 +1,29 @@
-"""Which checkpoint a run continues from, and whether it may."""
+"""Resume a run: choose its checkpoint, check its settings, load its tensors, whatever world size and sharding wrote them."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 
+from torch import Tensor
+
 from fastmae.errors import DataError, InputError
 from fastmae.model.config import ModelConfig
-from fastmae.train.checkpoint.format import FIXED, Checkpoint, find_checkpoint, list_checkpoints, open_checkpoint, step_of
+from fastmae.train.checkpoint.format import (
+    FIXED,
+    TENSORS,
+    Checkpoint,
+    find_checkpoint,
+    list_checkpoints,
+    open_checkpoint,
+    step_of,
+)
+from fastmae.train.checkpoint.state import random_state, set_random_state
+from fastmae.train.checkpoint.tensors import describe_tensors, read_tensors
 from fastmae.train.config.recipes import Recipe
 from fastmae.train.config.run import Run
 from fastmae.train.distributed.world import World
+
+_NEEDED = ("model/", "optimizer/")  # any other tensor of a run may be missing in its checkpoint
 
 
 def choose_checkpoint(run: Run, world: World) -> tuple[Checkpoint | None, list[str]]:
@@ -39,7 +53,7 @@ def check_resume(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     theirs, ours = ModelConfig.from_json(state["model"]), recipe.model
     changed = [f for f in asdict(ours) if getattr(ours, f) != getattr(theirs, f)]
     if wrong := [f for f in changed if f in ours.architecture]:
-        differences = ", ".join(f"{f} {getattr(theirs, f)} there and {getattr(ours, f)} here" for f in wrong)
+        differences = ", ".join(f"{f} {getattr(theirs, f)} in the checkpoint and {getattr(ours, f)} in this run" for f in wrong)
         raise InputError(f"{folder}: a checkpoint of another architecture, {differences}; give its settings or another --out")
     before, now = state["recipe"], plain_settings(recipe)
     for name in FIXED:
@@ -50,6 +64,20 @@ def check_resume(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     lines = [(f, getattr(theirs, f), getattr(ours, f)) for f in changed]
     lines += [(name, before.get(name), value) for name, value in now.items() if before.get(name) != value]
     return [f"changed since the checkpoint: {name} {old} -> {new}" for name, old, new in lines]
+
+
+def restore(checkpoint: Checkpoint, tensors: dict[str, Tensor], world: World) -> None:
+    """Fill ``tensors``, of ``run_tensors``, in place from ``checkpoint``.
+
+    Raises DataError, on every rank, if one cannot read them or they are of another architecture.
+    """
+    reason = None
+    try:
+        _fill(checkpoint.folder / TENSORS, tensors, world)
+    except DataError as error:
+        reason = error
+    if world.any(reason is not None)[0]:
+        raise reason or DataError(f"{checkpoint.folder}: another rank could not read it; the error is in that rank's output")
 
 
 def plain_settings(recipe: Recipe) -> dict:
@@ -91,3 +119,13 @@ def _nearest(path: Path) -> tuple[Checkpoint, list[str]]:
     if found is None:
         raise DataError(f"{path}: no complete checkpoint{'; ' + damaged[0] if damaged else ' is there'}")
     return found, damaged
+
+
+def _fill(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
+    found = describe_tensors(folder)
+    own = random_state(world)
+    was_there = own.keys() <= found.keys()  # a new rank keeps its own
+    wanted = {n: t for n, t in tensors.items() if n in found or n.startswith(_NEEDED)}
+    read_tensors(folder, wanted | own if was_there else wanted)
+    if was_there:
+        set_random_state(own, world)

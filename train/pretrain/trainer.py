@@ -13,8 +13,7 @@ import fastmae
 from fastmae.errors import CheckpointError, DataError, DivergedError
 from fastmae.model.mae import MAE
 from fastmae.train.checkpoint.format import SCHEMA
-from fastmae.train.checkpoint.restore import restore
-from fastmae.train.checkpoint.resume import check_resume, choose_checkpoint, plain_settings
+from fastmae.train.checkpoint.resume import check_resume, choose_checkpoint, plain_settings, restore
 from fastmae.train.checkpoint.saver import Saver
 from fastmae.train.checkpoint.state import random_state, run_tensors
 from fastmae.train.config.agreement import agree

@@ -13,6 +13,10 @@ class DataError(InputError):
     """A shard, index, image or checkpoint is missing, damaged or not what it says; the message names path and place."""
 
 
+class SchemaError(DataError):
+    """A checkpoint of another version of fastmae: nothing of it is damaged, so it is neither passed over nor replaced."""
+
+
 class DivergedError(RuntimeError):
     """The loss or a gradient stayed non-finite; no such update was applied. Exit code 3."""
 
@@ -26,7 +30,7 @@ class LostProcessError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """Checkpoints cannot be written, several times on end; the older ones are intact. Exit code 5."""
+    """Several consecutive checkpoints could not be written; the older ones are intact. Exit code 5."""
 
     exit_code = 5
 

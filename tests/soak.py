@@ -194,7 +194,7 @@ def damaged_checkpoint(soak: Soak, crew: None) -> str:
         soak.let_train(crew)
         crew.send(signal.SIGTERM)
         codes = must_end(crew, [0, 0])
-        assert f"ignored a damaged checkpoint: {whole[-1]}" in crew.text(0), crew.text()
+        assert f"skipped a damaged checkpoint: {whole[-1]}" in crew.text(0), crew.text()
     return f"{path.relative_to(soak.out)} {how or 'removed'}: {codes}"
 
 

@@ -84,7 +84,7 @@ class Loader:
 
     def _check(self, state: dict) -> None:
         """Raise InputError unless ``state`` is a position in this loader's own order."""
-        if state["fingerprint"] not in (None, self.source.fingerprint):  # None: written before positions named their data
+        if state["fingerprint"] != self.source.fingerprint:
             raise InputError(
                 f"{self.source.data}: other data than this run began with, fingerprint {self.source.fingerprint} here and "
                 f"{state['fingerprint']} in the checkpoint; give that data or another --out"

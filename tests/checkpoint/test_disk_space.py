@@ -28,9 +28,9 @@ def disk(tmp_path, monkeypatch):
     return made
 
 
-def look(out, first=0, total=50, processes=1, **fields):
+def look(out, first=0, total=50, world_size=1, **fields):
     run = run_of("shards", out, **{"save_every": 10, **fields})
-    return check_room(run, NEEDED, processes=processes, first_step=first, total_steps=total)
+    return check_room(run, NEEDED, world_size=world_size, first_step=first, total_steps=total)
 
 
 @pytest.mark.parametrize(
@@ -49,12 +49,14 @@ def look(out, first=0, total=50, processes=1, **fields):
 )
 def test_a_warning_counts_what_is_to_stand_there_at_once(free, there, options, short, disk):
     warning = look(disk(free, *there), **options)
-    assert (warning is None) if short is None else f"room for {short} further checkpoints of 1,000 bytes" in warning
+    assert (warning is None) if short is None else f"space for {short} further checkpoints of 1,000 bytes" in warning
     assert warning is None or f"{free:,} are free" in warning
 
 
 def test_where_not_one_fits_the_run_is_refused_with_path_and_bytes(disk):
-    with pytest.raises(InputError, match=r"test_\S+: a checkpoint needs 1,000 bytes, 999 are free; make room, or give another"):
+    with pytest.raises(
+        InputError, match=r"test_\S+: a checkpoint needs 1,000 bytes, 999 are free; free disk space, or give another"
+    ):
         look(disk(999, 10, 20, 30), first=30)
 
 
@@ -64,7 +66,7 @@ def test_files_count_as_well(inodes, is_short, disk):
     if not is_short:
         assert look(folder) is None
         return
-    with pytest.raises(InputError, match=r"a checkpoint needs 9 files, its disk has room for 8 \(df -i\)"):
+    with pytest.raises(InputError, match=r"a checkpoint needs 9 files, 8 inodes are free \(df -i\)"):
         look(folder)
 
 
@@ -84,7 +86,7 @@ def test_the_bytes_are_those_of_a_real_checkpoint_and_the_warning_stands_in_the_
     room = bytes_of_checkpoint(tensors) + (1 << 16)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 0, room))
     pretrain(RECIPE, run_of(shard_folder, tmp_path / "short", save_every=2))
-    assert "short: room for 1 of 3 further checkpoints" in capsys.readouterr().out
+    assert "short: space for 1 of 3 further checkpoints" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_a_file_is_called_one(tmp_path):

@@ -1,4 +1,4 @@
-"""Saves that fail, each at another stage, and disks that are full: what is there stays, and the run goes on while it may."""
+"""Saves that fail, each at another stage, and full disks: older checkpoints stay, and the run continues while it may."""
 
 import errno
 import os
@@ -12,11 +12,11 @@ import torch
 
 from fastmae.errors import CheckpointError, DataError
 from fastmae.train.checkpoint import saver as saver_file
-from fastmae.train.checkpoint.format import find_checkpoint, list_checkpoints
+from fastmae.train.checkpoint.format import list_checkpoints
 from fastmae.train.checkpoint.state import total_bytes
 from fastmae.train.cli.main import main
 from tests.support.runs import FLAGS, finish, records, start
-from tests.support.saves import files_of, save, saver_of, tensors_at
+from tests.support.saves import files_of, found_in, save, saver_of, tensors_at
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -74,7 +74,7 @@ FAILURES = [name for name in vars(Failure) if not name.startswith("_")]
 
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["beside", "waits"])
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_save_that_fails_leaves_the_others_and_is_told_with_path_and_bytes(failure, asynchronous, tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_the_others_and_is_reported_with_path_and_bytes(failure, asynchronous, tmp_path, monkeypatch):
     saver = saver_of(tmp_path, asynchronous=asynchronous)
     for step in (1, 2, 3):
         save(saver, step)
@@ -93,10 +93,10 @@ def test_a_save_that_fails_leaves_the_others_and_is_told_with_path_and_bytes(fai
     assert saver.newest == tmp_path / "step-0000003" and ended.bytes == 0
     save(saver, 5)  # the next one works
     saver.wait()
-    assert find_checkpoint(tmp_path) == (tmp_path / "step-0000005", [])
+    assert found_in(tmp_path) == (tmp_path / "step-0000005", [])
 
 
-def test_three_failures_on_end_end_the_run_and_a_good_save_between_them_counts_anew(tmp_path, monkeypatch):
+def test_three_consecutive_failures_end_the_run_and_a_good_save_resets_the_count(tmp_path, monkeypatch):
     saver = saver_of(tmp_path)
     for good in (1, 4):
         with monkeypatch.context() as patch:
@@ -109,11 +109,11 @@ def test_three_failures_on_end_end_the_run_and_a_good_save_between_them_counts_a
     save(saver, 8)
     save(saver, 9)
     with pytest.raises(
-        CheckpointError, match=f"3 checkpoints on end could not be written, the last: {tmp_path}/.*No space left"
+        CheckpointError, match=f"3 consecutive checkpoints could not be written, the last: {tmp_path}/.*No space left"
     ):
         save(saver, 10)
     saver.ended()
-    with pytest.raises(CheckpointError, match=r"the last: .*No space left.* bytes are free"):  # told already, and said again
+    with pytest.raises(CheckpointError, match=r"the last: .*No space left.* bytes are free"):  # raised again
         save(saver, 11)
 
 
@@ -144,7 +144,7 @@ def big_state():
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("lies", [False, True], ids=["told beforehand", "found while writing"])
+@pytest.mark.parametrize("lies", [False, True], ids=["known beforehand", "found while writing"])
 def test_a_disk_that_is_really_full_harms_no_older_checkpoint(lies, small_disk, monkeypatch):
     saver = saver_of(small_disk, asynchronous=True)
     small = save(saver, 1)
@@ -159,10 +159,10 @@ def test_a_disk_that_is_really_full_harms_no_older_checkpoint(lies, small_disk, 
     assert f"{small_disk}" in ended.error and "o space left on" in ended.error and "it needs 4" in ended.error
     assert ("tensors: No space left on device" in ended.error) == lies
     assert files_of(small) == before and [p.name for p in small_disk.iterdir()] == [small.name]
-    assert find_checkpoint(small_disk) == (small, [])
+    assert found_in(small_disk) == (small, [])
     save(saver, 10)
     saver.wait()
-    assert find_checkpoint(small_disk) == (small_disk / "step-0000010", [])
+    assert found_in(small_disk) == (small_disk / "step-0000010", [])
 
 
 @pytest.mark.parametrize("options", ["remount,size=4m", "remount,nr_inodes=10,size=200m", "remount,ro"])
@@ -172,8 +172,8 @@ def test_a_folder_without_room_is_refused_before_the_first_step(options, small_d
                  "--steps", "1", "--warmup-epochs", "0",
                  "--device", "cpu", "--batch-size", "8", "--img-size", "32", "--patch-size", "8"]) == 2  # fmt: skip
     (line,) = capsys.readouterr().err.splitlines()
-    says = {"size": r"a checkpoint needs [\d,]{10,} bytes, [\d,]{7,} are free; make room, or give another --out$",
-            "nr_inodes": r"a checkpoint needs 9 files, its disk has room for \d \(df -i\): remove some, or give",
+    says = {"size": r"a checkpoint needs [\d,]{10,} bytes, [\d,]{7,} are free; free disk space, or give another --out$",
+            "nr_inodes": r"a checkpoint needs 9 files, \d inodes are free \(df -i\): remove files, or give",
             "ro": "cannot be written, Read-only file system; choose another output folder$"}  # fmt: skip
     assert re.match(f"fastmae: {small_disk}: {says[options.split(',')[1].partition('=')[0]]}", line)
     assert not list(small_disk.glob("*step-*")) and not (small_disk / "metrics.jsonl").exists()
@@ -192,16 +192,16 @@ _MAIN = "from fastmae.train.cli.main import main; sys.exit(main())"
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("lies", [False, True], ids=["told beforehand", "found while writing"])
-def test_a_run_whose_disk_becomes_full_goes_on_to_its_end_and_says_that_it_is_not_saved(lies, small_disk, shard_folder):
+@pytest.mark.parametrize("lies", [False, True], ids=["known beforehand", "found while writing"])
+def test_a_run_whose_disk_becomes_full_continues_to_its_end_and_reports_that_it_is_not_saved(lies, small_disk, shard_folder):
     flags = ["--data", shard_folder, *FLAGS, "--steps", "3", "--batch-size", "8", "--save-every", "2", "--out", small_disk]
     program = ("-c", (_LYING if lies else _LYING_AT_FIRST) + _MAIN)
     code, text = finish(start([*flags, "--no-async-save"] if lies else flags, program=program))
     assert code == 5, text
     assert [r["step"] for r in records(small_disk) if "loss" in r] == [1, 2, 3]
-    told = [r for r in records(small_disk) if r.get("event") == "checkpoint_failed"]
-    assert told[0]["step"] == 2 and told[-1]["step"] == 3 and f"{small_disk}" in told[0]["error"]
+    failed = [r for r in records(small_disk) if r.get("event") == "checkpoint_failed"]
+    assert failed[0]["step"] == 2 and failed[-1]["step"] == 3 and f"{small_disk}" in failed[0]["error"]
     last = next(line for line in text.splitlines() if line.startswith("fastmae: "))
-    assert "the checkpoint of step 3 could not be written" in last or "3 checkpoints on end could not be written" in last
+    assert "the checkpoint of step 3 could not be written" in last or "3 consecutive checkpoints could not be written" in last
     assert str(small_disk) in last and "it needs" in last and "bytes are free" in last and "Traceback" not in text
     assert list_checkpoints(small_disk) == [] and not list(small_disk.glob(".step-*"))

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or passed over, and kept and removed as promised."""
+"""Checkpoints: complete or skipped, and kept and removed as promised."""
 
 import errno
 import json
@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 
-from fastmae import DataError, InputError
+from fastmae import DataError
+from fastmae.errors import SchemaError
 from fastmae.train.checkpoint import format as checkpoint
-from fastmae.train.checkpoint.format import find_checkpoint, list_checkpoints, read_state, remove_old, verify, write_manifest
-from tests.support.saves import damages, files_of, save, saver_of
+from fastmae.train.checkpoint.format import list_checkpoints, open_checkpoint, remove_old, write_manifest
+from tests.support.saves import damages, files_of, found_in, save, saver_of
 
 FILES = ["manifest.json", "model.safetensors", "state.json", "tensors/.metadata", "tensors/__0_0.distcp"]
 
@@ -34,10 +35,10 @@ def rewrite(path, **changes):
     """Change what a JSON file says, and let the manifest know."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     if path.name != "manifest.json":
-        state_anew(path.parent)
+        renew_manifest(path.parent)
 
 
-def state_anew(folder):
+def renew_manifest(folder):
     """A manifest of what ``folder`` holds now."""
     (folder / "manifest.json").unlink(missing_ok=True)
     write_manifest(folder)
@@ -52,8 +53,8 @@ def test_a_checkpoint_is_tensors_weights_state_and_manifest(saved):
     assert {name: len(data) for name, data in files_of(folder).items() if name != "manifest.json"} == {
         name: file["bytes"] for name, file in stated.items()
     }
-    assert find_checkpoint(saved) == (folder, [])
-    assert find_checkpoint(saved / "elsewhere") == (None, [])
+    assert found_in(saved) == (folder, [])
+    assert found_in(saved / "elsewhere") == (None, [])
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -63,14 +64,14 @@ def test_every_damage_is_found_and_named_and_the_older_one_used(name, run):
     whole = path.read_bytes()
     for damage, data in damages(whole, seed=FILES.index(name)).items():
         path.write_bytes(data)
-        found, lines = find_checkpoint(run)
+        found, lines = found_in(run)
         assert found == run / "step-0000001" and len(lines) == 1, damage
         assert str(folder if name == "manifest.json" else path) in lines[0], damage
     path.unlink()
-    found, (line,) = find_checkpoint(run)
+    found, (line,) = found_in(run)
     assert found == run / "step-0000001" and f"{path}: missing" in line
     path.write_bytes(whole)
-    assert find_checkpoint(run) == (folder, [])
+    assert found_in(run) == (folder, [])
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ESTALE])
@@ -83,7 +84,7 @@ def test_a_disk_that_does_not_give_a_file_any_more_is_damage(error, run, monkeyp
         return digest(file)
 
     monkeypatch.setattr(checkpoint, "digest", refuse)
-    found, (line,) = find_checkpoint(run)
+    found, (line,) = found_in(run)
     assert found == run / "step-0000001" and "tensors/.metadata: cannot be read" in line
 
 
@@ -108,7 +109,7 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES)
 def test_a_manifest_that_lies_is_no_manifest(lie, run):
     (run / "step-0000002" / "manifest.json").write_text(json.dumps(LIES[lie]))
-    found, (line,) = find_checkpoint(run)
+    found, (line,) = found_in(run)
     assert found == run / "step-0000001" and "step-0000002" in line
 
 
@@ -118,7 +119,7 @@ def test_a_manifest_that_leaves_out_a_file_is_no_manifest(name, run):
     files = json.loads(path.read_text())["files"]
     del files[name]
     rewrite(path, files=files)
-    found, (line,) = find_checkpoint(run)
+    found, (line,) = found_in(run)
     assert found == run / "step-0000001" and f"{name}: missing" in line
 
 
@@ -130,27 +131,29 @@ def test_a_manifest_vouches_for_nothing_outside_its_folder(run):
     for name in ("../outside", str(outside)):
         rewrite(path, files={**files, name: checkpoint._fingerprint(outside)})
         with pytest.raises(DataError, match=r"manifest\.json: names .*outside, outside its folder"):
-            verify(path.parent)
+            open_checkpoint(path.parent)
 
 
 @pytest.mark.parametrize(
     "change",
     [{"step": "2"}, {"step": True}, {"schema": "3"}, {"schema": 2.0}, {"data": []}, {"model": {}}, {"recipe": None},
-     {"recipe": {"seed": 0}}, {"recipe": {"seed": "0", "effective_batch": 1}}],
+     {"attention": None}, {"recipe": {"seed": 0}}, {"recipe": {"seed": "0", "effective_batch": 1}}],
 )  # fmt: skip
 def test_a_state_that_says_something_else_is_no_state(change, run):
     rewrite(run / "step-0000002" / "state.json", **change)
-    found, (line,) = find_checkpoint(run)
-    assert found == run / "step-0000001" and "state.json: says nothing of" in line
+    found, (line,) = found_in(run)
+    assert found == run / "step-0000001" and "missing or of the wrong type; it is not the state of a checkpoint" in line
 
 
-def test_a_newer_schema_is_refused_and_not_passed_over(run):
-    """An older one would be trained on, and its checkpoints would replace the newer ones, which are good."""
-    rewrite(run / "step-0000002" / "state.json", schema=99)
-    for ask in (lambda: find_checkpoint(run), lambda: read_state(run / "step-0000002")):
-        with pytest.raises(InputError, match="schema 99 is newer than 3; update fastmae") as refused:
-            ask()
-        assert not isinstance(refused.value, DataError)
+@pytest.mark.parametrize("schema", [2, 99])
+def test_another_schema_is_an_error_and_not_skipped(schema, run):
+    """An older checkpoint would be trained on, and its successors would replace the newer ones, which are good."""
+    folder = run / "step-0000002"
+    (folder / "tensors" / ".metadata").unlink()  # a schema that has other files
+    rewrite(folder / "state.json", schema=schema)
+    for read in (lambda: found_in(run), lambda: open_checkpoint(folder)):
+        with pytest.raises(SchemaError, match=f"step-0000002/state.json: has schema {schema}, this fastmae reads schema 3"):
+            read()
 
 
 def test_an_incomplete_folder_is_no_checkpoint(run):
@@ -158,8 +161,8 @@ def test_an_incomplete_folder_is_no_checkpoint(run):
     (run / "step-9").mkdir()
     (run / "step-0000009").touch()
     with pytest.raises(DataError, match=r"manifest.json: missing"):
-        verify(run / "step-0000003")
-    assert find_checkpoint(run)[0] == run / "step-0000002"
+        open_checkpoint(run / "step-0000003")
+    assert found_in(run)[0] == run / "step-0000002"
 
 
 def test_the_newest_and_every_so_many_are_kept(tmp_path):
@@ -175,13 +178,13 @@ def test_damaged_newer_ones_do_not_push_good_ones_out(run):
         (run / f"step-000000{number}").mkdir()
     save(saver_of(run, keep=2), 3)
     assert [p.name for p in list_checkpoints(run)][-2:] == ["step-0000003", "step-0000002"]
-    assert find_checkpoint(run)[0] == run / "step-0000003"
+    assert found_in(run)[0] == run / "step-0000003"
 
 
 def test_a_damaged_one_of_the_same_step_is_replaced(run):
     (run / "step-0000002" / "model.safetensors").write_bytes(b"")
     folder = save(saver_of(run), 2)
-    assert find_checkpoint(run) == (folder, [])
+    assert found_in(run) == (folder, [])
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_save(run):
@@ -200,7 +203,7 @@ def test_an_old_one_that_cannot_be_removed_spoils_no_save(run, monkeypatch):
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
     saver = saver_of(run, keep=1)
-    assert find_checkpoint(run)[0] != save(saver, 3)  # looked at before
-    assert [s.error for s in saver.ended()] == [None] and find_checkpoint(run)[0] == run / "step-0000003"
+    assert found_in(run)[0] != save(saver, 3)  # looked at before
+    assert [s.error for s in saver.ended()] == [None] and found_in(run)[0] == run / "step-0000003"
     monkeypatch.setattr(type(run), "rename", lambda *_: refuse(run))
     remove_old(run, 3, 1, None)

@@ -7,11 +7,11 @@ import signal
 
 import pytest
 
-from fastmae.train.checkpoint.format import find_checkpoint, list_checkpoints, verify
+from fastmae.train.checkpoint.format import list_checkpoints, open_checkpoint
 from tests.support.forked import context
 from tests.support.killed_saves import save_and_die_after, save_and_die_at, save_and_lose_at
 from tests.support.runs import tensors_of
-from tests.support.saves import save, saver_of
+from tests.support.saves import found_in, save, saver_of
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def run_killed(target, *arguments) -> bool:
 
 def goes_on_by_itself(run, may_be_damaged=False) -> int:
     """The step that the next start continues from; its saves work, and leave nothing of the killed one."""
-    found, damaged = find_checkpoint(run)
+    found, damaged = found_in(run)
     assert damaged == [] or may_be_damaged
     step = int(found.name[-1])
     assert step in (2, 3) and tensors_of(found)["model/norm.weight"].tolist() == [float(step)] * 8
@@ -42,7 +42,7 @@ def goes_on_by_itself(run, may_be_damaged=False) -> int:
     assert list_checkpoints(run)[0].name == "step-0000004"
     for folder in list_checkpoints(run):
         if not may_be_damaged or folder.name != "step-0000003":
-            verify(folder)
+            open_checkpoint(folder)
     assert not [p.name for p in run.iterdir() if p.name.startswith(".")]
     return step
 

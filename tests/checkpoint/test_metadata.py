@@ -37,7 +37,7 @@ def good(tmp_path_factory):
 
 @pytest.fixture
 def folder(good, tmp_path):
-    """A copy of it whose metadata a test writes anew."""
+    """A copy of it whose metadata a test rewrites."""
     out = tmp_path / "tensors"
     out.mkdir()
     for path in good.iterdir():
@@ -191,7 +191,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_metadata_that_does_not_describe_whole_tensors_beside_it_is_refused(name, folder, good):
+def test_metadata_that_does_not_describe_full_tensors_beside_it_is_refused(name, folder, good):
     (folder.parent / "outside").write_bytes((good / "__0_0.distcp").read_bytes())
     check_refusal(folder, pickle.dumps(LIES[name](good)), "cannot be read, ")
 

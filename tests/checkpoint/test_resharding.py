@@ -59,9 +59,9 @@ def two(shard_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cut(shard_folder, tmp_path_factory):
+def sharded(shard_folder, tmp_path_factory):
     """The same under FSDP2."""
-    out = tmp_path_factory.mktemp("cut")
+    out = tmp_path_factory.mktemp("sharded")
     train(2, shard_folder, out, "--parallel", "fsdp")
     return out
 
@@ -80,7 +80,7 @@ def begun(source, out, number=4):
     return out
 
 
-def assert_goes_on(out, whole, number=4):
+def assert_continues(out, whole, number=4):
     """The steps after ``number`` had the samples, masks and losses of the run ``whole``."""
     found = losses(out)
     assert sorted(found) == list(range(number + 1, STEPS + 1))
@@ -97,7 +97,7 @@ def test_two_processes_take_the_steps_of_one(one, two):
     assert found[STEPS] < 0.97 * found[1]
 
 
-def test_accumulated_steps_are_those_of_whole_batches(one, two, shard_folder, tmp_path):
+def test_accumulated_steps_are_those_of_full_batches(one, two, shard_folder, tmp_path):
     train(1, shard_folder, tmp_path / "one", "--batch-size", 3)
     assert losses(tmp_path / "one") == pytest.approx(losses(one), rel=1e-6)
     assert samples(tmp_path / "one", accumulate=4) == samples(one)
@@ -111,22 +111,22 @@ def test_accumulated_steps_are_those_of_whole_batches(one, two, shard_folder, tm
 )
 def test_a_run_of_two_goes_on_in_any_number_and_shared_in_any_way(size, how, local, two, shard_folder, tmp_path):
     train(size, shard_folder, begun(two, tmp_path), "--parallel", how, local=local)
-    assert_goes_on(tmp_path, two)
+    assert_continues(tmp_path, two)
     if how == "hsdp":  # and back
         train(2, shard_folder, begun(tmp_path, tmp_path / "back", 8))
-        assert_goes_on(tmp_path / "back", two, 8)
+        assert_continues(tmp_path / "back", two, 8)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_a_cut_run_goes_on_whole(size, cut, two, shard_folder, tmp_path):
-    train(size, shard_folder, begun(cut, tmp_path))
-    assert_goes_on(tmp_path, two)
+def test_a_sharded_run_resumes_unsharded(size, sharded, two, shard_folder, tmp_path):
+    train(size, shard_folder, begun(sharded, tmp_path))
+    assert_continues(tmp_path, two)
 
 
-def test_a_cut_run_has_the_loss_of_a_whole_one_and_goes_on_with_its_own_bits(cut, two, shard_folder, tmp_path):
-    assert losses(cut) == pytest.approx(losses(two), rel=1e-6)
-    assert samples(cut) == samples(two)
-    assert_same_bits(train(2, shard_folder, begun(cut, tmp_path), "--parallel", "fsdp"), cut / f"step-{STEPS:07d}")
+def test_a_sharded_run_has_the_loss_of_an_unsharded_one_and_resumes_with_its_own_bits(sharded, two, shard_folder, tmp_path):
+    assert losses(sharded) == pytest.approx(losses(two), rel=1e-6)
+    assert samples(sharded) == samples(two)
+    assert_same_bits(train(2, shard_folder, begun(sharded, tmp_path), "--parallel", "fsdp"), sharded / f"step-{STEPS:07d}")
 
 
 def test_a_run_of_two_goes_on_with_its_own_bits(two, shard_folder, tmp_path):

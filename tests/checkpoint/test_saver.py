@@ -9,9 +9,9 @@ import torch
 
 from fastmae.model.weights import load_model
 from fastmae.train.checkpoint import saver as saver_file
-from fastmae.train.checkpoint.format import find_checkpoint, list_checkpoints
+from fastmae.train.checkpoint.format import list_checkpoints
 from tests.support.runs import assert_same_bits, tensors_of
-from tests.support.saves import files_of, save, saver_of, tensors_at
+from tests.support.saves import files_of, found_in, save, saver_of, tensors_at
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_tensors_may_change_as_soon_as_a_save_has_begun(gate, tmp_path):
     assert list_checkpoints(tmp_path) == []
     gate.set()
     saver.wait()
-    assert find_checkpoint(tmp_path) == (folder, [])
+    assert found_in(tmp_path) == (folder, [])
     assert all((t == 1).all() for name, t in tensors_of(folder).items() if not name.startswith("random/"))
     assert saver.newest == folder
 
@@ -71,7 +71,7 @@ def test_one_save_is_under_way_at_a_time(gate, tmp_path, monkeypatch):
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000002", "step-0000001"]
 
 
-def test_how_a_save_ended_is_told(tmp_path):
+def test_how_a_save_ended_is_reported(tmp_path):
     saver = saver_of(tmp_path)
     folder = save(saver, 1)
     (ended,) = saver.ended()

@@ -34,15 +34,15 @@ def mesh(tmp_path):
     dist.destroy_process_group()
 
 
-def test_a_cut_tensor_is_written_by_every_process_and_counted_once(mesh):
-    tensors = {"cut": distribute_tensor(torch.ones(6, 5), mesh, [Shard(0)]), "whole": torch.ones(3)}
+def test_a_sharded_tensor_is_written_by_every_rank_and_counted_once(mesh):
+    tensors = {"sharded": distribute_tensor(torch.ones(6, 5), mesh, [Shard(0)]), "full": torch.ones(3)}
     shares = [share_out(tensors, replace(WORLD, rank=rank, size=3)) for rank in range(3)]
-    assert ["cut" in share for share in shares] == [True, True, True]
-    assert ["whole" in share for share in shares] == [True, False, False]
+    assert ["sharded" in share for share in shares] == [True, True, True]
+    assert ["full" in share for share in shares] == [True, False, False]
     assert total_bytes(tensors) == 4 * (30 + 3)
 
 
-def test_generators_go_on_where_they_were():
+def test_generators_resume_where_they_were():
     torch.rand(7)
     state = random_state(WORLD)
     drawn = torch.rand(5)
@@ -51,7 +51,7 @@ def test_generators_go_on_where_they_were():
 
 
 @pytest.mark.gpu
-def test_generators_on_the_gpu_go_on_where_they_were():
+def test_generators_on_the_gpu_resume_where_they_were():
     world = replace(WORLD, rank=3, device=torch.device("cuda", 0))
     state = random_state(world)
     drawn = torch.rand(5, device="cuda")

@@ -1,4 +1,4 @@
-"""Folders of tensors: every bit comes back, what does not fit or would run something is refused, full disks are told."""
+"""Folders of tensors: every bit comes back, what does not fit or would run something is refused, full disks are reported."""
 
 import errno
 import os
@@ -53,10 +53,14 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("name", "tensor", "reason"),
     [
-        ("c", torch.empty(3), "holds no c"),
-        ("a", torch.empty(5, 3), r"a is torch.float32 \(3, 5\) there and torch.float32 \(5, 3\) here"),
-        ("a", torch.empty(3, 5, dtype=torch.float64), r"a is torch.float32 \(3, 5\) there and torch.float64 \(3, 5\) here"),
-        ("b", torch.empty(1), r"b is torch.float32 \(\) there and torch.float32 \(1,\) here"),
+        ("c", torch.empty(3), "has no tensor c"),
+        ("a", torch.empty(5, 3), r"a is torch.float32 \(3, 5\) in the checkpoint and torch.float32 \(5, 3\) in this run"),
+        (
+            "a",
+            torch.empty(3, 5, dtype=torch.float64),
+            r"a is torch.float32 \(3, 5\) in the checkpoint and torch.float64 \(3, 5\) in this run",
+        ),
+        ("b", torch.empty(1), r"b is torch.float32 \(\) in the checkpoint and torch.float32 \(1,\) in this run"),
     ],
 )
 def test_what_is_not_there_or_does_not_fit_is_named(name, tensor, reason, folder):

@@ -13,7 +13,7 @@ import torch
 from fastmae.errors import InputError, RequeueError
 from fastmae.model.attention import choice
 from fastmae.model.attention.backends import Shape
-from fastmae.train.checkpoint.format import SCHEMA, STATE, find_checkpoint, write_json, write_manifest
+from fastmae.train.checkpoint.format import STATE, Checkpoint
 from fastmae.train.distributed.world import World
 from fastmae.train.pretrain import attention_choice as backend
 from fastmae.train.pretrain import pretrain
@@ -57,11 +57,7 @@ def on_another_node(monkeypatch, tmp_path, name="elsewhere"):
 def checkpoint(folder, recipe=RECIPE, **attention):
     """As much of one as says what its run computed with."""
     saved = {"device": "cpu", "dtype": "float32", "backends": {str(s): "flash" for s in SHAPES}} | attention
-    state = {"schema": SCHEMA, "step": 2, "data": {}, "model": recipe.model.to_json(), "attention": saved,
-             "recipe": {"seed": 0, "effective_batch": 8}}  # fmt: skip
-    folder.mkdir()
-    write_json(folder / STATE, state)
-    return folder
+    return Checkpoint(folder, {"model": recipe.model.to_json(), "attention": saved})
 
 
 def test_a_resumed_run_computes_with_the_backend_of_its_checkpoint(shard_folder, tmp_path, monkeypatch, measured, capsys):
@@ -79,20 +75,6 @@ def test_a_resumed_run_computes_with_the_backend_of_its_checkpoint(shard_folder,
     assert "attention math\n" in capsys.readouterr().out
     assert_same_bits(whole, resumed)
     assert [r["attention"] for r in records(tmp_path / "halves") if r.get("event") == "start"] == ["math", "math"]
-
-
-def test_a_checkpoint_without_a_choice_is_resumed_and_one_is_made(shard_folder, tmp_path, monkeypatch, measured):
-    folder = pretrain.pretrain(replace(RECIPE, steps=2), run_of(shard_folder, tmp_path))
-    state = json.loads((folder / STATE).read_text())
-    del state["attention"]  # as versions before wrote it
-    (folder / STATE).write_text(json.dumps(state))
-    (folder / "manifest.json").unlink()
-    write_manifest(folder)
-    on_another_node(monkeypatch, tmp_path)
-    measured.fastest = "flash"
-    last = pretrain.pretrain(replace(RECIPE, steps=3), run_of(shard_folder, tmp_path))
-    assert set(json.loads((last / STATE).read_text())["attention"]["backends"].values()) == {"flash"}
-    assert find_checkpoint(tmp_path) == (last, [])
 
 
 def test_what_does_not_work_where_a_run_is_resumed_is_chosen_again_and_that_is_said(tmp_path, monkeypatch, measured):
@@ -119,21 +101,18 @@ def test_shapes_that_the_checkpoint_does_not_know_are_measured(tmp_path, measure
     assert len(measured) == 2 and set(found.backends.values()) == {"math"} and found.notes == ()
 
 
-@pytest.mark.parametrize("saved", [None, 3, [], {"backends": 7}, {"backends": {}}, {"backends": {str(SHAPES[0]): "abacus"}},
+@pytest.mark.parametrize("saved", [{}, {"backends": 7}, {"backends": {}}, {"backends": {str(SHAPES[0]): "abacus"}},
                                    {"backends": {str(SHAPES[0]): ["flash"]}}])  # fmt: skip
 def test_a_choice_that_cannot_be_understood_is_none(saved, tmp_path, measured):
-    folder = checkpoint(tmp_path / "saved")
-    state = json.loads((folder / STATE).read_text())
-    (folder / STATE).unlink()
-    write_json(folder / STATE, {**state, "attention": saved})
-    assert set(choose_attention(RECIPE, FP32, ALONE, folder).backends.values()) == {"math"} and measured == SHAPES
+    found = Checkpoint(tmp_path, {"model": RECIPE.model.to_json(), "attention": saved})
+    assert set(choose_attention(RECIPE, FP32, ALONE, found).backends.values()) == {"math"} and measured == SHAPES
 
 
 def test_a_backend_given_by_name_wins_over_the_checkpoints_and_that_is_said(tmp_path, measured):
     found = choose_attention(named("math"), FP32, ALONE, checkpoint(tmp_path / "saved"))
     assert found.text == "math" and measured == []
     assert found.notes == ("attention math is used as asked for, the checkpoint's was flash",)
-    same = choose_attention(named("flash"), FP32, ALONE, tmp_path / "saved")
+    same = choose_attention(named("flash"), FP32, ALONE, checkpoint(tmp_path / "saved"))
     assert same.text == "flash" and same.notes == ()
 
 

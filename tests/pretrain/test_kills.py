@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from fastmae.train.checkpoint.format import list_checkpoints, verify
+from fastmae.train.checkpoint.format import list_checkpoints, open_checkpoint
 from tests.support import faults
 from tests.support.crew import Crew, run
 from tests.support.runs import assert_same_bits, losses, records
@@ -40,5 +40,5 @@ def test_a_run_killed_at_random_steps_ends_with_the_bits_of_one_that_was_not(kin
     assert {(r["step"], r["loss"]) for r in records(killed) if "loss" in r} == set(losses(whole).items())
     assert len(losses(whole)) == steps and len(list_checkpoints(killed)) == 2
     for folder in list_checkpoints(killed):
-        verify(folder)
+        open_checkpoint(folder)
     assert not [p.name for p in killed.iterdir() if p.name.startswith(".step")]

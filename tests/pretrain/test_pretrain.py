@@ -162,14 +162,17 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_continued(shard_folder,
     os.truncate(path, path.stat().st_size - 1)
     pretrain(replace(RECIPE, steps=5), run_of(shard_folder, tmp_path))
     text = capsys.readouterr().out
-    assert f"ignored a damaged checkpoint: {path}" in text and f"resumed from {tmp_path / 'step-0000002'}" in text
+    assert f"skipped a damaged checkpoint: {path}" in text and f"resumed from {tmp_path / 'step-0000002'}" in text
 
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (replace(RECIPE, model=replace(MODEL, depth=3)), "another architecture, depth 2 there and 3 here"),
-        (replace(RECIPE, model=replace(MODEL, norm_pix_loss=False)), "norm_pix_loss True there and False here"),
+        (replace(RECIPE, model=replace(MODEL, depth=3)), "another architecture, depth 2 in the checkpoint and 3 in this run"),
+        (
+            replace(RECIPE, model=replace(MODEL, norm_pix_loss=False)),
+            "norm_pix_loss True in the checkpoint and False in this run",
+        ),
         (replace(RECIPE, seed=1), "trained with seed 0, not 1"),
         (replace(RECIPE, effective_batch=16), "trained with effective_batch 8, not 16"),
     ],

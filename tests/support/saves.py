@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastmae import MAE, ModelConfig
-from fastmae.train.checkpoint.format import SCHEMA
+from fastmae.train.checkpoint.format import SCHEMA, find_checkpoint
 from fastmae.train.checkpoint.saver import Saver
 from fastmae.train.checkpoint.state import random_state
 from fastmae.train.distributed.world import World
@@ -31,13 +31,19 @@ def tensors_at(step: int) -> dict[str, Tensor]:
 def state_at(step: int) -> dict:
     """What ``state.json`` says of it."""
     return {"schema": SCHEMA, "step": step, "data": {"samples": step}, "model": CONFIG.to_json(),
-            "recipe": {"seed": 0, "effective_batch": 1}}  # fmt: skip
+            "recipe": {"seed": 0, "effective_batch": 1}, "attention": {}}  # fmt: skip
 
 
 def save(saver: Saver, step: int, tensors: dict[str, Tensor] | None = None) -> Path:
     """Begin the checkpoint of ``step``; return its folder."""
     saver.begin(step, tensors or tensors_at(step), random_state(WORLD), state_at(step))
     return saver.out / f"step-{step:07d}"
+
+
+def found_in(run: Path) -> tuple[Path | None, list[str]]:
+    """Folder of the newest complete checkpoint of ``run``, and the lines about damaged ones."""
+    found, lines = find_checkpoint(run)
+    return found and found.folder, lines
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

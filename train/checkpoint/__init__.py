@@ -1,1 +1,1 @@
-"""Checkpoints: written beside training, complete or ignored, read by any number of processes."""
+"""Checkpoints: written beside training, complete or ignored, read by any world size."""

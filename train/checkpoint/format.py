@@ -1,27 +1,47 @@
 """Checkpoints: folders that are either complete or ignored.
 
-``step-NNNNNNN/`` holds ``tensors/`` (all that a run goes on from, written by all processes through DCP), ``model.safetensors``
-(weights and config, for exchange), ``state.json`` (where the run stands, for people too) and ``manifest.json`` (size and
-xxh3-64 of all others), which is written last. ``saver.py`` writes them aside, flushes them to the disk, and renames the
-folder; the newest complete one is found by looking. Reading one runs nothing of it.
+``step-NNNNNNN/`` holds ``tensors/`` (all that a run resumes from, written by all ranks through DCP), ``model.safetensors``
+(weights and config, for exchange), ``state.json`` (step, settings and position in the data, for people too) and
+``manifest.json`` (size and xxh3-64 of all others), which is written last. ``saver.py`` writes them to a temporary folder,
+flushes that to the disk, and renames it. Reading one runs no code from it.
 """
 
 import contextlib
 import json
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from fastmae.errors import DataError, InputError
+from fastmae.errors import DataError, SchemaError
 from fastmae.files import digest, write_atomically
 from fastmae.train.checkpoint.metadata import METADATA
 
 SCHEMA = 3
 MODEL, TENSORS, STATE, MANIFEST = "model.safetensors", "tensors", "state.json", "manifest.json"
-OLD_OPTIMIZER = "optimizer.safetensors"  # of schemas 1 and 2, beside the weights instead of ``tensors/``
 _NAME = re.compile(r"step-(\d{7,})")
-_KINDS = {"schema": int, "step": int, "data": dict, "model": str, "recipe": dict}  # what every state.json says
-FIXED = ("seed", "effective_batch")  # and its recipe: what decides which samples come next
+_KINDS = {
+    "schema": int,
+    "step": int,
+    "data": dict,
+    "model": str,
+    "recipe": dict,
+    "attention": dict,
+}  # of every state
+FIXED = ("seed", "effective_batch")  # fields of its recipe that decide which samples come next
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint, verified, and its ``state.json``."""
+
+    folder: Path
+    state: dict
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state["step"]
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -41,65 +61,51 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def find_checkpoint(run: Path, newest: int | None = None) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint of ``run``, of step ``newest`` at most, and a line for each newer one that is damaged."""
+def find_checkpoint(run: Path, newest: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest complete checkpoint of ``run``, of step ``newest`` at most, and a line for each newer one that is damaged.
+
+    Raises SchemaError if one of another version is newer than it.
+    """
     damaged = []
     for folder in list_checkpoints(run):
         if newest is not None and step_of(folder) > newest:
             continue
         try:
-            verify(folder)
-            read_state(folder)
+            return open_checkpoint(folder), damaged
+        except SchemaError:
+            raise
         except DataError as error:
             damaged.append(str(error))
-        else:
-            return folder, damaged
     return None, damaged
 
 
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint ``folder``, every file of it verified against its manifest, and its state.
+
+    Raises DataError naming the file that is missing or damaged, SchemaError if another version of fastmae wrote it.
+    """
+    files = _read_json(folder / MANIFEST).get("files")
+    files = files if isinstance(files, dict) else {}
+    for name in (*files, *({STATE} - files.keys())):
+        _verify_file(folder, name, files.get(name))
+    state = _read_state(folder / STATE)  # before the other names: another schema has other files
+    tensors = {str(p.relative_to(folder)) for p in (folder / TENSORS).glob("*.distcp")} | {f"{TENSORS}/{METADATA}"}
+    for name in sorted((tensors | {MODEL}) - files.keys()):
+        _verify_file(folder, name, None)
+    return Checkpoint(folder, state)
+
+
 def write_manifest(folder: Path) -> int:
-    """State every file in ``folder``, in a file that is written last; return their bytes."""
+    """Write size and hash of every file in ``folder`` into its manifest; return their bytes."""
     files = {str(p.relative_to(folder)): _fingerprint(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     write_json(folder / MANIFEST, {"files": files})
     return sum(file["bytes"] for file in files.values())
 
 
-def verify(folder: Path) -> None:
-    """Raise DataError naming the file unless every file of ``folder`` has the bytes that its manifest states."""
-    files = _read_json(folder / MANIFEST).get("files")
-    files = files if isinstance(files, dict) else {}
-    tensors = {str(p.relative_to(folder)) for p in (folder / TENSORS).glob("*.distcp")} | {f"{TENSORS}/{METADATA}"}
-    for name in (*files, *sorted({MODEL, STATE} - files.keys())):
-        _verify_file(folder, name, files.get(name))
-    for name in sorted(({OLD_OPTIMIZER} if OLD_OPTIMIZER in files else tensors) - files.keys()):
-        _verify_file(folder, name, None)
-
-
-def read_state(folder: Path) -> dict:
-    """``state.json`` of a checkpoint, in today's form.
-
-    Raises DataError if it is missing or damaged, InputError if it is of a newer schema: then it is good, and must neither be
-    passed over nor replaced.
-    """
-    path = folder / STATE
-    state = _read_json(path)
-    if type(schema := state.get("schema")) is int and schema > SCHEMA:
-        raise InputError(f"{path}: schema {schema} is newer than {SCHEMA}; update fastmae")
-    wrong = [name for name, kind in _KINDS.items() if type(state.get(name)) is not kind and (schema, name) != (1, "data")]
-    wrong = wrong or [name for name in FIXED if type(state["recipe"].get(name)) is not int]
-    if wrong:
-        raise DataError(f"{path}: says nothing of {', '.join(wrong)}, or not as it must; it is no checkpoint's")
-    if schema == 1:  # the place in the data was a word that cannot be compared any more
-        recipe = state["recipe"]
-        samples = state["step"] * recipe["effective_batch"]
-        state["data"] = {"samples": samples, "fingerprint": None, "seed": recipe["seed"], "views": 1, "shuffle_window": None}
-    return state
-
-
 def remove_old(run: Path, step: int, keep: int, keep_every: int | None) -> None:
     """Keep the newest ``keep`` checkpoints up to ``step`` and those of every ``keep_every`` steps; remove the others.
 
-    Counted from ``step`` downwards: damaged newer ones, which a resume passed over, must not push good ones out.
+    Counted from ``step`` downwards: damaged newer ones, which a resume skipped, must not push good ones out.
     """
     for old in [c for c in list_checkpoints(run) if step_of(c) <= step][keep:]:
         if keep_every is None or step_of(old) % keep_every:
@@ -111,9 +117,9 @@ def remove_old(run: Path, step: int, keep: int, keep_every: int | None) -> None:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Remove what a process that was killed has left unfinished."""
-    for left_over in [*run.glob(".step-*.partial"), *run.glob(".step-*.removed")]:
-        _remove(left_over)
+    """Remove the unfinished checkpoints of a killed process."""
+    for folder in [*run.glob(".step-*.partial"), *run.glob(".step-*.removed")]:
+        _remove(folder)
 
 
 def write_json(path: Path, document: dict) -> None:
@@ -123,7 +129,19 @@ def write_json(path: Path, document: dict) -> None:
 
 
 def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # what is left takes room, and no save fails for it
+    shutil.rmtree(folder, ignore_errors=True)  # what remains takes disk space, and no save fails for it
+
+
+def _read_state(path: Path) -> dict:
+    state = _read_json(path)
+    schema = state.get("schema")
+    if type(schema) is int and schema != SCHEMA:
+        raise SchemaError(f"{path}: has schema {schema}, this fastmae reads schema {SCHEMA}; use the version that wrote it")
+    wrong = [name for name, kind in _KINDS.items() if type(state.get(name)) is not kind]
+    wrong = wrong or [f"recipe.{name}" for name in FIXED if type(state["recipe"].get(name)) is not int]
+    if wrong:
+        raise DataError(f"{path}: {', '.join(wrong)} missing or of the wrong type; it is not the state of a checkpoint")
+    return state
 
 
 def _verify_file(folder: Path, name: str, stated: object) -> None:
@@ -132,15 +150,15 @@ def _verify_file(folder: Path, name: str, stated: object) -> None:
         raise DataError(f"{folder / MANIFEST}: names {name}, outside its folder")
     try:
         found = _fingerprint(path) if stated is not None and path.is_file() else None
-    except (OSError, ValueError) as error:  # a disk that gives it no more; a name that is none
+    except (OSError, ValueError) as error:  # a failing disk; an impossible file name
         raise DataError(f"{path}: cannot be read, {error}") from error
     if found is None:
         raise DataError(f"{path}: missing; the checkpoint is not complete")
     if found != stated:
-        said = stated if isinstance(stated, dict) else {}
+        listed = stated if isinstance(stated, dict) else {}
         raise DataError(
-            f"{path}: damaged, {found['bytes']} bytes with hash {found['xxh3']}; its manifest says {said.get('bytes')} with "
-            f"{said.get('xxh3')}"
+            f"{path}: damaged, {found['bytes']} bytes with hash {found['xxh3']}; its manifest lists {listed.get('bytes')} with "
+            f"{listed.get('xxh3')}"
         )
 
 

@@ -1,8 +1,9 @@
 """The description of a folder of tensors, ``.metadata``: a pickle of torch.distributed.checkpoint's, read as plain data.
 
 A pickle can run anything. This one may use only the opcodes and name only the few classes that describe tensors, may fill
-only records that it has made itself (filling a class or a function would change it for the whole process), and nests tuples
-no deeper than such descriptions do (hashing a deep one overflows the stack). What it then says is checked, down to the types.
+only records that it has made itself (filling a class or a function would change it for the rest of the process), and
+nests tuples no deeper than such descriptions do (hashing a deep one overflows the stack). Its contents are then checked, down
+to the types.
 """
 
 import io
@@ -50,15 +51,15 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
         _check(metadata, folder)
-    except Exception as error:  # damaged pickles raise anything; none of it is ours to tell apart
+    except Exception as error:  # damaged pickles raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(f"{path}: cannot be read, {reason}") from error
-    metadata.planner_data, metadata.storage_meta = None, StorageMeta()  # words of the writer, of no use here
+    metadata.planner_data, metadata.storage_meta = None, StorageMeta()  # of the writer, not needed to read
     return metadata
 
 
 class _Unpickler(pickle._Unpickler):
-    """The one in Python: that in C cannot be told which opcodes to refuse, nor what a pickle may fill."""
+    """The one in Python: the one in C cannot refuse opcodes, nor restrict what a pickle may fill."""
 
     def find_class(self, module: str, name: str) -> object:
         if name not in _ALLOWED.get(module, ()):
@@ -99,37 +100,37 @@ _Unpickler.dispatch = _opcodes()
 
 
 def _check(metadata: object, folder: Path) -> None:
-    """Raise ValueError unless ``metadata`` describes whole tensors alone, in files of ``folder``."""
+    """Raise ValueError unless ``metadata`` describes complete tensors only, in files of ``folder``."""
     if type(metadata) is not Metadata:
-        raise ValueError("it is no metadata")
-    places = _checked(metadata.storage_data, dict)
-    for index, place in places.items():
+        raise ValueError("it is not DCP metadata")
+    stored = _checked(metadata.storage_data, dict)
+    for index, info in stored.items():
         _checked(_checked(index, MetadataIndex).fqn, str)
-        _check_place(_checked(place, _StorageInfo))
-    for name in {place.relative_path for place in places.values()}:
+        _check_storage(_checked(info, _StorageInfo))
+    for name in {info.relative_path for info in stored.values()}:
         if PurePath(name).parts != (name,) or name == ".." or not (folder / name).is_file():
             raise ValueError(f"it names {name}, which is no file beside it")
     for name, item in _checked(metadata.state_dict_metadata, dict).items():
         if type(item) is not TensorStorageMetadata:
             raise ValueError(f"{_checked(name, str)} is no tensor")
-        _check_tensor(name, item, places)
+        _check_tensor(name, item, stored)
 
 
-def _check_place(place: _StorageInfo) -> None:
-    _checked(place.relative_path, str)
-    if min(_checked(place.offset, int), _checked(place.length, int)) < 0 or place.transform_descriptors is not None:
-        raise ValueError(f"{place} is no place of a tensor")
+def _check_storage(info: _StorageInfo) -> None:
+    _checked(info.relative_path, str)
+    if min(_checked(info.offset, int), _checked(info.length, int)) < 0 or info.transform_descriptors is not None:
+        raise ValueError(f"{info} is not where a tensor is stored")
 
 
-def _check_tensor(name: str, item: TensorStorageMetadata, places: dict[MetadataIndex, _StorageInfo]) -> None:
+def _check_tensor(name: str, item: TensorStorageMetadata, stored: dict[MetadataIndex, _StorageInfo]) -> None:
     _checked(_checked(item.properties, TensorProperties).dtype, torch.dtype)
     for chunk in _checked(item.chunks, list):
         offsets, sizes = _checked(chunk.offsets, torch.Size), _checked(chunk.sizes, torch.Size)
-        inside = (0 <= at <= at + size <= whole for at, size, whole in zip(offsets, sizes, item.size, strict=True))
-        if not all(inside) or MetadataIndex(name, offsets) not in places:
-            raise ValueError(f"a part of {name} lies outside it, or nowhere")
+        inside = (0 <= at <= at + size <= full for at, size, full in zip(offsets, sizes, item.size, strict=True))
+        if not all(inside) or MetadataIndex(name, offsets) not in stored:
+            raise ValueError(f"a shard of {name} lies outside it, or is not stored")
     if sum(math.prod(chunk.sizes) for chunk in item.chunks) != math.prod(_checked(item.size, torch.Size)):
-        raise ValueError(f"the parts of {name} do not make up the whole")
+        raise ValueError(f"the shards of {name} do not add up to the full tensor")
 
 
 def _checked(value: object, kind: type) -> object:

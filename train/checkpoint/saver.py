@@ -1,7 +1,7 @@
-"""Writes checkpoints, beside training if asked: the step waits only while its tensors are copied to the host.
+"""Writes checkpoints, asynchronously if asked: training waits only while its tensors are copied to the host.
 
-The processes write together, each its share; the main one prepares the folder, and completes it: weights for exchange, state,
-manifest, and last the name that makes it a checkpoint. Whatever goes wrong before that leaves the older ones as they were.
+The ranks write together, each its share; rank 0 prepares the folder, and completes it: weights for exchange, state, manifest,
+and last the name that makes it a checkpoint. An error before that leaves the older checkpoints as they were.
 """
 
 import shutil
@@ -39,7 +39,7 @@ from fastmae.train.checkpoint.state import share_out
 from fastmae.train.checkpoint.tensors import read_back, write_tensors
 from fastmae.train.distributed.world import World
 
-MAX_FAILED = 3  # saves on end that may fail before the run stops
+MAX_FAILED = 3  # consecutive failed saves that stop the run
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Saved:
 
 
 class Saver:
-    """Saves the state of a run, one checkpoint at a time. Every process calls the same methods at the same steps."""
+    """Saves the state of a run, one checkpoint at a time. Every rank calls the same methods at the same steps."""
 
     def __init__(self, out: Path, config: ModelConfig, world: World, *, keep: int, keep_every: int | None, asynchronous: bool):
         self.out, self.config, self.world = out, config, world
@@ -72,10 +72,10 @@ class Saver:
         """The last checkpoint that was completed; read it after ``wait``."""
 
     def begin(self, step: int, tensors: dict[str, Tensor], own: dict[str, Tensor], state: dict) -> None:
-        """Save ``tensors`` of the run, ``own`` ones of this process, and ``state``, plain JSON, as the checkpoint of ``step``.
+        """Save ``tensors`` of the run, ``own`` ones of this rank, and ``state``, plain JSON, as the checkpoint of ``step``.
 
-        Returns once the tensors may change again. Waits for the save before. Raises CheckpointError if ``MAX_FAILED`` of
-        them have failed on end.
+        Returns once the tensors may change again. Waits for the previous save. Raises CheckpointError after
+        ``MAX_FAILED`` consecutive failures.
         """
         self.wait()
         needed = bytes_of_checkpoint(tensors)
@@ -93,7 +93,7 @@ class Saver:
         if self._fault is not None:
             raise self._fault
         if self._failed >= MAX_FAILED:
-            raise CheckpointError(f"{self._failed} checkpoints on end could not be written, the last: {self.error}")
+            raise CheckpointError(f"{self._failed} consecutive checkpoints could not be written, the last: {self.error}")
 
     def ended(self) -> list[Saved]:
         """The saves that have ended since the last call."""
@@ -107,9 +107,9 @@ class Saver:
         if self.world.device.type == "cuda":
             torch.cuda.set_device(self.world.device)  # a new thread would use the first one
         try:
-            self._by_main(lambda: self._prepare(partial, needed))
+            self._on_rank_0(lambda: self._prepare(partial, needed))
             metadata = write_tensors(partial / TENSORS, tensors, self.world.background)
-            written = int(self._by_main(lambda: self._complete(partial, folder, state, tensors, metadata)))
+            written = int(self._on_rank_0(lambda: self._complete(partial, folder, state, tensors, metadata)))
         except (OSError, RuntimeError) as failure:
             error = self._reason(failure, needed)
             if self.world.is_main:
@@ -121,13 +121,13 @@ class Saver:
         self.newest = self.newest if error else folder
         self._ended.append(Saved(step, folder, time.perf_counter() - began, written, error))
 
-    def _by_main(self, work: Callable[[], object]) -> str:
-        """Let the main process do ``work``; return what it gave, or raise OSError if it could not, on every process."""
+    def _on_rank_0(self, work: Callable[[], object]) -> str:
+        """Call ``work`` on rank 0; return its result, or raise OSError if it failed, on every rank."""
         box: list[str | None] = [None, None]
         if self.world.is_main:
             try:
                 box[0] = str(work())
-            except Exception as error:  # whatever it is: the others wait for a word
+            except Exception as error:  # of any kind: the other ranks wait for the result
                 box[1] = self._named(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         if self.world.size > 1:
             dist.broadcast_object_list(box, src=0, group=self.world.background)
@@ -146,7 +146,7 @@ class Saver:
         """Make a checkpoint of the ``partial`` one whose tensors are written; return its bytes."""
         names = {name for name in metadata.state_dict_metadata if name.startswith("model/")}
         model = {name: tensor for name, tensor in tensors.items() if name in names and not isinstance(tensor, DTensor)}
-        # The others' are read from what they wrote: no process needs to hold the whole of a cut model.
+        # The others' are read from what they wrote: no rank needs memory for the full model on its GPU.
         model |= read_back(partial / TENSORS, metadata, names - model.keys())
         weights = {name.removeprefix("model/"): tensor for name, tensor in model.items()}
         save_weights(Weights(partial / MODEL, weights, self.config, knows_target=True), partial / MODEL)
@@ -166,7 +166,7 @@ class Saver:
             free = f"{shutil.disk_usage(self.out).free} bytes are free in {self.out}"
         except OSError as gone:
             free = f"{self.out} cannot be read, {gone.strerror}"
-        quota = ", which a quota does not grant (quota -s)" if "quota" in text.lower() else ""
+        quota = ", over the disk quota (quota -s)" if "quota" in text.lower() else ""
         return f"{text.partition(chr(10))[0]}; it needs {needed} bytes, {free}{quota}"
 
     def _named(self, error: OSError) -> str:

@@ -1,8 +1,8 @@
-"""The state of a run as named tensors: what a checkpoint holds, and what a resumed run is filled from.
+"""The state of a run as named tensors: what a checkpoint holds and a resumed run loads.
 
     model/NAME   optimizer/SLOT/NAME   step/NAME   loss_scale/NAME   spikes/NAME   random/RANK/DEVICE
 
-Where a run stands (step, place in the data, schedule) is plain numbers, in ``state.json``.
+Its step, position in the data and schedule are plain numbers, in ``state.json``.
 """
 
 import torch
@@ -35,7 +35,7 @@ def make_moments(optimizer: AdamW) -> None:
 
 
 def random_state(world: World) -> dict[str, Tensor]:
-    """The states of this process's generators. Order, crops and masks need none; what else may draw goes on where it was."""
+    """The states of this rank's generators. Order, crops and masks need none; other draws resume where they were."""
     state = {f"random/{world.rank}/cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
         state[f"random/{world.rank}/cuda"] = torch.cuda.get_rng_state(world.device)
@@ -43,15 +43,15 @@ def random_state(world: World) -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor], world: World) -> None:
-    """Put back what ``random_state`` gave, on the same rank."""
+    """Restore what ``random_state`` gave, on the same rank."""
     torch.set_rng_state(state[f"random/{world.rank}/cpu"])
     if world.device.type == "cuda":
         torch.cuda.set_rng_state(state[f"random/{world.rank}/cuda"], world.device)
 
 
 def share_out(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Those of ``tensors`` that this process writes: its part of each cut one, and about its share of the bytes of whole
-    ones, which every process has."""
+    """Those of ``tensors`` that this rank writes: its shard of each sharded one, and about its share of the bytes of the
+    others, which every rank has in full."""
     mine, loads = {}, [0] * world.size
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
         if isinstance(tensor, DTensor):
@@ -65,5 +65,5 @@ def share_out(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
 
 
 def total_bytes(tensors: dict[str, Tensor]) -> int:
-    """Bytes of all ``tensors``, cut ones as a whole."""
+    """Bytes of all ``tensors``, sharded ones in full."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

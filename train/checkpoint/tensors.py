@@ -1,7 +1,7 @@
-"""Tensors of all processes in one folder, through torch.distributed.checkpoint (DCP): cut or whole, read by any number of them.
+"""Tensors of all ranks in one folder, through torch.distributed.checkpoint (DCP): sharded or full, read by any world size.
 
 DCP's own reader unpickles whatever it finds. Here its metadata is read as plain data (``metadata.py``), and nothing but
-tensors is written or read (each by ``weights_only``), so that a folder from somebody else can be refused but does nothing.
+tensors is written or read (each by ``weights_only``), so that a folder from an untrusted source can only be refused.
 """
 
 import pickle
@@ -23,9 +23,9 @@ from fastmae.train.checkpoint.metadata import read_metadata
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> Metadata:
-    """Write ``tensors``, on the CPU, flushed to the disk; every process of ``group`` gives its own, or its part of one.
+    """Write ``tensors``, on the CPU, flushed to the disk; every rank of ``group`` gives its own, or its shard of one.
 
-    Returns what DCP has written down of the tensors of all. Raises OSError if any process could not write, for each of them.
+    Returns DCP's metadata of the tensors of all ranks. Raises OSError, on every rank, if any rank could not write.
     """
     _quiet()
     # Nothing is to be copied ahead: the tensors are on the CPU, and the copier would take hold of a GPU, the first one.
@@ -35,16 +35,16 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessG
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
         # torch.save hides a full disk behind a RuntimeError of its own; the hidden one is lost on the way from another rank.
-        told = reason.__context__ if isinstance(reason.__context__, OSError) else reason
-        if isinstance(told, OSError):
-            raise OSError(told.errno, f"{told.strerror}, on rank {rank}", str(folder)) from error
+        cause = reason.__context__ if isinstance(reason.__context__, OSError) else reason
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, f"{cause.strerror}, on rank {rank}", str(folder)) from error
         if isinstance(reason, RuntimeError):
             raise OSError(None, f"{_first_line(reason)}, on rank {rank}", str(folder)) from error
         raise reason from error
 
 
 def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill ``tensors``, or this process's parts of them, in place; each process reads for itself.
+    """Fill ``tensors``, or this rank's shards of them, in place; each rank reads for itself.
 
     Raises DataError if the folder is damaged, holds anything but tensors, lacks one of them, or has another shape or dtype.
     """
@@ -52,7 +52,7 @@ def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_back(folder: Path, metadata: Metadata, names: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors ``names``, whole, on the CPU, of a folder just written. Raises DataError if it cannot be read.
+    """The full tensors ``names``, on the CPU, of a folder just written. Raises DataError if it cannot be read.
 
     ``metadata``: what ``write_tensors`` gave. Reading it from its file, as plain data, would take longer than the rest.
     """
@@ -63,14 +63,14 @@ def read_back(folder: Path, metadata: Metadata, names: Iterable[str]) -> dict[st
 
 
 def describe_tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of each whole tensor in ``folder``. Raises DataError if it cannot be told."""
+    """Full shape and dtype of each tensor in ``folder``. Raises DataError if its metadata cannot be read."""
     return _describe(read_metadata(folder))
 
 
 class _Writer(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
-        # Where each tensor lies; torch 2.11 writes it down but does not give it back.
+        # Where each tensor lies; torch 2.11 writes it to the file but does not return it.
         metadata.storage_data = {result.index: result.storage_data for theirs in results for result in theirs}
 
 
@@ -91,10 +91,10 @@ def _fill(folder: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
     found = _describe(metadata)
     for name, tensor in tensors.items():
         if name not in found:
-            raise DataError(f"{folder}: holds no {name}")
+            raise DataError(f"{folder}: has no tensor {name}")
         if found[name] != (tensor.size(), tensor.dtype):
-            there, here = (f"{dtype} {tuple(size)}" for size, dtype in (found[name], (tensor.size(), tensor.dtype)))
-            raise DataError(f"{folder}: {name} is {there} there and {here} here")
+            theirs, ours = (f"{dtype} {tuple(size)}" for size, dtype in (found[name], (tensor.size(), tensor.dtype)))
+            raise DataError(f"{folder}: {name} is {theirs} in the checkpoint and {ours} in this run")
     _quiet()
     try:
         dcp.load(tensors, storage_reader=_Reader(folder, metadata), no_dist=True)
@@ -103,7 +103,7 @@ def _fill(folder: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
 
 
 def _quiet() -> None:
-    """DCP warns that one process works alone, which is meant."""
+    """DCP warns that a single process saves or loads, which is intended."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -12,7 +11,7 @@ from fastmae.model.attention.choice import adopt
 from fastmae.model.attention.dot_product import attention_shapes, resolve
 from fastmae.model.attention.probe import notes, probe, why_not
 from fastmae.model.config import BACKENDS, ModelConfig, kept_patches
-from fastmae.train.checkpoint.format import read_state
+from fastmae.train.checkpoint.format import Checkpoint
 from fastmae.train.config.precision import AUTOCAST, precision_of
 from fastmae.train.config.recipes import Recipe
 from fastmae.train.config.run import Run
@@ -70,7 +69,7 @@ def run_shapes(recipe: Recipe) -> list[Shape]:
     return list(dict.fromkeys(shapes))
 
 
-def choose_attention(recipe: Recipe, dtype: torch.dtype, world: World, checkpoint: Path | None = None) -> AttentionChoice:
+def choose_attention(recipe: Recipe, dtype: torch.dtype, world: World, checkpoint: Checkpoint | None = None) -> AttentionChoice:
     """Fix what ``recipe.model.attention`` stands for on the run's shapes.
 
     ``checkpoint``: the one that is resumed. What auto chose then is used again, on whatever machine, unless it does not work
@@ -100,11 +99,12 @@ class _Saved:
     backends: dict[str, str]
 
     @classmethod
-    def of(cls, checkpoint: Path | None) -> "_Saved | None":
-        """None if there is no checkpoint, or one that says nothing of it, as those of older versions."""
-        state = read_state(checkpoint) if checkpoint else {}
-        saved = state.get("attention")
-        backends = saved.get("backends") if isinstance(saved, dict) else None
+    def of(cls, checkpoint: Checkpoint | None) -> "_Saved | None":
+        """None if there is no checkpoint, or none of its backends is known here."""
+        if checkpoint is None:
+            return None
+        state, saved = checkpoint.state, checkpoint.state["attention"]
+        backends = saved.get("backends")
         known = {s: b for s, b in backends.items() if b in BACKENDS} if isinstance(backends, dict) else {}
         if not known:
             return None

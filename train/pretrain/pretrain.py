@@ -105,7 +105,7 @@ def _join(recipe: Recipe, run: Run, signals: StopSignals) -> World:
 def _check_room(trainer: Trainer) -> str | None:
     """As ``check_room``, for the checkpoints of ``trainer``."""
     needed = bytes_of_checkpoint(trainer.tensors)
-    return check_room(trainer.run, needed, processes=trainer.world.size, first_step=trainer.first_step,
+    return check_room(trainer.run, needed, world_size=trainer.world.size, first_step=trainer.first_step,
                       total_steps=trainer.total_steps)  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from fastmae.model.weights import load_model
 from fastmae.seeds import check_seed
 from fastmae.shards.index import JSON_NAME, Index
 from fastmae.shards.read import ShardReader
-from fastmae.train.checkpoint.format import MODEL, find_checkpoint, verify
+from fastmae.train.checkpoint.format import MODEL, find_checkpoint, open_checkpoint
 
 
 def reconstruct_images(checkpoint: Path, images: Path, out: Path, *, mask_ratio: float = 0.75, count: int = 8, seed: int = 0,
@@ -54,12 +54,12 @@ def weights_file(checkpoint: Path) -> Path:
     if not checkpoint.is_dir():
         return checkpoint
     if (checkpoint / MODEL).is_file():
-        verify(checkpoint)
+        open_checkpoint(checkpoint)
         return checkpoint / MODEL
     newest, damaged = find_checkpoint(checkpoint)
     if newest is None:
         raise DataError(f"{checkpoint}: no complete checkpoint in this folder{'; ' + damaged[0] if damaged else ''}")
-    return newest / MODEL
+    return newest.folder / MODEL
 
 
 def load_images(path: Path, model: MAE, count: int) -> Tensor:

@@ -13,8 +13,7 @@ import fastmae
 from fastmae.errors import CheckpointError, DataError, DivergedError
 from fastmae.model.mae import MAE
 from fastmae.train.checkpoint.format import SCHEMA
-from fastmae.train.checkpoint.restore import restore
-from fastmae.train.checkpoint.resume import check_resume, choose_checkpoint, plain_settings
+from fastmae.train.checkpoint.resume import check_resume, choose_checkpoint, plain_settings, restore
 from fastmae.train.checkpoint.saver import Saver
 from fastmae.train.checkpoint.state import random_state, run_tensors
 from fastmae.train.config.agreement import agree
@@ -82,7 +81,7 @@ class Trainer:
         self.warmup_steps = self.total_steps * recipe.warmup_epochs / recipe.epochs
         self.drawing = Drawing(source, self.model, world, recipe.mask_ratio, autocast) if run.draw_every else None
         self.saver = Saver(run.out, recipe.model, world, keep=run.keep, keep_every=run.keep_every, asynchronous=run.async_save)
-        self.saver.newest = self.checkpoint
+        self.saver.newest = self.checkpoint and self.checkpoint.folder
         self.stopped_by: str | None = None
 
     def train(self) -> Path:
@@ -134,7 +133,7 @@ class Trainer:
             parallel=run.parallel,
             attention=self.attention.text,
             environment=environment(self.world),
-            resumed_from=self.checkpoint and str(self.checkpoint),
+            resumed_from=self.checkpoint and str(self.checkpoint.folder),
         )
 
     def _loop(self, batches: Iterator[MicroBatch], meter: Meter, incidents: Incidents, log: RunLog) -> Path:
@@ -236,8 +235,9 @@ class Trainer:
 
     def _resume(self) -> dict:
         """Fill the run from the checkpoint; return its state."""
-        self.notes += [f"resumed from {self.checkpoint}", *check_resume(self.checkpoint, self.recipe)]
-        return restore(self.checkpoint, self.tensors, self.model, self.world)
+        self.notes += [f"resumed from {self.checkpoint.folder}", *check_resume(self.checkpoint, self.recipe)]
+        restore(self.checkpoint, self.tensors, self.world)
+        return self.checkpoint.state
 
     def _save(self, step: int) -> None:
         self.watch.beat(step, "saving", slow=True)

@@ -29,7 +29,6 @@ def impatient(monkeypatch):
     monkeypatch.setattr(rendezvous, "_FIRST_REPORT", 0.1)
     monkeypatch.setattr(rendezvous, "_TO_HEAR", 0.7)
     monkeypatch.setattr(background, "_TICK", 0.01)
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     yield
     end = time.monotonic() + 10
     while has_abandoned() and time.monotonic() < end:
@@ -268,11 +267,10 @@ def test_a_process_that_comes_once_the_run_goes_waits_for_the_next_start(reports
 
 def test_torchruns_store_leads_to_rank_0_of_this_start(reports, monkeypatch):
     """What an earlier start has left there is a port where nobody listens, or by now somebody else."""
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setattr(store, "_SETTLES", 0.3)
     options = {"is_master": True, "timeout": timedelta(seconds=5), "wait_for_workers": False}
     agents, others = (dist.TCPStore(HOST, 0, **options) for _ in range(2))
-    start = Start(2, port=agents.port)
+    start = Start(2, port=agents.port, has_agent_store=True)
     start.join(1)
     time.sleep(0.1)
     for port in (free_port(), others.port):

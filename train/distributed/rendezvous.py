@@ -20,7 +20,7 @@ from fastmae.train.console import report
 from fastmae.train.distributed.background import Background, pauses
 from fastmae.train.distributed.launcher import RankInfo
 from fastmae.train.distributed.roster import Peer, repeated, size_conflict
-from fastmae.train.distributed.store import ANSWER, STATE, has_torchruns_store, listen, reach
+from fastmae.train.distributed.store import ANSWER, STATE, listen, reach
 
 _ROSTER, _LEFT = "fastmae/roster", "fastmae/left"
 _COMPLETE, _GO = "complete", "go"
@@ -153,7 +153,7 @@ class Rendezvous:
                 return store, self._until_go(store)
             except dist.DistError as error:
                 self._is_connected = False
-                if not (self._is_late or has_torchruns_store()):  # which may have led to the rank 0 of an earlier start
+                if not (self._is_late or self.info.has_agent_store):  # which may have led to the rank 0 of an earlier start
                     raise LostProcessError("rank 0 was there and is gone, before all processes had joined") from error
                 self._is_late = False
 

@@ -6,7 +6,6 @@ sends the processes of the next start to those that are gone (torch 2.13). So th
 
 import contextlib
 import errno
-import os
 import socket
 import time
 import uuid
@@ -38,9 +37,8 @@ def listen(info: RankInfo, note: Note) -> tuple[dist.TCPStore, str]:
 
     Raises InputError if the port is taken or another rank 0 is at the run's address.
     """
-    is_torchruns = has_torchruns_store()
-    launcher = _connect(info, note)[0] if is_torchruns else None
-    port = 0 if is_torchruns else info.port
+    launcher = _connect(info, note)[0] if info.has_agent_store else None
+    port = 0 if info.has_agent_store else info.port
     _wait_until_free(port, note)
     try:
         store = dist.TCPStore(_LOOPBACK, port, is_master=True, timeout=ANSWER, wait_for_workers=False)
@@ -62,7 +60,7 @@ def listen(info: RankInfo, note: Note) -> tuple[dist.TCPStore, str]:
 def reach(info: RankInfo, note: Note) -> tuple[dist.TCPStore, str]:
     """The store that rank 0 keeps, and the address by which this process reaches it; looked for until it is there."""
     pause = pauses(info.size)
-    launcher = _connect(info, note)[0] if has_torchruns_store() else None
+    launcher = _connect(info, note)[0] if info.has_agent_store else None
     while True:
         if launcher is None:
             port = info.port
@@ -77,11 +75,6 @@ def reach(info: RankInfo, note: Note) -> tuple[dist.TCPStore, str]:
             if _is_rendezvous(found[0]):
                 return found
         time.sleep(next(pause))
-
-
-def has_torchruns_store() -> bool:
-    """Whether torchrun's agent keeps a store at MASTER_ADDR and MASTER_PORT."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _connect(info: RankInfo, note: Note) -> tuple[dist.TCPStore, str]:

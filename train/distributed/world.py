@@ -136,7 +136,7 @@ def join_world(device: str, timeout: float = 1800.0, stopped: Callable[[], str |
     if info.size == 1:
         return World(0, 1, _use_gpu(0) if on_gpu else torch.device("cpu"))
     _make_room()
-    set_nccl_defaults(timeout)
+    set_nccl_defaults(timeout, info.is_elastic)
     peer = this_peer(info, torch.cuda.device_count() if on_gpu else 0)
     store, peers, address = _gather_peers(info, peer, timeout, stopped)
     everyone = locals_of(peers)  # what is wrong with one raises on all of them, here and in the next line

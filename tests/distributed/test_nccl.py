@@ -61,5 +61,5 @@ def test_a_lost_process_on_a_gpu_is_named_before_torch_ends_the_others(number, r
         crew.send(number, rank)
         assert crew.end(90, (1 - rank,)) == [4], crew.text()
         said = crew.text(1 - rank)
-        assert re.search(rf"fastmae: rank {rank} gives no sign of life, after step \d+", said), said
+        assert re.search(rf"fastmae: no heartbeat from rank {rank} for \d+ s, after step \d+", said), said
         assert "terminate called" not in said and "Fatal Python error" not in said

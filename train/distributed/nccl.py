@@ -4,7 +4,7 @@ Its watchdog thread ends the process (SIGABRT, exit code 134) four times TORCH_N
 an error of the communicator, 60 s by default, less than a lost process is given at the start; its heartbeat monitor does so
 when the watchdog has been stuck for twice TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC, 16 min, less than ``--first-timeout``. A collective
 is timed out by the group's own timeout, which ``World.set_timeout`` keeps above the watch's. torchrun sets
-TORCH_NCCL_ASYNC_ERROR_HANDLING to 1: the communicator is aborted first, so that kernels end and the main thread goes on with
+TORCH_NCCL_ASYNC_ERROR_HANDLING to 1: the communicator is aborted first, so that kernels end and the main thread continues with
 half-reduced gradients until the abort; torch's default, 3, ends the process with its kernels still waiting.
 
 Source: torch/csrc/distributed/c10d, ProcessGroupNCCL.hpp (torch 2.13) and .cpp (main branch; Watchdog, HeartbeatMonitor).

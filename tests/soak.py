@@ -82,7 +82,7 @@ def killed_process(soak: Soak, crew: Crew) -> str:
     rank, step = soak.random.randint(0, 1), soak.let_train(crew)
     crew.send(signal.SIGKILL, rank)
     codes = must_end(crew, [-9, 4] if rank == 0 else [4, -9])
-    assert f"rank {rank} gives no sign of life" in crew.text(1 - rank), crew.text()
+    assert f"no heartbeat from rank {rank} for" in crew.text(1 - rank), crew.text()
     return f"rank {rank} at step {step}: {codes}"
 
 
@@ -140,7 +140,7 @@ def stopped_process(soak: Soak, crew: Crew) -> str:
     rank, step = soak.random.randint(0, 1), soak.let_train(crew)
     crew.send(signal.SIGSTOP, rank)
     assert crew.end(ANSWERED, (1 - rank,)) == [4], crew.text()
-    assert f"rank {rank} gives no sign of life" in crew.text(1 - rank), crew.text()
+    assert f"no heartbeat from rank {rank} for" in crew.text(1 - rank), crew.text()
     then = soak.random.choice((signal.SIGKILL, signal.SIGCONT))
     crew.send(then, rank)
     return f"rank {rank} at step {step}, then {then.name}: {must_end(crew, *_either([4, 4], 4, -9))}"

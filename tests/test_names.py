@@ -18,7 +18,7 @@ from fastmae.errors import DataError
 from fastmae.model.weights import load_model
 from fastmae.shards.index import Index
 from fastmae.train.cli.main import main
-from fastmae.train.distributed.heartbeat import Vitals
+from fastmae.train.distributed.heartbeat import Heartbeat
 from fastmae.train.distributed.world import World
 from fastmae.train.pretrain import log as log_file
 from fastmae.train.pretrain.log import RunLog
@@ -136,13 +136,13 @@ def test_what_ends_a_worker_keeps_the_name(monkeypatch):
 
 
 def test_what_ends_one_process_is_heard_by_the_others_under_any_name(monkeypatch):
-    vitals = Vitals(World(0, 1, torch.device("cpu")))
-    monkeypatch.setattr(vitals, "_thread", object())
-    monkeypatch.setattr(vitals, "end", lambda: None)
+    heartbeat = Heartbeat(World(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(heartbeat, "_thread", object())
+    monkeypatch.setattr(heartbeat, "end", lambda: None)
     monkeypatch.setattr("time.sleep", lambda _: None)
-    vitals.fail(ValueError(odd(b"t\xff.tar: missing")))
-    assert vitals._to_say["failed"] == f"rank 0 has failed, ValueError: t{SEEN}.tar: missing"
-    assert vitals._to_say["failed"].isascii()
+    heartbeat.fail(ValueError(odd(b"t\xff.tar: missing")))
+    assert heartbeat._to_send["failed"] == f"rank 0 has failed, ValueError: t{SEEN}.tar: missing"
+    assert heartbeat._to_send["failed"].isascii()
 
 
 def test_a_tracker_s_id_of_a_run_can_be_had(place):

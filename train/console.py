@@ -1,7 +1,7 @@
-"""The console: standard input, output and error of a program, which may be closed, full, gone, unread, or speak ASCII alone.
+"""The console: standard input, output and error of a program, which may be closed, full, lost, unread, or speak ASCII alone.
 
 Work that ends in a file outlives its console: what cannot be written is dropped. A program whose output is its result ends
-without it, quietly if its reader is gone, as Unix programs do by SIGPIPE. Standard error never ends a program.
+without it, quietly if its reader has gone, as Unix programs do by SIGPIPE. Standard error never ends a program.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import TextIO
 
 _NAMES = {1: "standard output", 2: "standard error"}
 _PIECE = select.PIPE_BUF  # bytes that a pipe takes without waiting, once it takes any
-_PATIENCE = 10.0  # seconds for a reader that does not read; afterwards none until it reads again
+_READER_TIMEOUT = 10.0  # seconds for a reader that does not read; afterwards none until it reads again
 _LOST: dict[str, str] = {}
 
 
@@ -30,10 +30,10 @@ def report(text: str) -> None:
 
 
 def open_streams() -> None:
-    """At a program's start: closed streams lead to /dev/null, and the two that are written drop, or raise, as said above.
+    """At a program's start: closed streams lead to /dev/null, and the two that are written drop, or raise, as described above.
 
-    A closed one's number would be given to the next file that is opened, a checkpoint say, and prints would go into it. Streams
-    that the calling program has replaced stay as they are.
+    A closed one's number would be given to the next file that is opened, such as a checkpoint, and prints would go into it.
+    Streams that the calling program has replaced stay as they are.
     """
     if sys.stdin is None:
         sys.stdin = os.fdopen(_open_null(0), closefd=False)
@@ -45,7 +45,7 @@ def open_streams() -> None:
 
 @contextlib.contextmanager
 def outlived() -> Iterator[None]:
-    """A block that goes on whatever becomes of standard output; what it has printed is written, or dropped, at its end."""
+    """A block that continues whatever becomes of standard output; what it has printed is written, or dropped, at its end."""
     before = sys.stdout, sys.stderr
     open_streams()
     output = _output()
@@ -108,8 +108,8 @@ class _Stream(io.RawIOBase):
         """Until it can be written. Raises TimeoutError if nobody reads, unless the program is for that reader."""
         poll = select.poll()
         poll.register(self.handle, select.POLLOUT)
-        patience = None if self.is_needed else 0 if self._is_stuck else _PATIENCE * 1000
-        self._is_stuck = not poll.poll(patience)
+        timeout = None if self.is_needed else 0 if self._is_stuck else _READER_TIMEOUT * 1000
+        self._is_stuck = not poll.poll(timeout)
         if self._is_stuck:
             raise TimeoutError(None, "nobody reads it")
 
@@ -124,7 +124,7 @@ class _Stream(io.RawIOBase):
             self.error = OSError(error.errno, error.strerror, name)
             raise self.error
         if is_first and self.number == 1:
-            report(f"{name} cannot be written, {reason}; going on without it")
+            report(f"{name} cannot be written, {reason}; continues without it")
 
 
 def _output() -> _Stream | None:

@@ -85,7 +85,7 @@ def test_standard_error_ends_nothing_and_is_remembered():
 
 
 def test_a_reader_that_does_not_read_is_waited_for_once_and_gets_what_comes_after_it_has_read(pipe, monkeypatch):
-    monkeypatch.setattr(console, "_PATIENCE", 0.2)
+    monkeypatch.setattr(console, "_READER_TIMEOUT", 0.2)
     stream = write_into(pipe[1], 2)
     for number in range(1000):
         print(number, "x" * 100, file=stream, flush=True)
@@ -165,7 +165,7 @@ def no_reader(rank):
 
 
 def a_reader_that_does_not_read(rank):
-    console._PATIENCE = 0.2
+    console._READER_TIMEOUT = 0.2
     _, theirs = os.pipe()
     fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 4096)
     os.dup2(theirs, 1)

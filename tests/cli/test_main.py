@@ -16,6 +16,7 @@ from PIL import Image
 from fastmae import MAE, ModelConfig
 from fastmae.model.weights import read_weights, save_model
 from fastmae.train.cli.main import COMMANDS, main
+from fastmae.train.distributed.launcher import RankInfo
 from tests.support.pictures import make_picture
 
 TINY = ["--img-size", "32", "--patch-size", "8", "--batch-size", "4", "--steps", "1", "--warmup-epochs", "0", "--workers", "0",
@@ -286,7 +287,8 @@ def test_doctor_says_what_is_used_and_why_not_more(capsys):
 def test_doctor_warns_of_what_is_short(capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(64 << 20, 0, 64 << 20))
     monkeypatch.setattr("resource.getrlimit", lambda which: (256, 1 << 20))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    many = RankInfo(size=64, local_size=64, launcher="torchrun")
+    monkeypatch.setattr("fastmae.train.doctor.machine.read_launcher", lambda: many)
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "/dev/shm: 0.1 of 0.1 GiB free; short for streams and NCCL, give it 8 GiB (docker: --shm-size 8g)" in text

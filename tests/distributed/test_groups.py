@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastmae.train.distributed.groups import make_groups
-from fastmae.train.distributed.roster import Local
+from fastmae.train.distributed.peers import Local
 
 LAYOUTS = [(2, 2), (3, 4)]  # machines, processes on each
 UNEVEN = [Local(0, 2), Local(1, 2), *(Local(rank, 4) for rank in range(4)), Local(0, 2), Local(1, 2)]

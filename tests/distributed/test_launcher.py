@@ -119,7 +119,7 @@ def test_jobs_and_steps_that_share_a_node_get_ports_of_their_own():
     assert len(set(ports)) == len(ports) and min(ports) >= 10000 and max(ports) < 30000
 
 
-@pytest.mark.parametrize("mpi", [OPEN_MPI, HYDRA, {"PMI_RANK": "3"}])
+@pytest.mark.parametrize("mpi", [OPEN_MPI, {**OPEN_MPI, "PMIX_RANK": "3"}, HYDRA, {"PMI_RANK": "3"}])
 @pytest.mark.parametrize("around", [{}, BATCH, {**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}])
 def test_processes_of_a_bare_mpirun_are_told_to_use_torchrun(around, mpi):
     """Also where mpirun has started its daemons through srun, whose step is then not that of the processes."""
@@ -127,12 +127,28 @@ def test_processes_of_a_bare_mpirun_are_told_to_use_torchrun(around, mpi):
         read_launcher({**around, **mpi})
 
 
+@pytest.mark.parametrize("around", [{}, BATCH])
+def test_a_process_that_only_pmix_describes_is_told_so_too(around):
+    with pytest.raises(InputError, match=r"PMIX_RANK=0: mpirun .*start the run with torchrun"):
+        read_launcher({**around, "PMIX_RANK": "0", "PMIX_NAMESPACE": "prte-1"})
+
+
 def test_a_world_of_one_by_mpirun_is_a_run_of_one():
-    assert read_launcher({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}) == RankInfo()
+    assert read_launcher({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"}) == RankInfo()
 
 
-def test_srun_that_speaks_pmi_is_still_slurm():
-    assert read_launcher({**STEP, "PMI_RANK": "9", "PMI_SIZE": "16"}) == read_launcher(STEP)
+@pytest.mark.parametrize("plugin", [{"PMI_RANK": "9", "PMI_SIZE": "16"}, {"PMIX_RANK": "9", "PMIX_NAMESPACE": "slurm.pmix.7"}])
+def test_srun_with_a_pmi_plugin_is_still_slurm(plugin):
+    assert read_launcher({**STEP, **plugin}) == read_launcher(STEP)
+
+
+def test_torchruns_agent_and_its_store_are_known_by_its_variables():
+    agent = read_launcher({**TORCHRUN, "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert (agent.is_elastic, agent.has_agent_store) == (True, True)
+    static = read_launcher({**TORCHRUN, "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "False"})
+    assert (static.is_elastic, static.has_agent_store) == (True, False)
+    operator = read_launcher(TORCHRUN)
+    assert (operator.is_elastic, operator.has_agent_store) == (False, False)
 
 
 def without(environment, name):

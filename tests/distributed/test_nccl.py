@@ -21,7 +21,7 @@ STEPS = 2000
 @pytest.mark.parametrize("first", [1800.0, 7200.0])
 def test_torch_ends_a_process_after_the_watch_would_have(first):
     environ = {}
-    set_nccl_defaults(first, environ)
+    set_nccl_defaults(first, False, environ)
     assert 4 * int(environ[DUMP]) / 1000 >= watch._LOST_AT_START + 30  # torch waits for four of them after an error
     assert int(environ[HEARTBEAT]) > first
     assert HANDLING not in environ  # torch's own is 3
@@ -30,20 +30,20 @@ def test_torch_ends_a_process_after_the_watch_would_have(first):
 def test_what_the_user_has_set_stays():
     given = {DUMP: "1", HEARTBEAT: "2", HANDLING: "1"}
     environ = dict(given)
-    set_nccl_defaults(1800.0, environ)
+    set_nccl_defaults(1800.0, False, environ)
     assert environ == given
 
 
 def test_torchruns_own_error_handling_is_replaced_by_torchs():
     for code, expected in (("1", "3"), ("0", "0"), ("2", "2")):
-        environ = {"TORCHELASTIC_RUN_ID": "none", HANDLING: code}
-        set_nccl_defaults(1800.0, environ)
+        environ = {HANDLING: code}
+        set_nccl_defaults(1800.0, True, environ)
         assert environ[HANDLING] == expected
 
 
 def test_a_heartbeat_fits_torchs_milliseconds():
     environ = {}
-    set_nccl_defaults(1e9, environ)
+    set_nccl_defaults(1e9, False, environ)
     assert 1000 * int(environ[HEARTBEAT]) < 2**31
 
 
@@ -61,5 +61,5 @@ def test_a_lost_process_on_a_gpu_is_named_before_torch_ends_the_others(number, r
         crew.send(number, rank)
         assert crew.end(90, (1 - rank,)) == [4], crew.text()
         said = crew.text(1 - rank)
-        assert re.search(rf"fastmae: rank {rank} gives no sign of life, after step \d+", said), said
+        assert re.search(rf"fastmae: no heartbeat from rank {rank} for \d+ s, after step \d+", said), said
         assert "terminate called" not in said and "Fatal Python error" not in said

@@ -1,4 +1,4 @@
-"""The rendezvous of a run, each process a thread here: all join, or a line says who has not, where it is awaited, and why."""
+"""The rendezvous of a run, each process a thread here: all join, or a line names who has not, where it is awaited, and why."""
 
 import itertools
 import json
@@ -16,8 +16,8 @@ from fastmae.errors import InputError, LostProcessError
 from fastmae.train.distributed import background, rendezvous, store
 from fastmae.train.distributed.background import Background, has_abandoned, pauses
 from fastmae.train.distributed.launcher import RankInfo
+from fastmae.train.distributed.peers import this_peer
 from fastmae.train.distributed.rendezvous import Rendezvous
-from fastmae.train.distributed.roster import this_peer
 from tests.support.runs import free_port
 
 HOST = "127.0.0.1"
@@ -27,9 +27,8 @@ HOST = "127.0.0.1"
 def impatient(monkeypatch):
     """A tenth of a second stands for half a minute."""
     monkeypatch.setattr(rendezvous, "_FIRST_REPORT", 0.1)
-    monkeypatch.setattr(rendezvous, "_TO_HEAR", 0.7)
+    monkeypatch.setattr(rendezvous, "_LINGER", 0.7)
     monkeypatch.setattr(background, "_TICK", 0.01)
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     yield
     end = time.monotonic() + 10
     while has_abandoned() and time.monotonic() < end:
@@ -40,9 +39,9 @@ def impatient(monkeypatch):
 @pytest.fixture
 def reports(monkeypatch):
     """What is reported, with the time."""
-    said = []
-    monkeypatch.setattr(rendezvous, "report", lambda text: said.append((time.monotonic(), text)))
-    return said
+    reported = []
+    monkeypatch.setattr(rendezvous, "report", lambda text: reported.append((time.monotonic(), text)))
+    return reported
 
 
 class Start:
@@ -69,10 +68,10 @@ class Start:
 
 
 @contextmanager
-def waiting_for(said, text, seconds=10):
+def waiting_for(reported, text, seconds=10):
     end = time.monotonic() + seconds
-    while not any(text in line for _, line in said):
-        assert time.monotonic() < end, said
+    while not any(text in line for _, line in reported):
+        assert time.monotonic() < end, reported
         time.sleep(0.005)
     yield
 
@@ -151,7 +150,7 @@ def test_a_name_that_does_not_resolve_is_said_at_once_and_may_resolve_later(repo
     start.join(0, 1, local_rank=0, local_size=1)
     name = "node001 does not resolve on this machine (Name or service not known)"
     with waiting_for(
-        reports, f"looks for rank 0 at node001:{start.info['port']} (MASTER_ADDR and MASTER_PORT): {name}; goes on"
+        reports, f"looks for rank 0 at node001:{start.info['port']} (MASTER_ADDR and MASTER_PORT): {name}; retries"
     ):
         assert len(reports) <= 2
     is_known.append(True)
@@ -176,7 +175,7 @@ def test_a_process_that_died_after_it_came_is_missed_before_the_run_begins(repor
     start.join(0)
     client = client_of(start)
     here = RankInfo(**start.info, rank=1)
-    client.append("fastmae/roster", json.dumps({"rank": 1, "arrived": this_peer(here, 0).to_dict()}) + "\n")
+    client.append("fastmae/peers", json.dumps({"rank": 1, "arrived": this_peer(here, 0).to_dict()}) + "\n")
     with waiting_for(reports, "1 of 2 processes still answer, missing rank 1"):
         start.signals[0] = "SIGTERM"
     assert isinstance(start.error(0), KeyboardInterrupt)
@@ -197,8 +196,8 @@ def client_of(start):
 def test_a_process_that_was_started_again_takes_the_place_of_the_one_before(reports):
     start = Start(2)
     start.join(0)
-    gone = {**this_peer(RankInfo(**start.info, rank=1), 0).to_dict(), "pid": 1, "host": "before"}
-    client_of(start).append("fastmae/roster", json.dumps({"rank": 1, "arrived": gone}) + "\n")
+    ended = {**this_peer(RankInfo(**start.info, rank=1), 0).to_dict(), "pid": 1, "host": "before"}
+    client_of(start).append("fastmae/peers", json.dumps({"rank": 1, "arrived": ended}) + "\n")
     with waiting_for(reports, "still answer"):
         start.join(1)
     peers = start.ends[0].result(20)[1]
@@ -246,10 +245,10 @@ def test_rank_0_that_is_gone_is_named(reports):
     server.set(store.STATE, "")
     start.join(1)
     end = time.monotonic() + 10
-    while not server.check(["fastmae/roster"]):
+    while not server.check(["fastmae/peers"]):
         assert time.monotonic() < end
     del server
-    assert str(start.error(1)) == "rank 0 was there and is gone, before all processes had joined"
+    assert str(start.error(1)) == "rank 0 was lost before all processes had joined"
 
 
 def test_a_process_that_comes_once_the_run_goes_waits_for_the_next_start(reports):
@@ -268,11 +267,10 @@ def test_a_process_that_comes_once_the_run_goes_waits_for_the_next_start(reports
 
 def test_torchruns_store_leads_to_rank_0_of_this_start(reports, monkeypatch):
     """What an earlier start has left there is a port where nobody listens, or by now somebody else."""
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setattr(store, "_SETTLES", 0.3)
     options = {"is_master": True, "timeout": timedelta(seconds=5), "wait_for_workers": False}
     agents, others = (dist.TCPStore(HOST, 0, **options) for _ in range(2))
-    start = Start(2, port=agents.port)
+    start = Start(2, port=agents.port, has_agent_store=True)
     start.join(1)
     time.sleep(0.1)
     for port in (free_port(), others.port):

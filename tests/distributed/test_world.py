@@ -1,4 +1,4 @@
-"""The words between the processes of a run, on one machine and on several."""
+"""What the processes of a run exchange, on one machine and on several."""
 
 import json
 import os
@@ -15,28 +15,28 @@ from tests.support.runs import free_port
 
 
 def hear_process(environment: dict[str, str], out: Path) -> None:
-    """What one process hears, written to ``out``."""
+    """What one process receives, written to ``out``."""
     os.environ |= environment
     world = join_world("cpu", 60)
     world.set_timeout(30)
-    heard = {
+    received = {
         "machine": world.machine is not None,
         "local_size": world.local_size,
         "room": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     }
-    heard["any"] = [world.any(world.rank == r, world.rank != r, False) for r in range(world.size)]
-    heard["gather"] = world.gather([f"from {world.rank}"] * (world.rank % 2))
-    heard["main"] = world.from_main(f"rank {world.rank}")
-    heard["by_main"] = world.by_main(lambda: f"done by {world.rank}")
+    received["any"] = [world.any(world.rank == r, world.rank != r, False) for r in range(world.size)]
+    received["gather"] = world.gather([f"from {world.rank}"] * (world.rank % 2))
+    received["main"] = world.from_main(f"rank {world.rank}")
+    received["by_main"] = world.by_main(lambda: f"done by {world.rank}")
     try:
         world.by_main(refuse)
     except InputError as error:
-        heard["refused"] = str(error)
+        received["refused"] = str(error)
     try:
         world.by_main(lambda: Path("/dev/null/lock").touch())
     except (InputError, OSError) as error:
-        heard["failed"] = str(error)
-    out.write_text(json.dumps(heard))
+        received["failed"] = str(error)
+    out.write_text(json.dumps(received))
     leave_world()
 
 
@@ -44,8 +44,8 @@ def refuse():
     raise InputError("no")
 
 
-def hear(size: int, local_size: int | None, folder: Path) -> list[dict]:
-    """What each of ``size`` processes hears, as if ``local_size`` of them shared a machine; None: they count it."""
+def exchange(size: int, local_size: int | None, folder: Path) -> list[dict]:
+    """What each of ``size`` processes receives, as if ``local_size`` of them shared a machine; None: they count it."""
     port, arguments = free_port(), []
     for rank in range(size):
         variables = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -58,13 +58,13 @@ def hear(size: int, local_size: int | None, folder: Path) -> list[dict]:
 @pytest.mark.cluster
 @pytest.mark.parametrize(("size", "local_size"), [(2, 2), (4, 2), (3, 1), (2, None)])
 def test_every_process_hears_the_same(size, local_size, tmp_path):
-    for heard in hear(size, local_size, tmp_path):
-        assert heard["local_size"] == (local_size or size) and heard["machine"] == (1 < heard["local_size"] < size)
-        assert heard["any"] == [[True, True, False]] * size
-        assert heard["gather"] == [f"from {r}" for r in range(1, size, 2)]
-        assert heard["main"] == "rank 0" and heard["by_main"] == "done by 0" and heard["refused"] == "no"
-        assert "/dev/null/lock" in heard["failed"] and "Not a directory" in heard["failed"]
-        assert heard["room"] == resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    for received in exchange(size, local_size, tmp_path):
+        assert received["local_size"] == (local_size or size) and received["machine"] == (1 < received["local_size"] < size)
+        assert received["any"] == [[True, True, False]] * size
+        assert received["gather"] == [f"from {r}" for r in range(1, size, 2)]
+        assert received["main"] == "rank 0" and received["by_main"] == "done by 0" and received["refused"] == "no"
+        assert "/dev/null/lock" in received["failed"] and "Not a directory" in received["failed"]
+        assert received["room"] == resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
 
 def test_a_run_of_one_asks_nobody():

@@ -1,4 +1,4 @@
-"""The launch examples, run for real as far as one machine can: with small programs in the place of Slurm's."""
+"""The launch examples, run for real as far as one machine can: with small programs instead of Slurm's."""
 
 import os
 import shlex
@@ -53,7 +53,7 @@ def check_pod(pod, container, command):
     assert pod["terminationGracePeriodSeconds"] > saving
     line = [*command["command"], *command["args"]]
     assert line[:5] == ["python", "-m", "torch.distributed.run", "-m", "fastmae.train"]
-    # Without it a run that was told to stop ends with 0, and the operator takes it for done.
+    # Without it a run that was stopped ends with 0, and the operator takes it for done.
     assert "--requeue-exit" in line
     assert [line[line.index(flag) + 1] for flag in ("--data", "--out")] == ["/data", "/run"]
     assert all(isinstance(item["value"], str) for item in command["env"])
@@ -94,7 +94,7 @@ def test_the_trainjob_restarts_all_pods_together():
 def test_exit_code_85_requeues_the_job(cluster):
     folder, environment = cluster
     code, text = finish(start("slurm.sbatch", ["base"], folder, {**environment, "FAKE_CODE": "85"}))
-    assert code == 0 and "goes on in the next start" in text
+    assert code == 0 and "resumes in the next start" in text
     assert log_of(folder, "scontrol") == [f"requeue {environment['SLURM_JOB_ID']}"]
 
 

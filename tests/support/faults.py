@@ -15,8 +15,7 @@ import torch
 
 from fastmae.data.crops import Cropper
 from fastmae.train.checkpoint import saver
-from fastmae.train.distributed import heartbeat as vitals
-from fastmae.train.distributed import rendezvous, watch, world
+from fastmae.train.distributed import heartbeat, rendezvous, watch, world
 from fastmae.train.pretrain import pretrain
 from fastmae.train.pretrain.log import RunLog
 from fastmae.train.step.loss_module import LossModule
@@ -165,10 +164,10 @@ def never_connect(on, rank):
 
 
 def quick_watch(seconds, rank):
-    """Processes count as lost after ``seconds`` without a sign of life, and no collective waits longer than its timeout."""
+    """Processes count as lost after ``seconds`` without a heartbeat, and no collective waits longer than its timeout."""
     world._SLACK = 0.0
     watch._LOST_AFTER = watch._LOST_AT_START = seconds
-    vitals._AT_FAULT = min(seconds, vitals._AT_FAULT)
+    heartbeat._AT_FAULT = min(seconds, heartbeat._AT_FAULT)
 
 
 def small_files(seconds, on, rank):

@@ -1,4 +1,4 @@
-"""The process groups of a run: on the CPU, for votes and words between its processes, beside the one that training uses.
+"""The process groups of a run: on the CPU, for votes and texts, beside the one that training uses.
 
 Every rank makes the same number of collective calls for them. With a device bound to the default group, as NCCL's is, torch
 (2.11, 2.13) splits its communicator, a collective call, on each rank that is no member of a group that it takes part in making,
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from fastmae.train.distributed.roster import Local
+from fastmae.train.distributed.peers import Local
 
 
 def make_groups(everyone: Sequence[Local], backend: str = "gloo", **options) -> tuple[dist.ProcessGroup | None, ...]:

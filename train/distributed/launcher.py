@@ -2,7 +2,7 @@
 
 Sources, each the list of variables that a launcher gives its processes: torchrun, "Environment Variables"; DeepSpeed,
 ``launcher/launch.py`` (LOCAL_SIZE); Slurm, srun(1), "OUTPUT ENVIRONMENT VARIABLES"; of mpirun, which is refused: Open MPI,
-"Environment variables set for MPI applications", and MPICH's Hydra, Intel MPI and HPE PALS, which set PMI_*.
+"Environment variables set for MPI applications" (PMIX_* too), and MPICH's Hydra, Intel MPI and HPE PALS, which set PMI_*.
 
 Where several launchers have left their variables, the innermost one counts: torchrun is started inside steps and jobs, and
 mpirun starts its daemons through srun, so that their step's variables are not those of the processes.
@@ -47,6 +47,10 @@ class RankInfo:
     """The node of each rank, as far as the launcher gives it; else empty."""
     launcher: str = "none"
     """none, torchrun (or whatever sets its variables) or slurm."""
+    is_elastic: bool = field(default=False, compare=False)
+    """Started by torchrun's own agent."""
+    has_agent_store: bool = field(default=False, compare=False)
+    """Whether that agent keeps a store at ``address`` and ``port``."""
 
 
 class _Names(NamedTuple):
@@ -60,7 +64,7 @@ class _Names(NamedTuple):
 
 _TORCHRUN = _Names("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _DEEPSPEED = _TORCHRUN._replace(local_size="LOCAL_SIZE")
-_MPI = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
+_MPI = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))  # PMIX_RANK comes without a size
 
 
 def read_launcher(environ: Mapping[str, str] = os.environ) -> RankInfo:
@@ -76,13 +80,19 @@ def read_launcher(environ: Mapping[str, str] = os.environ) -> RankInfo:
     is_step = _any(environ, "SLURM_STEP_NUM_TASKS")
     step = environ.get("SLURM_PROCID"), environ.get("SLURM_STEP_NUM_TASKS")
     for rank, size in _MPI:
-        is_of_step = is_step and (environ.get(rank), environ.get(size)) == step  # srun speaks PMI as well
+        is_of_step = is_step and (environ.get(rank), environ.get(size)) == step  # srun's pmi plugins set these as well
         if _any(environ, rank, size) and environ.get(size) != "1" and not is_of_step:
-            raise InputError(
-                f"{size}={environ.get(size, '')}: mpirun gives no address of rank 0; start the run with torchrun "
-                "(torchrun --nproc-per-node 8 -m fastmae.train ...) or srun: docs/launch.md"
-            )
+            raise _mpirun(size, environ)
+    if _any(environ, "PMIX_RANK") and not is_step and not _any(environ, *(size for _, size in _MPI)):
+        raise _mpirun("PMIX_RANK", environ)
     return _slurm(environ) if is_step else RankInfo()
+
+
+def _mpirun(name: str, environ: Mapping[str, str]) -> InputError:
+    return InputError(
+        f"{name}={environ.get(name, '')}: mpirun gives no address of rank 0; start the run with torchrun "
+        "(torchrun --nproc-per-node 8 -m fastmae.train ...) or srun: docs/launch.md"
+    )
 
 
 def default_workers(local_ranks: int | None = None) -> int:
@@ -128,7 +138,11 @@ def _torchrun(environ: Mapping[str, str]) -> RankInfo:
     names = _TORCHRUN
     if not _any(environ, names.local_size) and _any(environ, names.local_rank) and _any(environ, _DEEPSPEED.local_size):
         names = _DEEPSPEED
-    info = _read(environ, names, countable=not _any(environ, names.local_size))
+    info = replace(
+        _read(environ, names, countable=not _any(environ, names.local_size)),
+        is_elastic=_any(environ, "TORCHELASTIC_RUN_ID"),
+        has_agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
     if info.size == 1:  # needs no address, whatever is left over of one
         return replace(info, local_rank=0, local_size=1)
     address, port = _text(environ, "MASTER_ADDR", names.size), _number(environ, "MASTER_PORT", "MASTER_ADDR")
@@ -150,12 +164,14 @@ def _slurm(environ: Mapping[str, str]) -> RankInfo:
     nodes = _slurm_nodes(environ, are_needed=len(tasks) > 1 and not _any(environ, "MASTER_ADDR"))
     is_block = environ.get("SLURM_DISTRIBUTION", "block").startswith("block") and len(nodes) == len(tasks)
     hosts = tuple(itertools.chain(*map(itertools.repeat, nodes, tasks))) if is_block else ()
-    if len(tasks) == 1:
-        nodes, source = ["127.0.0.1"], "one node by SLURM_STEP_TASKS_PER_NODE"
+    if _any(environ, "MASTER_ADDR"):
+        address = environ["MASTER_ADDR"], "MASTER_ADDR"
+    elif len(tasks) == 1:
+        address = "127.0.0.1", "one node by SLURM_STEP_TASKS_PER_NODE"
     else:
-        source = "SLURM_STEP_NODELIST"
+        address = nodes[0], "SLURM_STEP_NODELIST"
     step = _number(environ, "SLURM_STEP_ID") if _any(environ, "SLURM_STEP_ID") else 0
-    return _at(replace(info, hosts=hosts), _address(environ) or (nodes[0], source), _port(environ, step))
+    return _at(replace(info, hosts=hosts), address, _port(environ, step))
 
 
 def _slurm_nodes(environ: Mapping[str, str], *, are_needed: bool) -> list[str]:
@@ -179,11 +195,6 @@ def _tasks_per_node(text: str) -> list[int]:
     if sum(nodes for _, nodes in groups) > _HOSTS:
         raise InputError(f"SLURM_STEP_TASKS_PER_NODE has at most {_HOSTS} nodes, got {text!r}")
     return [tasks for tasks, nodes in groups for _ in range(nodes)]
-
-
-def _address(environ: Mapping[str, str]) -> tuple[str, str] | None:
-    """MASTER_ADDR, and that it came from there."""
-    return (environ["MASTER_ADDR"], "MASTER_ADDR") if _any(environ, "MASTER_ADDR") else None
 
 
 def _port(environ: Mapping[str, str], step: int) -> tuple[int, str]:
@@ -244,5 +255,5 @@ def _text(environ: Mapping[str, str], name: str, because: str) -> str:
 def _number(environ: Mapping[str, str], name: str, because: str = "") -> int:
     text = _text(environ, name, because)
     if not re.fullmatch(_DIGITS, text):
-        raise InputError(f"{name} must be a whole number, not negative, got {text!r}")
+        raise InputError(f"{name} must be an integer, not negative, got {text!r}")
     return int(text)

@@ -4,7 +4,7 @@ Its watchdog thread ends the process (SIGABRT, exit code 134) four times TORCH_N
 an error of the communicator, 60 s by default, less than a lost process is given at the start; its heartbeat monitor does so
 when the watchdog has been stuck for twice TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC, 16 min, less than ``--first-timeout``. A collective
 is timed out by the group's own timeout, which ``World.set_timeout`` keeps above the watch's. torchrun sets
-TORCH_NCCL_ASYNC_ERROR_HANDLING to 1: the communicator is aborted first, so that kernels end and the main thread goes on with
+TORCH_NCCL_ASYNC_ERROR_HANDLING to 1: the communicator is aborted first, so that kernels end and the main thread continues with
 half-reduced gradients until the abort; torch's default, 3, ends the process with its kernels still waiting.
 
 Source: torch/csrc/distributed/c10d, ProcessGroupNCCL.hpp (torch 2.13) and .cpp (main branch; Watchdog, HeartbeatMonitor).
@@ -20,10 +20,11 @@ _LONGEST = 86400.0  # seconds; torch keeps the milliseconds in 32 bits
 _HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 
-def set_nccl_defaults(timeout: float, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set what the user has not set, before the group is made. ``timeout``: the watch's longest, seconds."""
+def set_nccl_defaults(timeout: float, is_elastic: bool, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set what the user has not set, before the group is made. ``timeout``: the watch's longest, seconds; ``is_elastic``:
+    torchrun's agent has started this process, and set its own default."""
     dump = (NAMED_WITHIN + _MARGIN) / _ERROR_WAITS
     environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(round(1000 * dump)))
     environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(min(timeout + _MARGIN, _LONGEST))))
-    if "TORCHELASTIC_RUN_ID" in environ and environ.get(_HANDLING) == "1":  # torchrun's own default, not the user's
+    if is_elastic and environ.get(_HANDLING) == "1":  # torchrun's, not the user's
         environ[_HANDLING] = "3"

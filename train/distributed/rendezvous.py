@@ -1,10 +1,10 @@
-"""The rendezvous of a run: every process reaches the store that rank 0 keeps, and none goes on before all are there.
+"""The rendezvous of a run: every process reaches the store that rank 0 keeps, and none continues before all are there.
 
-    arrived    each process adds a line about itself to the roster, a key of the store
+    arrived    each process appends a line about itself to a key of the store
     complete   rank 0 has read all of them; each process confirms that it is still there, by another line
     go         all have confirmed: whoever died while it waited for others is missed here, not inside a collective
 
-torch's own rendezvous waits in C++, deaf to signals and without a word. Each process asks the store for one key, after a tenth
+torch's own rendezvous waits in C++, heeds no signal and reports nothing. Each process asks the store for one key, after a tenth
 of the time that it has waited and at most twice a second: traffic that grows with the number of processes, not its square.
 """
 
@@ -19,12 +19,12 @@ from fastmae.errors import InputError, LostProcessError
 from fastmae.train.console import report
 from fastmae.train.distributed.background import Background, pauses
 from fastmae.train.distributed.launcher import RankInfo
-from fastmae.train.distributed.roster import Peer, repeated, size_conflict
-from fastmae.train.distributed.store import ANSWER, STATE, has_torchruns_store, listen, reach
+from fastmae.train.distributed.peers import Peer, repeated, size_conflict
+from fastmae.train.distributed.store import ANSWER, STATE, listen, reach
 
-_ROSTER, _LEFT = "fastmae/roster", "fastmae/left"
+_PEERS, _LEFT = "fastmae/peers", "fastmae/left"
 _COMPLETE, _GO = "complete", "go"
-_TO_HEAR = 1.5  # seconds that rank 0 and its store stay for the others once it has failed
+_LINGER = 1.5  # seconds that rank 0 and its store stay for the others once it has failed
 _LOOK = 1.0  # seconds between two looks at whether a process has left
 _FIRST_REPORT = 30.0  # seconds; each later one comes after twice the time
 _MOST_NAMED = 16
@@ -34,7 +34,7 @@ class Rendezvous:
     """The rendezvous of one process: the main thread reports, keeps the time and heeds signals, another one waits."""
 
     def __init__(self, info: RankInfo, peer: Peer, timeout: float, stopped: Callable[[], str | None]):
-        """``peer``: what this process tells the others. ``timeout``: seconds that it may take. ``stopped``: the name of the
+        """``peer``: what this process publishes of itself. ``timeout``: seconds that it may take. ``stopped``: the name of the
         signal that asks this process to stop, if any."""
         self.info, self.timeout, self._stopped = info, timeout, stopped
         self.peer, self._is_main = peer, info.rank == 0
@@ -42,9 +42,9 @@ class Rendezvous:
         """By which this process reaches rank 0."""
         self._status, self._alarms = "looks for rank 0", []
         self._is_connected, self._is_late = self._is_main, False
-        self._due, self._has_told = _FIRST_REPORT, False
+        self._due, self._has_reported = _FIRST_REPORT, False
         self._reason: str | None = None
-        """Why this process gives up; the other thread tells the others."""
+        """Why this process gives up; the other thread publishes it."""
 
     def wait(self) -> tuple[dist.TCPStore, list[Peer]]:
         """The store of this start of the run, and all processes in order of their ranks.
@@ -72,10 +72,10 @@ class Rendezvous:
             self._give_up("its --first-timeout is over")
             raise LostProcessError(f"{self._where()} for {seconds:.0f} s (--first-timeout): {self._status}")
         while self._alarms:
-            report(f"{self._where()}: {self._alarms.pop(0)}; goes on trying for {self.timeout:.0f} s (--first-timeout)")
+            report(f"{self._where()}: {self._alarms.pop(0)}; retries for {self.timeout:.0f} s (--first-timeout)")
         if seconds >= self._due:
             self._due = 2 * seconds
-            if self._speaks(seconds):
+            if self._reports(seconds):
                 left = self.timeout - seconds
                 report(f"{self._where()} for {seconds:.0f} s: {self._status}; {left:.0f} s are left (--first-timeout)")
 
@@ -84,19 +84,19 @@ class Rendezvous:
         doing = "waits for the others" if self._is_connected else "looks for rank 0"
         return f"rank {info.rank} of {info.size} on {self.peer.host} {doing} at {info.address}:{info.port} ({info.source})"
 
-    def _speaks(self, seconds: float) -> bool:
+    def _reports(self, seconds: float) -> bool:
         """Rank 0 always does; of a machine, the first process until it has reached rank 0, and once more after a minute."""
         if self._is_main or self.peer.local_rank not in (0, None):
             return self._is_main
-        if self._is_connected and (self._has_told or seconds < 2 * _FIRST_REPORT):
+        if self._is_connected and (self._has_reported or seconds < 2 * _FIRST_REPORT):
             return False
-        self._has_told = self._is_connected
+        self._has_reported = self._is_connected
         return True
 
     def _give_up(self, reason: str) -> None:
-        """End the other thread, which tells the others."""
+        """End the other thread, which publishes the reason."""
         self._reason = f"rank {self.info.rank} on {self.peer.host} has left the rendezvous, {reason}"
-        self._background.is_over(_TO_HEAR + 0.5)
+        self._background.is_over(_LINGER + 0.5)
 
     # The other thread.
 
@@ -118,23 +118,23 @@ class Rendezvous:
         store.set(STATE, _GO)
         return store, peers
 
-    def _until_all(self, store: dist.TCPStore, word: str) -> list[Peer]:
-        """The processes of all ranks, once each has added ``word``."""
+    def _until_all(self, store: dist.TCPStore, phase: str) -> list[Peer]:
+        """The processes of all ranks, once each has added a line of ``phase``."""
         pause = pauses(self.info.size)
         while True:
             lines = _read(store)
-            if gone := self._reason or next((line["left"] for line in lines if "left" in line), None):
-                self._fail(store, lines, LostProcessError(f"{gone}; the others end"))
-            peers = [Peer(**line[word]) for line in lines if word in line]
+            if left := self._reason or next((line["left"] for line in lines if "left" in line), None):
+                self._fail(store, lines, LostProcessError(f"{left}; the others end"))
+            peers = [Peer(**line[phase]) for line in lines if phase in line]
             twice = repeated(peers)
-            if wrong := size_conflict(peers, self.info.size) or (word == "confirmed" and twice):
+            if wrong := size_conflict(peers, self.info.size) or (phase == "confirmed" and twice):
                 self._fail(store, lines, InputError(wrong))
             found = {peer.rank: peer for peer in peers}
             missing = [rank for rank in range(self.info.size) if rank not in found]
             if not missing:
                 return [found[rank] for rank in range(self.info.size)]
-            self._status = _missing(missing, self.info, word) + (f"; {twice}" if twice else "")
-            if word == "arrived":
+            self._status = _missing(missing, self.info, phase) + (f"; {twice}" if twice else "")
+            if phase == "arrived":
                 store.set(STATE, json.dumps({"status": self._status}))
             time.sleep(next(pause))
 
@@ -142,7 +142,7 @@ class Rendezvous:
         """Raise ``error`` here and, while the store is there, on all others."""
         store.set(STATE, json.dumps({type(error).__name__: str(error)}))
         if len({line["rank"] for line in lines}) > 1:
-            time.sleep(_TO_HEAR)
+            time.sleep(_LINGER)
         raise error
 
     def _follow(self) -> tuple[dist.TCPStore, list[Peer]]:
@@ -153,8 +153,8 @@ class Rendezvous:
                 return store, self._until_go(store)
             except dist.DistError as error:
                 self._is_connected = False
-                if not (self._is_late or has_torchruns_store()):  # which may have led to the rank 0 of an earlier start
-                    raise LostProcessError("rank 0 was there and is gone, before all processes had joined") from error
+                if not (self._is_late or self.info.has_agent_store):  # which may have led to the rank 0 of an earlier start
+                    raise LostProcessError("rank 0 was lost before all processes had joined") from error
                 self._is_late = False
 
     def _until_go(self, store: dist.TCPStore) -> list[Peer]:
@@ -171,37 +171,37 @@ class Rendezvous:
                 self._add(store, confirmed=self.peer.to_dict())
                 has_confirmed, pause = True, pauses(self.info.size)
             elif state.startswith("{"):
-                told = json.loads(state)
+                status = json.loads(state)
                 for kind in (InputError, LostProcessError):
-                    if kind.__name__ in told:
-                        raise kind(told[kind.__name__])
-                self._status = told["status"]
+                    if kind.__name__ in status:
+                        raise kind(status[kind.__name__])
+                self._status = status["status"]
             time.sleep(next(pause))
         found = {peer.rank: peer for peer in (Peer(**line["confirmed"]) for line in _read(store) if "confirmed" in line)}
         return [found[rank] for rank in range(self.info.size)]
 
-    def _add(self, store: dist.TCPStore, **words) -> None:
-        store.append(_ROSTER, json.dumps({"rank": self.info.rank, **words}) + "\n")
+    def _add(self, store: dist.TCPStore, **line) -> None:
+        store.append(_PEERS, json.dumps({"rank": self.info.rank, **line}) + "\n")
 
 
-class Departures:
-    """Whether a process has left while torch connects all of them, which would wait for it: a key of the store that each looks
-    at in a thread, by a connection of its own."""
+class ConnectAbort:
+    """Aborts, on all processes, the wait for torch to connect them once one has failed: a key of the store that each reads in a
+    thread, by a connection of its own."""
 
     def __init__(self, store: dist.TCPStore, peer: Peer, address: str):
-        self.heard: str | None = None
-        """Which one has, and why."""
+        self.reason: str | None = None
+        """Which process has failed, and why; None if none has."""
         self._peer, self._address, self._port = peer, address, store.port
-        self._reason, self._is_over = "", threading.Event()
+        self._own, self._is_over = "", threading.Event()
         self._background = Background(self._run)
 
     def leave(self, reason: str) -> None:
-        """This process leaves, or ends with an error: the others are told."""
-        self._reason = f"rank {self._peer.rank} on {self._peer.host} has left while all were being connected, {reason}"
+        """This process ends, by a signal or an error: publishes it to the others."""
+        self._own = f"rank {self._peer.rank} on {self._peer.host} has left while torch connected all ranks, {reason}"
         self.end()
-        self._background.is_over(_TO_HEAR)
+        self._background.is_over(_LINGER)
         if self._peer.rank == 0:
-            time.sleep(_TO_HEAR)
+            time.sleep(_LINGER)
 
     def end(self) -> None:
         """All are connected."""
@@ -210,24 +210,24 @@ class Departures:
     def _run(self) -> None:
         try:
             store = dist.TCPStore(self._address, self._port, is_master=False, timeout=ANSWER, wait_for_workers=False)
-            while self.heard is None and not self._is_over.wait(_LOOK):
-                self.heard = store.get(_LEFT).decode() if store.check([_LEFT]) else None
-            if self._reason:
-                store.compare_set(_LEFT, "", self._reason)  # the first one counts
+            while self.reason is None and not self._is_over.wait(_LOOK):
+                self.reason = store.get(_LEFT).decode() if store.check([_LEFT]) else None
+            if self._own:
+                store.compare_set(_LEFT, "", self._own)  # the first one counts
         except dist.DistError:
-            self.heard = "rank 0 is gone"
+            self.reason = "rank 0 is lost"
 
 
 def _read(store: dist.TCPStore) -> list[dict]:
-    return [json.loads(line) for line in store.get(_ROSTER).decode().splitlines()]
+    return [json.loads(line) for line in store.get(_PEERS).decode().splitlines()]
 
 
-def _missing(missing: list[int], info: RankInfo, word: str) -> str:
+def _missing(missing: list[int], info: RankInfo, phase: str) -> str:
     """How many processes are there, and which are not."""
     more = f" and {len(missing) - _MOST_NAMED} others" if len(missing) > _MOST_NAMED else ""
     hosts = list(dict.fromkeys(info.hosts[rank] for rank in missing)) if info.hosts else []
     on = f" ({', '.join(hosts[:_MOST_NAMED])}{', ...' if len(hosts) > _MOST_NAMED else ''})" if hosts else ""
-    there = "have joined" if word == "arrived" else "still answer"
+    there = "have joined" if phase == "arrived" else "still answer"
     return (
         f"{info.size - len(missing)} of {info.size} processes {there}, "
         f"missing rank {', '.join(map(str, missing[:_MOST_NAMED]))}{more}{on}"

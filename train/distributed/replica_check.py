@@ -1,6 +1,6 @@
 """Whether all processes hold the same weights: replicas that drift apart train on, and nobody would see it.
 
-A checksum of each parameter's bits, weighted by place so that swapped values change it too, is compared across processes.
+A checksum of each parameter's bits, weighted by position so that swapped values change it too, is compared across processes.
 Causes seen in the field are faulty memory and links; Dixit et al. 2021 (arXiv 2102.11245) on silent data corruption.
 """
 
@@ -13,9 +13,9 @@ from fastmae.train.distributed.world import World
 
 
 def check_replicas(model: nn.Module, world: World, step: int) -> None:
-    """Raise DivergedError, on every process, naming rank and parameter, unless all whole parameters are the same bits.
+    """Raise DivergedError, on every process, naming rank and parameter, unless all unsharded parameters are the same bits.
 
-    Waits for the device. Cut parameters have no replica in the same process's place, and are passed over.
+    Waits for the device. Sharded parameters have no replica to compare with, and are skipped.
     """
     named = [(name, p) for name, p in model.named_parameters() if not isinstance(p, DTensor)]
     if world.size == 1 or not named:
@@ -34,6 +34,6 @@ def check_replicas(model: nn.Module, world: World, step: int) -> None:
 @torch.no_grad()
 def checksum(x: Tensor) -> Tensor:
     """An int64 scalar that a changed bit of ``x`` changes."""
-    words = x.detach().contiguous().view(-1).view(torch.uint8).view(torch.int32 if x.element_size() >= 4 else torch.int16)
-    places = torch.arange(1, len(words) + 1, device=x.device)
-    return (words.to(torch.int64) * (2 * places + 1)).sum()
+    integers = x.detach().contiguous().view(-1).view(torch.uint8).view(torch.int32 if x.element_size() >= 4 else torch.int16)
+    positions = torch.arange(1, len(integers) + 1, device=x.device)
+    return (integers.to(torch.int64) * (2 * positions + 1)).sum()

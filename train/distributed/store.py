@@ -1,12 +1,11 @@
-"""Where the store of a run's rendezvous is: rank 0 keeps it, the others look for it.
+"""Where the store of a run's rendezvous is: rank 0 hosts it, the others look for it.
 
 torchrun has a store as well, but one and the same for every start that its ``--max-restarts`` makes: what gloo has put there
-sends the processes of the next start to those that are gone (torch 2.13). So that store is only asked where rank 0's is.
+sends the processes of the next start to those that have ended (torch 2.13). So that store is only asked where rank 0's is.
 """
 
 import contextlib
 import errno
-import os
 import socket
 import time
 import uuid
@@ -22,11 +21,11 @@ from fastmae.train.distributed.launcher import RankInfo
 STATE = "fastmae/state"
 """The key by which such a store is known: rank 0 sets it first."""
 ANSWER = timedelta(seconds=60)
-"""For one word of a store that many ask at once."""
-_KEEPER, _PORT = "fastmae/keeper", "fastmae/port"
+"""For one request to a store that many ask at once."""
+_HOST, _PORT = "fastmae/host", "fastmae/port"
 _LOOPBACK = "127.0.0.1"
 _ATTEMPT = 2.0  # seconds for a connection
-_SETTLES = 10.0  # seconds for a store's first word; it may be somebody else's, where rank 0 of an earlier start was
+_SETTLES = 10.0  # seconds for a store's first key; it may be somebody else's, where rank 0 of an earlier start was
 _ENDS = 10.0  # seconds for an earlier rank 0, or a loader worker of it, that was killed just now to give back its port
 
 Note = Callable[..., None]
@@ -34,13 +33,12 @@ Note = Callable[..., None]
 
 
 def listen(info: RankInfo, note: Note) -> tuple[dist.TCPStore, str]:
-    """The store that this process, rank 0, keeps from now on, and its address here, which needs no name that resolves.
+    """The store that this process, rank 0, hosts from now on, and its address here, which needs no name that resolves.
 
     Raises InputError if the port is taken or another rank 0 is at the run's address.
     """
-    is_torchruns = has_torchruns_store()
-    launcher = _connect(info, note)[0] if is_torchruns else None
-    port = 0 if is_torchruns else info.port
+    launcher = _connect(info, note)[0] if info.has_agent_store else None
+    port = 0 if info.has_agent_store else info.port
     _wait_until_free(port, note)
     try:
         store = dist.TCPStore(_LOOPBACK, port, is_master=True, timeout=ANSWER, wait_for_workers=False)
@@ -50,7 +48,7 @@ def listen(info: RankInfo, note: Note) -> tuple[dist.TCPStore, str]:
             "export another MASTER_PORT for all processes"
         ) from error
     name = uuid.uuid4().hex
-    store.set(_KEEPER, name)
+    store.set(_HOST, name)
     store.set(STATE, "")
     if launcher is not None:
         launcher.set(_PORT, str(store.port))
@@ -60,9 +58,9 @@ def listen(info: RankInfo, note: Note) -> tuple[dist.TCPStore, str]:
 
 
 def reach(info: RankInfo, note: Note) -> tuple[dist.TCPStore, str]:
-    """The store that rank 0 keeps, and the address by which this process reaches it; looked for until it is there."""
+    """The store that rank 0 hosts, and the address by which this process reaches it; looked for until it is there."""
     pause = pauses(info.size)
-    launcher = _connect(info, note)[0] if has_torchruns_store() else None
+    launcher = _connect(info, note)[0] if info.has_agent_store else None
     while True:
         if launcher is None:
             port = info.port
@@ -73,15 +71,10 @@ def reach(info: RankInfo, note: Note) -> tuple[dist.TCPStore, str]:
             time.sleep(next(pause))
             continue
         if (found := _try(info.address, port, note)) is not None:
-            note(f"{info.address}:{port} keeps a store, but none of a rendezvous")
+            note(f"{info.address}:{port} has a store, but no rendezvous of fastmae")
             if _is_rendezvous(found[0]):
                 return found
         time.sleep(next(pause))
-
-
-def has_torchruns_store() -> bool:
-    """Whether torchrun's agent keeps a store at MASTER_ADDR and MASTER_PORT."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _connect(info: RankInfo, note: Note) -> tuple[dist.TCPStore, str]:
@@ -115,7 +108,7 @@ def _wait_until_free(port: int, note: Note) -> None:
         try:
             socket.create_server(("", port)).close()
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:  # torch's own error tells
+            if error.errno != errno.EADDRINUSE:  # torch's own error names it
                 return
             note(f"port {port} is still in use on this machine")
             time.sleep(next(pause))
@@ -139,7 +132,7 @@ def _check_address(info: RankInfo, name: str, note: Note) -> None:
     found = _try(info.address, info.port, lambda reason, at_once=False: reasons.append(reason))
     if found is None:
         note(f"{reasons[-1]}, although rank 0 listens", at_once=True)
-    elif found[0].check([_KEEPER]) and found[0].get(_KEEPER).decode() != name:
+    elif found[0].check([_HOST]) and found[0].get(_HOST).decode() != name:
         raise InputError(
             f"rank 0 runs twice, on {socket.gethostname()} and at {info.address}:{info.port} ({info.source}); give every "
             "process a RANK of its own"

@@ -1,4 +1,4 @@
-"""Watches a run from a thread in each process: a step that does not end, and processes that are gone.
+"""Watches a run from a thread in each process: a step that does not end, and processes that are lost.
 
 A process that makes no progress for its timeout writes the stacks of its threads, has all others write theirs, and ends. Should
 one hold Python's interpreter, so that not even its watch can run, ``watchdog.py`` ends it and has it write its stacks. Time in
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fastmae.clock import RunClock
 from fastmae.errors import LostProcessError
-from fastmae.train.distributed.heartbeat import Vitals
+from fastmae.train.distributed.heartbeat import Heartbeat
 from fastmae.train.distributed.watchdog import Watchdog
 from fastmae.train.distributed.world import World
 
@@ -24,19 +24,19 @@ WATCHED = 20 * 86400.0
 """Seconds that collectives may take where a watch ends those that hang: their own timers would count the time that a run was
 suspended. The milliseconds fit 32 bits."""
 _TICK = 1.0  # seconds between two looks
-_LOST_AFTER = 30.0  # seconds without a sign of life, in a run that otherwise goes on
+_LOST_AFTER = 30.0  # seconds without a heartbeat, in a run that otherwise continues
 _LOST_AT_START = 120.0  # the same while libraries are loaded and models compiled, which may keep a process's threads waiting
 _TO_END = 30.0  # seconds that a process has to end by itself once another has failed
-_TO_FINISH = 3.0  # seconds that others have to write their stacks, or to read what the main process says
+_TO_FINISH = 3.0  # seconds that others have to write their stacks, or to read what rank 0 has published
 
 
 class Watch:
-    """The watch of one process. Tell it of progress by ``beat``; without any it ends the process, exit code 4."""
+    """The watch of one process. Report progress by ``beat``; without any it ends the process, exit code 4."""
 
     def __init__(self, world: World, out: Path, *, first: float, later: float):
         """``first`` and ``later``: seconds without progress in what may be slow, the first step above all, and elsewhere."""
         self.world, self.out, self.first, self.later = world, out, first, later
-        self.vitals, self.clock, self._watchdog = Vitals(world), RunClock(), Watchdog()
+        self.heartbeat, self.clock, self._watchdog = Heartbeat(world), RunClock(), Watchdog()
         self.step, self.doing = 0, "starting"
         self._allowed = (first, 0.0)  # seconds, and since when; replaced together, as the thread may look at any moment
         self._has_written = self._has_stepped = False
@@ -61,26 +61,26 @@ class Watch:
         self.doing, self._allowed = doing, (self._allowed[0], self.clock.read())
 
     def end(self) -> None:
-        """Watch no more; this process goes on, or ends, by itself."""
+        """Watch no more; this process continues, or ends, by itself."""
         self._ended.set()
         self._thread.join(timeout=10 * _TICK)
         self._watchdog.end()
-        self.vitals.end()
+        self.heartbeat.end()
 
     def _run(self) -> None:
-        heard_at = None
+        failed_at = None
         while not self._ended.wait(_TICK):
             self._beat()
-            (patience, since), now = self._allowed, self.clock.read()
-            if now - since > patience:
+            (timeout, since), now = self._allowed, self.clock.read()
+            if now - since > timeout:
                 self._abort(now - since)
-            if asking := self.vitals.who_asks_for_stacks():
-                self._write_stacks(f"{asking} makes no progress")
-            if lost := self.vitals.lost(_LOST_AFTER if self._has_stepped else _LOST_AT_START):
+            if requester := self.heartbeat.stacks_requested_by():
+                self._write_stacks(f"{requester} makes no progress")
+            if lost := self.heartbeat.lost(_LOST_AFTER if self._has_stepped else _LOST_AT_START):
                 self._leave(f"{lost}, after step {self.step}; the others end")
-            if failed := self.vitals.failed():
-                heard_at = now if heard_at is None else heard_at
-                if now - heard_at > _TO_END:  # in a collective that will not come to an end
+            if failed := self.heartbeat.failed():
+                failed_at = now if failed_at is None else failed_at
+                if now - failed_at > _TO_END:  # in a collective that will not come to an end
                     self._leave(f"{failed}; the others end")
 
     def _beat(self) -> None:
@@ -89,12 +89,12 @@ class Watch:
 
     def _abort(self, waited: float) -> None:
         reason = f"no progress for {waited:.0f} s after step {self.step}, {self.doing}"
-        self.vitals.ask_for_stacks()
+        self.heartbeat.request_stacks()
         where = self._write_stacks(reason)
         self._leave(f"rank {self.world.rank}: {reason}; the stacks of its threads are {where}")
 
     def _write_stacks(self, reason: str) -> str:
-        """Write them to a file and to the console, once; say where they are."""
+        """Write them to a file and to the console, once; returns where they are."""
         path = self.out / HANGS / f"step-{self.step:07d}-rank-{self.world.rank}-process-{os.getpid()}.txt"
         if self._has_written:
             return f"in {path}"

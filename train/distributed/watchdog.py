@@ -1,6 +1,6 @@
 """Ends a process whose Python interpreter does not run: a call into C that never gives back its lock stops even its own watch.
 
-A small child counts the time since the watch was last heard, in short ticks while the process could run: a process that is
+A small child counts the time since the watch's last beat, in short ticks while the process could run: a process that is
 stopped does not count, and a child that is stopped with it does not either. A timer of the system's would go off as soon as the
 process continues. The child is this file as a program of its own, of the standard library alone, so that it costs milliseconds.
 """
@@ -23,7 +23,7 @@ _LIMIT = struct.Struct("d")
 
 
 class Watchdog:
-    """The child, and the pipe to it. Without a word for the seconds that the last ``beat`` allowed the process is killed."""
+    """The child, and the pipe to it. It kills the process that does not beat within the seconds its last ``beat`` allowed."""
 
     def __init__(self):
         """Raises OSError if no process can be started."""
@@ -71,10 +71,10 @@ def guard(process: int) -> None:
     limit, silent = float("inf"), 0.0
     while os.getppid() == process:
         if poll.poll(_TICK * 1000):
-            words = os.read(0, 1 << 12)
-            if not words:
+            data = os.read(0, 1 << 12)
+            if not data:
                 return
-            limit, silent = _LIMIT.unpack(words[-_LIMIT.size :])[0], 0.0
+            limit, silent = _LIMIT.unpack(data[-_LIMIT.size :])[0], 0.0
         elif not _is_stopped(state):
             silent += _TICK
             if silent > limit:
@@ -100,7 +100,7 @@ def _is_stopped(state: int) -> bool:
     """Whether a signal or a debugger has stopped the process whose ``/proc/PID/stat`` is open as ``state``."""
     try:
         return os.pread(state, 1 << 10, 0).rpartition(b")")[2].split()[0] in (b"T", b"t")
-    except OSError:  # it is gone
+    except OSError:  # it has ended
         return False
 
 

@@ -1,4 +1,4 @@
-"""The processes of one run: who am I, how many are we, and the words that pass between us. The model knows nothing of it."""
+"""The processes of one run: rank, world size, and what they exchange on the CPU. The model knows nothing of it."""
 
 import os
 import re
@@ -18,11 +18,11 @@ from fastmae.train.distributed.background import Background, has_abandoned
 from fastmae.train.distributed.groups import make_groups
 from fastmae.train.distributed.launcher import RankInfo, read_launcher
 from fastmae.train.distributed.nccl import set_nccl_defaults
-from fastmae.train.distributed.rendezvous import Departures, Rendezvous
-from fastmae.train.distributed.roster import Peer, gpus_of, locals_of, this_peer
+from fastmae.train.distributed.peers import Peer, gpus_of, locals_of, this_peer
+from fastmae.train.distributed.rendezvous import ConnectAbort, Rendezvous
 
 _FIRST_REPORT = 30.0  # seconds
-_SLACK = 60.0  # seconds that a collective waits longer than the run's own watch, which says more
+_SLACK = 60.0  # seconds that a collective waits longer than the run's own watch, whose message is better
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class World:
     size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
-    """A group on the CPU for words between the processes, which so never wait for a GPU; None in a run of one."""
+    """A gloo group for votes and texts, so that these never wait for a GPU; None in a run of one."""
     background: dist.ProcessGroup | None = None
     """Another such group, for the thread that writes checkpoints."""
     local_size: int = 1
@@ -97,7 +97,7 @@ class World:
 
     def by_main(self, work: Callable[[], str | None]) -> str | None:
         """What ``work`` gives on the main process. Its InputError or OSError, an InputError on the others, ends all ranks,
-        so that none waits for one gone."""
+        so that none waits for a lost one."""
         given, wrong, failed = None, None, None
         if self.is_main:
             try:
@@ -136,35 +136,35 @@ def join_world(device: str, timeout: float = 1800.0, stopped: Callable[[], str |
     if info.size == 1:
         return World(0, 1, _use_gpu(0) if on_gpu else torch.device("cpu"))
     _make_room()
-    set_nccl_defaults(timeout)
+    set_nccl_defaults(timeout, info.is_elastic)
     peer = this_peer(info, torch.cuda.device_count() if on_gpu else 0)
     store, peers, address = _gather_peers(info, peer, timeout, stopped)
     everyone = locals_of(peers)  # what is wrong with one raises on all of them, here and in the next line
     gpus = gpus_of(peers, everyone)
     at = _use_gpu(gpus[info.rank]) if gpus else torch.device("cpu")
-    patience = timedelta(seconds=timeout + _SLACK)
+    group_timeout = timedelta(seconds=timeout + _SLACK)
 
     def make() -> tuple[dist.ProcessGroup | None, ...]:
         if on_gpu:
             torch.cuda.set_device(at)  # which is each thread's own
         if store is not None:
-            store.set_timeout(patience)
+            store.set_timeout(group_timeout)
             dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=info.rank, world_size=info.size,
-                                    timeout=patience, device_id=at if on_gpu else None)  # fmt: skip
-        return make_groups(everyone, timeout=patience)
+                                    timeout=group_timeout, device_id=at if on_gpu else None)  # fmt: skip
+        return make_groups(everyone, timeout=group_timeout)
 
-    departures = None if store is None else Departures(store, peer, address)
+    abort = None if store is None else ConnectAbort(store, peer, address)
     try:
-        groups = Background(make).wait(_Patience(info.rank, "nccl" if on_gpu else "gloo", stopped, departures))
+        groups = Background(make).wait(_ConnectWatch(info.rank, "nccl" if on_gpu else "gloo", stopped, abort))
     except BaseException as error:
         reason = str(error).partition("\n")[0]
-        if departures is not None:
-            departures.leave(reason or type(error).__name__)
+        if abort is not None:
+            abort.leave(reason or type(error).__name__)
         if isinstance(error, dist.DistError):
             raise LostProcessError(f"the {info.size} processes of this run have not joined into a group: {reason}") from error
         raise
-    if departures is not None:
-        departures.end()
+    if abort is not None:
+        abort.end()
     control, background, machine, leaders = groups
     here = everyone[info.rank]
     return World(info.rank, info.size, at, control, background, here.size, address, machine, leaders, here.rank)
@@ -184,18 +184,18 @@ def _gather_peers(info: RankInfo, peer: Peer, timeout: float, stopped: Callable[
     return store, peers, rendezvous.address
 
 
-class _Patience:
+class _ConnectWatch:
     """Looks at signals, and reports from rank 0, while torch sets up the communication of all processes."""
 
-    def __init__(self, rank: int, backend: str, stopped: Callable[[], str | None], departures: Departures | None):
+    def __init__(self, rank: int, backend: str, stopped: Callable[[], str | None], abort: ConnectAbort | None):
         self._rank, self._backend, self._stopped, self._due = rank, backend, stopped, _FIRST_REPORT
-        self._departures = departures
+        self._abort = abort
 
     def __call__(self, seconds: float) -> None:
         if name := self._stopped():
             raise KeyboardInterrupt(f"stopped by {name} while {self._backend} was set up")
-        if self._departures is not None and self._departures.heard:
-            raise LostProcessError(f"{self._departures.heard}; the others end")
+        if self._abort is not None and self._abort.reason:
+            raise LostProcessError(f"{self._abort.reason}; the others end")
         if seconds >= self._due and self._rank == 0:
             self._due *= 2
             variable = "NCCL_DEBUG=INFO" if self._backend == "nccl" else "TORCH_CPP_LOG_LEVEL=INFO"
@@ -212,7 +212,7 @@ def trains_on_gpu(device: str) -> bool:
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device must be auto, cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda was asked for, but torch sees no CUDA device; `fastmae doctor` tells more")
+        raise InputError("device cuda was asked for, but torch sees no CUDA device; `fastmae doctor` shows why")
     return torch.cuda.is_available() if device == "auto" else device == "cuda"
 
 
@@ -243,14 +243,14 @@ def _use_gpu(number: int) -> torch.device:
 
 
 def is_of_collective(error: RuntimeError) -> bool:
-    """Whether ``error`` is what a collective raises when a process is gone or silent."""
-    words = "gloo|nccl|connection|socket|peer|timed out|process group"
-    return isinstance(error, dist.DistError) or bool(re.search(words, str(error), re.IGNORECASE))
+    """Whether ``error`` is what a collective raises when a process is lost or does not answer."""
+    pattern = "gloo|nccl|connection|socket|peer|timed out|process group"
+    return isinstance(error, dist.DistError) or bool(re.search(pattern, str(error), re.IGNORECASE))
 
 
 @contextmanager
 def _naming_the_lost() -> Iterator[None]:
-    """Turns what torch raises when another process is gone into LostProcessError."""
+    """Turns what torch raises when another process is lost into LostProcessError."""
     try:
         yield
     except RuntimeError as error:

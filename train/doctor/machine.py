@@ -1,7 +1,6 @@
 """Say what this machine has, what fastmae will use of it, and why not the faster thing."""
 
 import importlib.metadata
-import os
 import platform
 import resource
 import shutil
@@ -17,7 +16,7 @@ from fastmae.kernels import dispatch, gather_patches
 from fastmae.model.attention.dot_product import attention_shapes, resolve
 from fastmae.model.attention.probe import notes, probe, why_not
 from fastmae.model.config import BACKENDS, preset
-from fastmae.train.distributed.launcher import default_workers
+from fastmae.train.distributed.launcher import default_workers, read_launcher
 
 SHARED = 8 << 30  # bytes of /dev/shm that a node's streams and collectives can fill
 FILES = 4096  # open files that let a reader keep a thousand shards open
@@ -83,7 +82,8 @@ def _loading() -> list[str]:
         f"; few for many shards, which are then opened again and again: ulimit -n {min(hard, FILES)}" if soft < FILES else ""
     )
     lines.append(f"  open files: {soft} a process, {hard} at most{short}")
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", max(1, torch.cuda.device_count())))
+    info = read_launcher()
+    ranks = info.local_size if info.launcher != "none" and info.local_size else max(1, torch.cuda.device_count())
     threads = torch.get_num_threads()
     workers = default_workers(ranks)
     lines.append(f"  processes: {cores} cores, {ranks} training here: --workers {workers} for each is the default")

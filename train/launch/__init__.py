@@ -1,1 +1,1 @@
-"""Examples of how to start a run on a cluster, to copy and change: ``python -m fastmae.train.launch`` says where they are."""
+"""Examples of how to start a run on a cluster, to copy and change: ``python -m fastmae.train.launch`` lists them."""

@@ -20,7 +20,7 @@ from fastmae.train.cli.main import main as fastmae_main
 from fastmae.train.config.settings import PretrainSettings, switches
 
 _SAVING = 120  # seconds between the signal and the time limit
-_TASKS = ("--kill-on-bad-exit=0", "--wait=300")  # as in slurm.sbatch, which says why
+_TASKS = ("--kill-on-bad-exit=0", "--wait=300")  # as in slurm.sbatch, which explains them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Pretraining:
             raise RuntimeError(f"fastmae pretrain ended with exit code {code}")
 
     def checkpoint(self):
-        """What submitit starts when it has requeued the job: the same again, which goes on from the newest checkpoint."""
+        """What submitit starts when it has requeued the job: the same again, which resumes from the newest checkpoint."""
         return require("submitit", "submitting jobs").helpers.DelayedSubmission(self)
 
     __submitit_checkpoint__ = checkpoint  # its name in newer versions

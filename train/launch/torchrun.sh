@@ -10,7 +10,7 @@ NNODES=${NNODES:-1}
 PORT=${PORT:-29400}
 JOB=${JOB:-fastmae}
 NPROC=${NPROC:-gpu}                 # processes a machine: a number, or one for each GPU
-MAX_RESTARTS=${MAX_RESTARTS:-3}     # times that all processes start again after one has failed; they go on from --out
+MAX_RESTARTS=${MAX_RESTARTS:-3}     # times that all processes start again after one has failed; they resume from --out
 PYTHON=${PYTHON:-python}
 
 set -eu

@@ -61,7 +61,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
                 if known is None:
                     _name_the_lost(error, watch)
                     advise_off(error, run)
-                watch.vitals.fail(known or error)
+                watch.heartbeat.fail(known or error)
                 if known is None:
                     raise
                 raise known from error
@@ -112,5 +112,5 @@ def _check_room(trainer: Trainer) -> str | None:
 def _name_the_lost(error: BaseException, watch: Watch) -> None:
     """Raise LostProcessError if ``error`` is what a collective raises when a process is gone, naming which."""
     is_lost = isinstance(error, LostProcessError) or (type(error) in (RuntimeError, DistError) and is_of_collective(error))
-    if is_lost and (lost := watch.vitals.lost_at_fault()):
+    if is_lost and (lost := watch.heartbeat.lost_at_fault()):
         raise LostProcessError(f"{lost}, after step {watch.step}, while {watch.doing}") from error

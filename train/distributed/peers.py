@@ -1,4 +1,4 @@
-"""Who takes part in a run: what each process tells the others at the rendezvous, and how many of them share a machine.
+"""Who takes part in a run: what each process publishes of itself at the rendezvous, and how many of them share a machine.
 
 A machine is a kernel (its boot id) and a host name. Several containers may share both, so where that does not fit the local
 ranks, or none are given, a mount namespace counts as a machine of its own: its processes see the same files and devices.
@@ -70,7 +70,7 @@ def size_conflict(peers: Sequence[Peer], size: int) -> str | None:
 
 
 def repeated(peers: Sequence[Peer]) -> str | None:
-    """Which rank several of ``peers`` have; one that a launcher has started again may, if the first is gone."""
+    """Which rank several of ``peers`` have; one that a launcher has started again may, if the first has ended."""
     first: dict[int, Peer] = {}
     for peer in peers:
         other = first.setdefault(peer.rank, peer)
@@ -136,8 +136,8 @@ def _contradiction(group: list[Peer]) -> str:
         for values in ([p.rank for p in group], [p.local_rank for p in group])
     )
     sizes = {p.local_size for p in group} - {None}
-    said = f"LOCAL_WORLD_SIZE is {min(sizes)}, " if sizes else ""
+    size = f"LOCAL_WORLD_SIZE is {min(sizes)}, " if sizes else ""
     return (
-        f"{said}LOCAL_RANK is {given} on ranks {ranks}, but {len(group)} processes of the run were counted on {group[0].host}; "
+        f"{size}LOCAL_RANK is {given} on ranks {ranks}, but {len(group)} processes of the run were counted on {group[0].host}; "
         f"local ranks go from 0 to {len(group) - 1}: set LOCAL_RANK and LOCAL_WORLD_SIZE for every process"
     )

@@ -4,7 +4,7 @@ import pytest
 
 from fastmae.errors import InputError
 from fastmae.train.distributed.launcher import RankInfo
-from fastmae.train.distributed.roster import Local, Peer, gpus_of, locals_of, repeated, size_conflict, this_peer
+from fastmae.train.distributed.peers import Local, Peer, gpus_of, locals_of, repeated, size_conflict, this_peer
 
 UNKNOWN = (None, None)
 
@@ -75,7 +75,7 @@ def test_a_rank_that_comes_twice_is_named():
     assert repeated([*one, *two]) == "rank 0 has come from a, pid 0, and from b, pid 0"
 
 
-def test_each_process_has_a_gpu_or_all_hear_that_one_has_none():
+def test_each_process_has_a_gpu_or_all_raise_that_one_has_none():
     two = [("a", "1", "x", 0, 2), ("a", "1", "x", 1, 2)]
     assert gpus_of(peers_of(*two), [Local(0, 2), Local(1, 2)]) == []
     assert gpus_of(peers_of(*two, gpus=2), [Local(0, 2), Local(1, 2)]) == [0, 1]
@@ -85,7 +85,7 @@ def test_each_process_has_a_gpu_or_all_hear_that_one_has_none():
             gpus_of(mixed, [Local(0, 2), Local(1, 2)])
 
 
-def test_processes_of_this_machine_tell_the_same_of_it():
+def test_processes_of_this_machine_publish_the_same_of_it():
     peer = this_peer(RankInfo(rank=3, size=4, local_rank=None, local_size=None), 0)
     assert Peer(**peer.to_dict()) == peer
     again = this_peer(RankInfo(), 0)

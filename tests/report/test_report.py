@@ -23,8 +23,8 @@ MODEL = {"img_size": [224, 224], "patch_size": 16, "embed_dim": 768, "depth": 12
 def start(step=0, time=0.0, **more):
     recipe = {"seed": 0, "augment": {"scale": [0.2, 1.0]}, "model": MODEL}
     environment = {"python": "3.11.7", "torch": "2.11.0", "host": "a-host", "device": "8 x A Device"}
-    return {"event": "start", "step": step, "time": time, "total_steps": 400, "recipe": recipe, "run": {"workers": 4},
-            "world": 8, "environment": environment, "resumed_from": None, **more}  # fmt: skip
+    return {"event": "start", "schema": 1, "step": step, "time": time, "total_steps": 400, "recipe": recipe,
+            "run": {"workers": 4}, "world": 8, "environment": environment, "resumed_from": None, **more}  # fmt: skip
 
 
 def measured(step, **more):
@@ -206,11 +206,14 @@ def test_damaged_pictures_never_stop_the_page(tmp_path):
         ([start(), measured(10)], 'id="loss"'),
         ([start(), measured(10, loss=None), measured(20, loss=None)], "not finite"),
         ([start(), {"event": "end", "step": 400}], "All 400 steps are done."),
-        ([measured(10), {"event": "end", "step": 10}], "the log does not say of how many"),
+        ([measured(10), {"event": "end", "step": 10}], "Stopped after step 10"),
         ([start(), measured(10), {"event": "diverged", "step": 10, "reason": "no"}], "Gave up at step 10: no"),
         ([start(), measured(10), {"event": "end", "step": 10}], "Stopped after step 10"),
         ([{"step": 1}], "masked autoencoder"),
-        ([{"event": "start", "time": 1e11, "recipe": "x", "run": 3, "environment": [], "total_steps": "many"}], "silent"),
+        (
+            [{"event": "start", "schema": 1, "time": 1e11, "recipe": "x", "run": 3, "environment": [], "total_steps": "many"}],
+            "silent",
+        ),
     ],
 )
 def test_a_log_that_says_little_makes_a_page(log, said, tmp_path):

@@ -17,9 +17,9 @@ from fastmae.errors import InputError
 from fastmae.files import write_atomically
 from fastmae.model.config import PRESETS, ModelConfig
 from fastmae.train.report import curves, tables
-from fastmae.train.report.history import LOG, History, number, read_history
+from fastmae.train.report.history import History, read_history
 from fastmae.train.report.html import escape_text, make_document, make_section
-from fastmae.train.units import say_count, say_duration, say_time, say_value
+from fastmae.train.units import format_count, format_duration, format_time, format_value, number
 
 _PICTURES = 6
 _PICTURE_SIZE = (720, 1800)  # pixels, width and height at most
@@ -43,9 +43,9 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 def _page(run: Path, history: History, now: float) -> str:
     parts = [_head(run, history, now), _curves(history), _reconstructions(run, history), tables.restarts(history),
              tables.faults(history), tables.checkpoints(history), tables.configuration(history)]  # fmt: skip
-    damaged = f" {say_count(history.unreadable, 'line')} of it could not be read." if history.unreadable else ""
+    damaged = f" {format_count(history.unreadable, 'line')} of it could not be read." if history.unreadable else ""
     title = f"{run.resolve().name}: {_model(history)}"
-    return make_document(title, parts, f"From the run's {LOG} as it was at {say_time(now)}.{damaged}")
+    return make_document(title, parts, f"From the run's metrics.jsonl as it was at {format_time(now)}.{damaged}")
 
 
 def _head(run: Path, history: History, now: float) -> str:
@@ -54,14 +54,14 @@ def _head(run: Path, history: History, now: float) -> str:
     rates = [r for m in history.measurements if (r := m.values.get("images_per_second")) is not None]
     newest = history.measurements[-1].values if history.measurements else {}
     moments = (("Started", history.attempts[0].began), ("Last record", last.ended))
-    times = " ".join(f"{name} {say_time(t)}." for name, t in moments if say_time(t))
+    times = " ".join(f"{name} {format_time(t)}." for name, t in moments if format_time(t))
     facts = {
         "steps": (f"{last.last_step:,}", f"of {total:,}" if total else ""),
         "loss": ("none yet" if not losses else "not finite" if losses[-1] is None else f"{losses[-1]:.4f}", ""),
         "images/s": (f"{rates[-1]:,.1f}", f"median {statistics.median(rates):,.1f}") if rates else ("none yet", ""),
         "epochs": ("" if newest.get("epoch") is None else f"{newest['epoch']:,.2f}", ""),
         "learning rate": ("" if newest.get("lr") is None else f"{newest['lr']:.3g}", ""),
-        "running time": (say_duration(sum(a.seconds for a in history.attempts)), ""),
+        "running time": (format_duration(sum(a.seconds for a in history.attempts)), ""),
         "time left": (_left(history) if state == "running" else "", ""),
     }
     figures = "".join(f"<div><dt>{name}</dt><dd>{escape_text(value)}{more and f'<small>{escape_text(more)}</small>'}</dd></div>"
@@ -81,13 +81,12 @@ def _sentence(history: History, state: str, now: float) -> str:
     last = history.last
     step, reason = f"{last.last_step:,}", f": {last.reason}" if last.reason else ""
     return {
-        "running": f"The last record is {say_duration(now - last.ended)} old." if last.ended is not None else "",
+        "running": f"The last record is {format_duration(now - last.ended)} old." if last.ended is not None else "",
         "finished": f"All {step} steps are done.",
         "stopped": f"Stopped after step {step}{reason}; the same command continues it.",
         "diverged": f"Gave up at step {step}{reason}",
-        "ended": f"Ended after step {step}; the log does not say of how many.",
         "silent": "Nothing has been logged for "
-        + (say_duration(now - last.ended) if last.ended is not None else "an unknown time")
+        + (format_duration(now - last.ended) if last.ended is not None else "an unknown time")
         + ": killed or stuck. The same command continues it from its newest checkpoint.",
     }[state]
 
@@ -95,7 +94,7 @@ def _sentence(history: History, state: str, now: float) -> str:
 def _left(history: History) -> str:
     recent = [s for m in history.measurements[-10:] if (s := m.values.get("seconds_per_step")) is not None]
     total = history.total_steps
-    return f"about {say_duration(statistics.median(recent) * (total - history.last.last_step))}" if recent and total else ""
+    return f"about {format_duration(statistics.median(recent) * (total - history.last.last_step))}" if recent and total else ""
 
 
 def _model(history: History) -> str:
@@ -103,12 +102,12 @@ def _model(history: History) -> str:
     settings = next((a.settings["model"] for a in reversed(history.attempts) if "model" in a.settings), {})
     if not {"embed_dim", "depth", "patch_size"} <= settings.keys():
         return "masked autoencoder"
-    standard, patch = vars(ModelConfig()), say_value(settings["patch_size"])
+    standard, patch = vars(ModelConfig()), format_value(settings["patch_size"])
     names = (n for n, preset in PRESETS.items() if all(settings.get(k, standard[k]) == v for k, v in preset.items()))
     size = next((f"-{name}/{patch}" for name in names),
-                f", width {say_value(settings['embed_dim'])}, depth {say_value(settings['depth'])}, "
+                f", width {format_value(settings['embed_dim'])}, depth {format_value(settings['depth'])}, "
                 f"patches of {patch}")  # fmt: skip
-    images = say_value(settings.get("img_size", "")).replace(", ", " × ")
+    images = format_value(settings.get("img_size", "")).replace(", ", " × ")
     return f"MAE ViT{size}" + (f", images {images}" if images else "")
 
 

@@ -280,7 +280,7 @@ def test_doctor_says_what_is_used_and_why_not_more(capsys):
     text = capsys.readouterr().out
     for word in ("torch ", "triton ", "devices:", "kernels: FASTMAE_KERNELS=auto", "auto uses", "xformers",
                  "/dev/shm: ", "open files: ", "--workers ",
-                 "(optional: a run's TensorBoard log)", "(optional: the demo's loss.png"):  # fmt: skip
+                 "(optional: a run's TensorBoard log)", "matplotlib ", "jinja2 "):  # fmt: skip
         assert word in text
 
 
@@ -309,6 +309,9 @@ def test_demo_goes_the_whole_way(tmp_path):
     for name in ("shards/index.json", "metrics.jsonl", "loss.png", "reconstruction.png", "step-0000002/model.safetensors"):
         assert (tmp_path / name).is_file()
     assert list((tmp_path / "tensorboard").glob("events*"))
+    assert "<h1>MAE ViT, width 192, depth 4, patches of 12, images 96 × 96</h1>" in (tmp_path / "report.html").read_text(
+        "utf-8"
+    )
     (tmp_path / "mine.txt").write_text("kept")
     assert main(["demo", "--out", str(tmp_path), "--steps", "2", "--workers", "0"]) == 0
     assert (tmp_path / "mine.txt").read_text() == "kept"

@@ -10,7 +10,7 @@ from fastmae.train.report.history import read_history
 
 
 def start(step=0, time=0.0, total=100, **more):
-    return {"event": "start", "step": step, "time": time, "total_steps": total, **more}
+    return {"event": "start", "schema": 1, "step": step, "time": time, "total_steps": total, **more}
 
 
 def measured(step, time=None, loss=0.5, **more):
@@ -83,13 +83,13 @@ def test_a_run_that_logs_nothing_for_long_is_silent(tmp_path):
     history = read_history(write(tmp_path, start(), measured(10, 10.0), measured(20, 1010.0)))
     assert history.state(now=1010.0 + 4 * 1000) == "running"
     assert history.state(now=1010.0 + 6 * 1000) == "silent"
-    no_times = read_history(write(tmp_path, {"event": "start", "step": 0}, {"step": 1, "loss": 0.5}))
+    no_times = read_history(write(tmp_path, {"event": "start", "schema": 1, "step": 0}, {"step": 1, "loss": 0.5}))
     assert no_times.state(now=0.0) == "silent" and no_times.measurements[0].running is None
 
 
 def test_a_line_cut_by_a_kill_is_counted_and_the_start_behind_it_is_read(tmp_path):
     whole = json.dumps(start(10, 50.0, resumed_from="step-0000010", recipe={"seed": 3, "model": {"depth": 2}})) + "\n"
-    for cut in ('{"step": 20, "ti', '{"event": "start", "step": 0, "recipe": {"see', "{"):
+    for cut in ('{"step": 20, "ti', '{"event": "start", "schema": 1, "recipe": {"see', "{"):
         history = read_history(write(tmp_path, start(), measured(10), cut, whole, measured(20, 60.0), '{"st'))
         assert steps(history) == [10, 20] and history.last.resumed_from == "step-0000010" and history.unreadable == 2
         assert history.last.settings["recipe"] == {"seed": 3}
@@ -124,14 +124,10 @@ def test_settings_are_flat_and_their_changes_are_named(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_log_of_an_older_version_is_read(tmp_path):
-    recipe = {"steps": 40, "seed": 0, "model": json.dumps({"depth": 3})}
-    log = [{"event": "start", "time": 1.0, "step": 0, "recipe": recipe, "world": 1}, measured(40), {"event": "end", "step": 40}]
-    history = read_history(write(tmp_path, *log))
-    assert history.total_steps == 40 and history.state(now=9.0) == "finished"
-    assert history.last.settings == {"model": {"depth": 3}, "recipe": {"steps": 40, "seed": 0}, "environment": {"processes": 1}}
-    del recipe["steps"]
-    assert read_history(write(tmp_path, *log)).state(now=9.0) == "ended"
+@pytest.mark.parametrize("schema", [None, 0, 2, "1"])
+def test_another_schema_is_named(schema, tmp_path):
+    with pytest.raises(DataError, match=rf"metrics\.jsonl: schema must be 1, got {schema}; use the fastmae version"):
+        read_history(write(tmp_path, start(), measured(10), start(10, 20.0, schema=schema)))
 
 
 def test_a_log_without_a_start_is_one_attempt(tmp_path):

@@ -51,8 +51,8 @@ def demo_recipe(steps: int) -> Recipe:
 def demo(out: Path, *, steps: int = 1400, workers: int = 1) -> None:
     """Write shards, checkpoints, logs, ``loss.png``, ``reconstruction.png`` and ``report.html`` under ``out``.
 
-    Replaces an earlier demo; without matplotlib there is no ``loss.png``. Raises InputError if the photographs' packages are
-    missing or ``out`` cannot be written.
+    Replaces an earlier demo; without matplotlib there is no ``loss.png`` and no ``report.html``. Raises InputError if the
+    photographs' packages are missing or ``out`` cannot be written.
     """
     photographs = find_photographs()
     recipe = demo_recipe(steps)
@@ -67,6 +67,7 @@ def demo(out: Path, *, steps: int = 1400, workers: int = 1) -> None:
         "reconstructions",
         "metrics.jsonl",
         "loss.png",
+        "report.html",
         *(p.name for p in out.glob("step-*")),
     ):
         path = out / old
@@ -90,14 +91,14 @@ def demo(out: Path, *, steps: int = 1400, workers: int = 1) -> None:
     )
     try:
         plot_loss(out / "metrics.jsonl", out / "loss.png")
+        write_report(out)
     except InputError as error:
-        print(f"{error}; the demo goes on without loss.png", file=sys.stderr)
-    write_report(out)
+        print(f"{error}; the demo continues without loss.png and report.html", file=sys.stderr)
     model = load_model(checkpoint / MODEL).to("cuda" if torch.cuda.is_available() else "cpu")
     images = load_images(folder, model, len(photographs))
     draw_strip(model, images, out / "reconstruction.png", mask_ratio=recipe.mask_ratio, seed=1)
     made = [str(path) for name in ("reconstruction.png", "loss.png", "report.html") if (path := out / name).is_file()]
-    print(f"look at {', '.join(made[:-1])} and {made[-1]}", file=sys.stderr)
+    print(f"look at {', '.join(made)}", file=sys.stderr)
 
 
 def find_photographs() -> list[Path]:

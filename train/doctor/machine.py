@@ -21,8 +21,8 @@ from fastmae.train.distributed.launcher import default_workers, read_launcher
 SHARED = 8 << 30  # bytes of /dev/shm that a node's streams and collectives can fill
 FILES = 4096  # open files that let a reader keep a thousand shards open
 _PACKAGES = ("torch", "triton", "numpy", "xformers", "webdataset", "fsspec", "simplejpeg", "pillow", "safetensors", "xxhash",
-             "tyro", "tqdm")  # fmt: skip
-_OPTIONAL = {"tensorboard": "a run's TensorBoard log", "matplotlib": "the demo's loss.png, plots of benchmarks"}
+             "tyro", "tqdm", "matplotlib", "jinja2")  # fmt: skip
+_OPTIONAL = {"tensorboard": "a run's TensorBoard log"}
 
 
 def report() -> list[str]:

@@ -21,6 +21,8 @@ from fastmae.optional import require
 from fastmae.train import console
 
 DRAWINGS = "reconstructions"
+METRICS = "metrics.jsonl"
+METRICS_SCHEMA = 1  # of ``METRICS``; each start states it
 
 
 class RunLog:
@@ -39,7 +41,7 @@ class RunLog:
         self._wandb = None
         if wandb is not None:
             self._wandb = package.init(project=wandb, dir=str(out), name=out.name, id=_run_id(out), resume="allow")
-        self._jsonl = _open_for_lines(out / "metrics.jsonl")
+        self._jsonl = _open_for_lines(out / METRICS)
         self._events = _open_tensorboard(out / "tensorboard", first_step)
         # A terminal gets a bar; a file or a cluster's log gets a line per interval.
         self._bar = tqdm(
@@ -55,7 +57,8 @@ class RunLog:
     def event(self, name: str, **fields) -> None:
         """One line of ``metrics.jsonl`` that is no measurement: start, checkpoint, skipped samples, end."""
         if self.is_main:
-            self._write({"event": name, "time": time.time(), **fields})
+            schema = {"schema": METRICS_SCHEMA} if name == "start" else {}
+            self._write({"event": name, "time": time.time(), **schema, **fields})
 
     def advance(self) -> None:
         """A step is done."""

@@ -14,7 +14,7 @@ from fastmae.host_memory import available_memory
 from fastmae.train.config.recipes import Recipe
 from fastmae.train.config.run import Run
 from fastmae.train.distributed.world import World
-from fastmae.train.units import say_bytes
+from fastmae.train.units import format_bytes
 
 _GPU = re.compile(r"CUDA out of memory|CUDA error: out of memory|Cuda failure.{0,9}out of memory|CU\w+_ALLOC_FAILED", re.I)
 _CPU = re.compile(
@@ -100,7 +100,7 @@ def _figures(text: str) -> str:
     asked = _ASKED.search(text)
     amount = next((found for found in asked.groups() if found), "") if asked else ""
     if amount.endswith("bytes"):
-        amount = say_bytes(int(amount.split()[0]))
+        amount = format_bytes(int(amount.split()[0]))
     if capacity := _CAPACITY.search(text):
         room = f"{capacity[2]} of {capacity[1]} free"
     else:
@@ -112,6 +112,6 @@ def _host_room() -> str:
     """What this process may have of the host's memory."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
-        return f"a process may have {say_bytes(limit)} (ulimit -v)"
+        return f"a process may have {format_bytes(limit)} (ulimit -v)"
     available = available_memory()
-    return "" if available is None else f"{say_bytes(available)} available"
+    return "" if available is None else f"{format_bytes(available)} available"

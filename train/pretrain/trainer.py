@@ -127,7 +127,7 @@ class Trainer:
             "start",
             step=self.first_step,
             total_steps=self.total_steps,
-            recipe={**plain_settings(recipe), "model": recipe.model.to_json()},
+            recipe={**plain_settings(recipe), "model": asdict(recipe.model)},
             run={name: str(v) if isinstance(v, Path) else v for name, v in asdict(run).items()},
             world=self.world.size,
             parallel=run.parallel,

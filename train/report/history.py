@@ -1,27 +1,21 @@
-"""What a run's ``metrics.jsonl`` tells: its attempts, the measurements that hold, and its events.
+"""The history of a run, from its ``metrics.jsonl``: attempts, the measurements that are still valid, and events.
 
-A restarted run appends to its log. A start at step s makes void what was logged of later steps before: that work is done
-again. A kill may cut a line, and the next start then stands behind it on the same line. Times are Unix seconds; what a log
-does not say, or says as something else than a finite number, is None.
+A restarted run appends to its log. A start at step s invalidates what was logged of later steps before: that work is done
+again. Times are Unix seconds; what a log lacks, or holds as something else than a finite number, is None.
 """
 
-import contextlib
-import json
-import re
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from fastmae.errors import DataError, InputError
+from fastmae.train.report.records import MOST, read_records
 from fastmae.train.units import number
 
-LOG = "metrics.jsonl"
-_SILENCE = 900.0  # seconds; quiet for so long, and for five times its longest interval, a run is taken for dead
-_OF_STEPS = ("replaced", "left_out", "spike", "reconstruction", "checkpoint")  # void with their steps; others stay true
-_MOST = 1e12  # steps, or seconds since 1970; more is no such thing
-_RECORD = re.compile(r'\{"(?:event|step)"')
+_SILENCE = 900.0  # seconds; quiet for so long, and for five times its longest interval, a run is considered dead
+_OF_STEPS = ("replaced", "left_out", "spike", "reconstruction", "checkpoint")  # invalid with their steps; others stay valid
 
 
 class Measurement(NamedTuple):
@@ -30,7 +24,7 @@ class Measurement(NamedTuple):
     step: int
     time: float | None
     running: float | None
-    """Seconds that the run had been running, pauses between attempts left out."""
+    """Seconds that the run had been running, without the pauses between attempts."""
     values: dict[str, float | None]
 
 
@@ -61,12 +55,12 @@ class Attempt:
     settings: dict[str, dict[str, object]] = field(default_factory=dict)
     """Model, recipe, run and environment, nested settings under dotted names."""
     ending: str = ""
-    """finished, stopped, diverged, ended (of an unknown number of steps), or nothing if no record says."""
+    """finished, stopped, diverged, or empty if no record has it."""
     reason: str = ""
     lost_steps: int = 0
     """Steps of the attempt before that this one does again."""
     lost_records: int = 0
-    """Measurements that its start made void."""
+    """Measurements that its start invalidated."""
     lost_seconds: float | None = None
     """Time that the lost steps had taken."""
     pause: float | None = None
@@ -82,16 +76,16 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """A run as its log tells it."""
+    """A run as its log has it."""
 
     attempts: list[Attempt]
     measurements: list[Measurement]
-    """Those that hold, by step."""
+    """The valid ones, by step."""
     events: dict[str, list[dict]]
     """By name, in the log's order: ``replaced``, ``left_out``, ``spike``, ``reconstruction`` and ``checkpoint`` as far as
-    their steps hold, others all. ``step`` is an int or None."""
+    their steps are valid, others all. ``step`` is an int or None."""
     unreadable: int
-    """Lines, or parts of lines, that are no record."""
+    """Lines, or parts of lines, that are not a record."""
 
     @property
     def last(self) -> Attempt:
@@ -100,7 +94,7 @@ class History:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps of the whole run, as the newest attempt that says so has it."""
+        """Steps of the run, from the newest attempt that has them."""
         return next((a.total_steps for a in reversed(self.attempts) if a.total_steps is not None), None)
 
     def state(self, now: float) -> str:
@@ -121,56 +115,17 @@ class History:
 
 
 def read_history(run: Path) -> History:
-    """Read the log of the folder ``run``. Raises InputError if there is none, DataError if nothing in it can be read."""
-    path = run / LOG
-    if not run.is_dir():
-        raise InputError(f"{run}: no such folder; give the one that `fastmae pretrain` got as --out")
-    try:
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            records = list(_records(lines))
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; this folder holds no run, or one that has not started") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read, {error.strerror}") from error
-    if not records:
-        raise InputError(f"{path}: empty; the run has not started, or was killed before its first record")
-    found = [r for r in records if r is not None]
-    if not found:
-        raise DataError(f"{path}: none of its {len(records)} lines is a record of a run; it is damaged or another file")
-    attempts, measurements, events = _replay(found)
+    """Read the log of the folder ``run``. Raises InputError and DataError as ``read_records`` does."""
+    records, unreadable = read_records(run)
+    attempts, measurements, events = _replay(records)
     by_name: dict[str, list[dict]] = {}
     for event in events:
         by_name.setdefault(event["event"], []).append(event)
-    return History(attempts=attempts, measurements=measurements, events=by_name, unreadable=len(records) - len(found))
-
-
-def _records(lines: Iterable[str]) -> Iterator[dict | None]:
-    """A record of each line, None for each that cannot be read."""
-    for line in filter(str.strip, lines):
-        record = _parse(line)
-        yield record
-        # A kill cuts a line, and the next start is appended to what is left of it.
-        if record is None and (starts := [m.start() for m in _RECORD.finditer(line, 1)]):
-            tail = _parse(line[starts[-1] :])
-            if tail is not None:
-                yield tail
-
-
-def _parse(text: str) -> dict | None:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(found, dict) or not isinstance(found.get("event", ""), str):
-        return None
-    step, when = number(found.get("step")), number(found.get("time"))
-    found["step"] = step = int(step) if step is not None and 0 <= step < _MOST else None
-    found["time"] = when if when is not None and 0 <= when < _MOST else None
-    return found if "event" in found or step is not None else None
+    return History(attempts=attempts, measurements=measurements, events=by_name, unreadable=unreadable)
 
 
 def _replay(records: list[dict]) -> tuple[list[Attempt], list[Measurement], list[dict]]:
-    """Attempts, and the measurements and events that hold, of a log's records in their order."""
+    """Attempts, and the valid measurements and events, of a log's records in their order."""
     attempts: list[Attempt] = []
     measurements: list[Measurement] = []
     events: list[dict] = []
@@ -202,18 +157,15 @@ def _replay(records: list[dict]) -> tuple[list[Attempt], list[Measurement], list
 def _attempt(start: dict, count: int, first_step: int, began: float | None) -> Attempt:
     recipe = dict(start["recipe"]) if isinstance(start.get("recipe"), dict) else {}
     model = recipe.pop("model", None)
-    if isinstance(model, str):  # older logs hold it as JSON inside the JSON
-        with contextlib.suppress(ValueError, RecursionError):
-            model = json.loads(model)
     environment = start.get("environment")
     environment = dict(environment) if isinstance(environment, dict) else {}
     environment |= {name: start[key] for name, key in (("processes", "world"), ("parallel", "parallel")) if key in start}
     parts = {"model": model, "recipe": recipe, "run": start.get("run"), "environment": environment}
     settings = {name: flat for name, part in parts.items() if isinstance(part, dict) and (flat := dict(_flatten(part)))}
-    total = number(start.get("total_steps", recipe.get("steps")))
+    total = number(start.get("total_steps"))
     source = start.get("resumed_from")
     return Attempt(number=count, first_step=first_step, last_step=first_step, began=began, ended=began,
-                   total_steps=int(total) if total is not None and 1 <= total < _MOST else None, settings=settings,
+                   total_steps=int(total) if total is not None and 1 <= total < MOST else None, settings=settings,
                    resumed_from=source if isinstance(source, str) else None)  # fmt: skip
 
 
@@ -237,17 +189,16 @@ def _follow(attempt: Attempt, record: dict) -> None:
     if name in ("stopped", "diverged") and attempt.ending != "diverged":
         attempt.ending, attempt.reason = name, str(record.get("reason") or "")
     elif name == "end" and not attempt.ending:
-        total = attempt.total_steps
-        attempt.ending = "ended" if total is None else "finished" if attempt.last_step >= total else "stopped"
+        attempt.ending = "finished" if attempt.last_step >= (attempt.total_steps or math.inf) else "stopped"
 
 
 def _count_lost(attempt: Attempt, earlier: list[Attempt], kept: list[Measurement], events: list[dict], void: int) -> None:
-    """Say what ``attempt``, just started, does again."""
+    """Count what ``attempt``, just started, does again."""
     before, first = earlier[-1], attempt.first_step
     attempt.lost_steps, attempt.lost_records = max(0, before.last_step - first), void
     if before.ended is not None and attempt.began is not None:
         attempt.pause = max(0.0, attempt.began - before.ended)
-    # A save is told when it is done; training had gone on meanwhile.
+    # A save is logged when it is done; training continued meanwhile.
     times = [(e["step"], e["time"] and e["time"] - (number(e.get("seconds")) or 0.0)) for e in events]
     times += [(m.step, m.time) for m in kept] + [(a.first_step, a.began) for a in earlier]
     reached = max((t for step, t in times if t is not None and step is not None and step <= first), default=None)

@@ -1,90 +1,121 @@
 """The sections of a run's page that are tables: restarts, faults, checkpoints, configuration."""
 
+import re
 import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fastmae.train.report.history import History
-from fastmae.train.report.html import make_section, make_table
-from fastmae.train.units import number, say_bytes, say_count, say_duration, say_time, say_value
+from fastmae.train.units import format_bytes, format_count, format_duration, format_time, format_value, number
+
+_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?|")
 
 
-def restarts(history: History) -> str:
-    """When it began again, from where, and what was lost."""
+@dataclass(frozen=True)
+class Table:
+    """Rows of text, of which the first or the newest ``cap`` are shown."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    newest: bool = False
+    cap: int = 20
+
+    @property
+    def shown(self) -> Sequence[Sequence[str]]:
+        """The rows on the page."""
+        return self.rows[-self.cap :] if self.newest else self.rows[: self.cap]
+
+    @property
+    def classes(self) -> list[str]:
+        """Of each column: ``n`` for numbers, which are aligned right, ``short`` for text that needs no line break."""
+        columns = list(zip(*self.shown, strict=True))
+        return ["n" if all(map(_NUMBER.fullmatch, column)) and self.head[-1] != "value"
+                else "short" if max(map(len, column)) <= 20 else "" for column in columns]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a sentence and tables; those without rows are not on the page."""
+
+    name: str
+    text: str
+    tables: Sequence[Table] = ()
+
+
+def restarts(history: History) -> Section:
+    """When the run was started again, from which step, and what was lost."""
     rows = []
     for before, attempt in zip([None, *history.attempts], history.attempts, strict=False):
-        lost = "" if before is None else f"{attempt.lost_steps:,}"
         how = attempt.ending and attempt.ending + (f": {attempt.reason}" if attempt.reason else "")
-        how = how or ("no word: killed" if attempt is not history.last else "")
-        rows.append([str(attempt.number), say_time(attempt.began), f"{attempt.first_step:,}", attempt.resumed_from or "",
-                     f"{attempt.last_step:,}", how, say_duration(attempt.seconds), lost, say_duration(attempt.lost_seconds),
-                     say_duration(attempt.pause)])  # fmt: skip
+        how = how or ("killed, or crashed" if attempt is not history.last else "")
+        lost = "" if before is None else f"{attempt.lost_steps:,}"
+        rows.append([str(attempt.number), format_time(attempt.began), f"{attempt.first_step:,}", attempt.resumed_from or "",
+                     f"{attempt.last_step:,}", how, format_duration(attempt.seconds), lost,
+                     format_duration(attempt.lost_seconds), format_duration(attempt.pause)])  # fmt: skip
     if len(rows) == 1:
-        return make_section("restarts", "Restarts", "<p>None: the run has been started once.</p>")
+        return Section("restarts", "None: the run has been started once.")
     steps, records = (sum(getattr(a, name) for a in history.attempts) for name in ("lost_steps", "lost_records"))
     again, pauses = (sum(getattr(a, name) or 0.0 for a in history.attempts) for name in ("lost_seconds", "pause"))
-    said = (f"{say_count(len(rows) - 1, 'restart')}; {say_count(steps, 'step')} or more done again ({say_duration(again)}), "
-            f"{say_count(records, 'measurement')} void, {say_duration(pauses)} between attempts.")  # fmt: skip
-    head = ["attempt", "started", "from step", "checkpoint", "to step", "ended", "ran for", "steps done again", "their time",
+    text = (f"{format_count(len(rows) - 1, 'restart')}; at least {format_count(steps, 'step')} repeated "
+            f"({format_duration(again)}), {format_count(records, 'measurement')} discarded, "
+            f"{format_duration(pauses)} between attempts.")  # fmt: skip
+    head = ["attempt", "started", "from step", "checkpoint", "to step", "ended", "ran for", "repeated steps", "their time",
             "pause before"]  # fmt: skip
-    return make_section("restarts", "Restarts", f"<p>{said}</p>", make_table("Attempts", head, rows, newest=True))
+    return Section("restarts", text, [Table("Attempts", head, rows, newest=True)])
 
 
-def faults(history: History) -> str:
-    """Samples replaced, updates left out, loss spikes, dead workers, consoles lost."""
+def faults(history: History) -> Section:
+    """Replaced samples, skipped updates, loss spikes, dead workers, lost consoles."""
     names = ("replaced", "left_out", "spike", "worker_died", "console_lost")
-    events = {name: history.events.get(name, []) for name in names}
-    samples: dict[object, list[dict]] = {}
-    for event in events["replaced"]:
-        samples.setdefault(say_value(event.get("sample")), []).append(event)
+    replaced, skipped, spikes, deaths, lost = (history.events.get(name, []) for name in names)
+    samples: dict[str, list[dict]] = {}
+    for event in replaced:
+        samples.setdefault(format_value(event.get("sample")), []).append(event)
     often = sorted(samples.items(), key=lambda item: -len(item[1]))
     tables = [
-        make_table("Replaced samples", ["sample and reason", "times", "first seen by step"],
-               [[name, str(len(found)), _step(found[0])] for name, found in often]),
-        make_table("Updates left out, gradients not finite", ["by step", "updates"],
-               [[_step(e), say_value(e.get("updates"))] for e in events["left_out"]], newest=True),
-        make_table("Loss spikes", ["step", "loss", "z-score", "update skipped"],
-               [[_step(e), *(say_value(e.get(name)) for name in ("loss", "z", "skipped"))] for e in events["spike"]],
-               newest=True),
-        make_table("Dead workers", ["by step", "worker"],
-               [[_step(e), say_value(e.get("worker"))] for e in events["worker_died"]], newest=True),
-        make_table("Consoles lost", ["at", "stream", "reason"],
-               [[say_time(e["time"]), say_value(e.get("stream")), say_value(e.get("reason"))] for e in events["console_lost"]]),
+        Table("Replaced samples", ["sample and reason", "times", "first seen by step"],
+              [[name, str(len(found)), _step(found[0])] for name, found in often]),
+        Table("Skipped updates, gradients not finite", ["by step", "updates"], _rows(skipped, "updates"), newest=True),
+        Table("Loss spikes", ["step", "loss", "z-score", "update skipped"], _rows(spikes, "loss", "z", "skipped"), newest=True),
+        Table("Dead workers", ["by step", "worker"], _rows(deaths, "worker"), newest=True),
+        Table("Lost consoles", ["at", "stream", "reason"],
+              [[format_time(e["time"]), *row[1:]] for e, row in zip(lost, _rows(lost, "stream", "reason"), strict=True)]),
     ]  # fmt: skip
-    updates = sum(int(number(e.get("updates")) or 0) for e in events["left_out"])
-    counts = {"replaced sample": len(samples), "left-out update": updates, "loss spike": len(events["spike"]),
-              "dead worker": len(events["worker_died"]), "lost console": len(events["console_lost"])}  # fmt: skip
-    said = ", ".join(say_count(number, noun) for noun, number in counts.items() if number) or "None"
-    return make_section("faults", "Faults", f"<p>{said}.</p>", tables[0], f'<div class="columns">{"".join(tables[1:])}</div>')
+    updates = sum(int(number(e.get("updates")) or 0) for e in skipped)
+    counts = {"replaced sample": len(samples), "skipped update": updates, "loss spike": len(spikes),
+              "dead worker": len(deaths), "lost console": len(lost)}  # fmt: skip
+    return Section("faults", (", ".join(format_count(n, noun) for noun, n in counts.items() if n) or "None") + ".", tables)
 
 
-def checkpoints(history: History) -> str:
+def checkpoints(history: History) -> Section:
     """What was saved, and what could not be."""
     saved, failed = history.events.get("checkpoint", []), history.events.get("checkpoint_failed", [])
-    rows = [[_step(e), say_time(e["time"]), say_duration(number(e.get("seconds"))), say_bytes(e.get("bytes"))] for e in saved]
-    failures = [[_step(e), say_time(e["time"]), say_value(e.get("error"))] for e in failed]
-    tables = [
-        make_table("Saved", ["step", "at", "took", "size"], rows, newest=True, cap=10),
-        make_table("Failed", ["step", "at", "error"], failures, newest=True),
-    ]
+    rows = [[_step(e), format_time(e["time"]), format_duration(number(e.get("seconds"))), format_bytes(e.get("bytes"))]
+            for e in saved]  # fmt: skip
+    failures = [[_step(e), format_time(e["time"]), format_value(e.get("error"))] for e in failed]
     took = [seconds for e in saved if (seconds := number(e.get("seconds"))) is not None]
-    mean = f", in {say_duration(statistics.fmean(took))} on average" if took else ""
-    said = f"{len(saved):,} saved{mean}; {len(failed):,} failed. The run keeps the newest and removes older ones."
-    return make_section("checkpoints", "Checkpoints", f"<p>{said}</p>", *tables)
+    mean = f", in {format_duration(statistics.fmean(took))} on average" if took else ""
+    text = f"{len(saved):,} saved{mean}; {len(failed):,} failed. The run keeps the newest and removes older ones."
+    return Section("checkpoints", text, [Table("Saved", ["step", "at", "took", "size"], rows, newest=True, cap=10),
+                                         Table("Failed", ["step", "at", "error"], failures, newest=True)])  # fmt: skip
 
 
-def configuration(history: History) -> str:
+def configuration(history: History) -> Section:
     """Model, recipe, run and environment, and what changed between starts."""
     newest = {name: part for attempt in history.attempts for name, part in attempt.settings.items()}
-    tables = [
-        make_table(name.capitalize(), ["setting", "value"], [[key, say_value(v)] for key, v in newest[name].items()], cap=100,
-               numbers=False)
-        for name in ("model", "recipe", "run", "environment") if newest.get(name)
-    ]  # fmt: skip
-    changes = [[str(c.attempt), c.name, say_value(c.before), say_value(c.after)] for c in history.changes()]
-    changed = make_table("Changed between attempts", ["attempt", "setting", "before", "after"], changes, newest=True)
-    if not tables:
-        tables = ["<p>The log holds no settings.</p>"]
-    changed = changed or ("<p>Nothing was changed between attempts.</p>" if len(history.attempts) > 1 else "")
-    return make_section("configuration", "Configuration", changed, f'<div class="columns">{"".join(tables)}</div>')
+    tables = [Table(name.capitalize(), ["setting", "value"], [[k, format_value(v)] for k, v in newest[name].items()], cap=100)
+              for name in ("model", "recipe", "run", "environment") if name in newest]  # fmt: skip
+    changes = [[str(c.attempt), c.name, format_value(c.before), format_value(c.after)] for c in history.changes()]
+    text = "" if tables else "The log holds no settings."
+    if tables and not changes and len(history.attempts) > 1:
+        text = "Nothing was changed between attempts."
+    head = ["attempt", "setting", "before", "after"]
+    return Section("configuration", text, [Table("Changed between attempts", head, changes, newest=True), *tables])
+
+
+def _rows(events: Sequence[dict], *names: str) -> list[list[str]]:
+    return [[_step(event), *(format_value(event.get(name)) for name in names)] for event in events]
 
 
 def _step(event: dict) -> str:

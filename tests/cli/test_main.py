@@ -154,7 +154,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, world, capsys)
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["pretrain"], "data out"),
+    (["pretrain"], "out"),
     (["fly"], "fly"),
     (["shards", "build", "only-one"], "SHARDS"),
     ([*PRETRAIN[1:], "--steps", "many"], "many"),

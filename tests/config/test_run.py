@@ -32,7 +32,7 @@ def test_workers_wait_until_the_processes_of_the_machine_are_counted(cores, monk
         monkeypatch.setenv(name, value)
     counted = []
     monkeypatch.setattr(pretrain, "join_world", lambda *_: World(0, 1, torch.device("cpu"), local_size=4))
-    monkeypatch.setattr(pretrain, "Trainer", lambda recipe, run, *_: counted.append(run.workers))
+    monkeypatch.setattr(pretrain, "set_up", lambda recipe, run, *_: counted.append(run.workers))
     run = run_of("shards", tmp_path, workers=None)
     assert run.workers is None
     with pytest.raises(AttributeError):

@@ -20,6 +20,7 @@ from fastmae.files import open_home
 from fastmae.train import console
 from fastmae.train.cli.interrupt import end, interrupts
 from fastmae.train.cli.shards import Images, build, index, info, verify
+from fastmae.train.config.resumed import with_settings_of_run
 from fastmae.train.config.run import optional
 from fastmae.train.config.settings import DoctorSettings, PretrainSettings, switches
 from fastmae.train.distributed.launcher import read_launcher
@@ -32,9 +33,9 @@ Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 
 def pretrain(settings: tyro.conf.OmitArgPrefixes[PretrainSettings]) -> None:
     """Pretrain a masked autoencoder on shards."""
+    run = settings.run()
     from fastmae.train.pretrain.pretrain import pretrain as run_pretraining
 
-    run = settings.run()
     run_pretraining(settings.resolve(world_size=read_launcher().size), run)
 
 
@@ -138,7 +139,7 @@ def shards() -> None:
 
 
 SHARDS = {f.__name__: f for f in (build, verify, info, index)}
-PRINTING = {info, doctor}
+PRINTING = {"info", "doctor"}
 """Commands whose result is what they print: without standard output they end. The others' is a file, or their exit code."""
 COMMANDS = {f.__name__: f for f in (shards, pretrain, reconstruct, report, convert, bench, doctor, demo)}
 
@@ -180,7 +181,8 @@ def _run(arguments: list[str]) -> int:
             else:
                 if arguments[:1] in (["pretrain"], ["doctor"]):
                     arguments = switches(arguments)
-                return _run_one(COMMANDS, "fastmae", "Masked-autoencoder pretraining.", arguments)
+                commands = {**COMMANDS, **{f.__name__: _of_resumed_run(f, arguments[1:]) for f in (pretrain, doctor)}}
+                return _run_one(commands, "fastmae", "Masked-autoencoder pretraining.", arguments)
     except (InputError, DivergedError, LostProcessError, CheckpointError, RequeueError) as error:
         console.report(str(error))
         return error.exit_code
@@ -190,6 +192,19 @@ def _run(arguments: list[str]) -> int:
             return InputError.exit_code
         raise
     return 0
+
+
+def _of_resumed_run(command: Callable, arguments: list[str]) -> Callable:
+    """``command``, which takes settings, with those of the run that it resumes where ``arguments`` give none."""
+
+    @functools.wraps(command)
+    def run(settings):
+        settings, path = with_settings_of_run(settings, arguments)
+        if path is not None and read_launcher().rank == 0:
+            print(f"settings that are not given are the run's own, {path}")
+        return command(settings)
+
+    return run
 
 
 def _system_error(error: Exception) -> str | None:
@@ -231,7 +246,7 @@ def _checked(command: Callable) -> Callable:
         check_kernels()
         args = tuple(open_home(value) if isinstance(value, Path) else value for value in args)
         kwargs = {name: open_home(value) if isinstance(value, Path) else value for name, value in kwargs.items()}
-        with contextlib.nullcontext() if command in PRINTING else console.outlived():
+        with contextlib.nullcontext() if command.__name__ in PRINTING else console.outlived():
             return command(*args, **kwargs)
 
     return run

@@ -17,7 +17,7 @@ from fastmae.train.config.run import Run, optional
 _PRESET = Annotated[
     Literal[*PRESETS] | None,
     tyro.conf.Positional,
-    tyro.conf.arg(metavar="[PRESET]", help_behavior_hint="(required without --recipe)"),
+    tyro.conf.arg(metavar="[PRESET]", help_behavior_hint="(required without --recipe, unless a run is resumed)"),
 ]
 _RECIPES = {name: Recipe(model=preset_config(name, norm_pix_loss=True)) for name in PRESETS}
 _RECIPES |= {name: make() for name, make in RECIPES.items()}
@@ -38,6 +38,8 @@ class PretrainSettings(Run):
     """Pretrain a masked autoencoder on shards. Give a preset, a recipe, or both if they agree; a setting given by itself
     overrides theirs."""
 
+    data: optional(str, "STR", "that of the run that is resumed") = None
+    """A folder of shards, or paths or URLs of tars with {000..999} in them."""
     preset: _PRESET = None
     """Model size: tiny, small, base, large or huge."""
     recipe: optional(Literal[*RECIPES], f"{{{','.join(RECIPES)}}}", "none") = None
@@ -96,18 +98,20 @@ class PretrainSettings(Run):
         """Nothing: ``run`` and ``resolve`` check, where an error is ours to word and not the argument parser's."""
 
     def run(self) -> Run:
-        """The part that says where and how fast."""
+        """The part that says where and how fast. Raises InputError without data."""
+        if self.data is None:
+            raise InputError("give --data: a folder of shards, or paths or URLs of tars; only a resumed run knows its own")
         return Run(**{f.name: getattr(self, f.name) for f in fields(Run)})
 
     def resolve(self, world_size: int) -> Recipe:
         """The recipe of a run over ``world_size`` processes. Raises InputError on settings that do not fit together."""
         base = self._base(world_size)
-        model = {name: getattr(self, name) for name in _MODEL if getattr(self, name) is not None}
+        model = {name: getattr(self, name) for name in MODEL if getattr(self, name) is not None}
         if len(self.img_size) not in (1, 2):
             raise InputError(f"img-size takes one number or height and width, got {self.img_size}")
         model["img_size"] = self.img_size if len(self.img_size) == 2 else self.img_size * 2
         model |= {"pixel_mean": None, "pixel_std": None}  # those of the channels asked for
-        training = {name: getattr(self, name) for name in _TRAINING if getattr(self, name) is not None}
+        training = {name: getattr(self, name) for name in TRAINING if getattr(self, name) is not None}
         if self.progressive is not None:
             training["progressive"] = tuple(_stage(text) for text in self.progressive)
         if self.epochs is not None and self.warmup_epochs is None:
@@ -170,7 +174,8 @@ def _stage(text: str) -> tuple[float, tuple[int, int]]:
         raise InputError(f"progressive takes SHARE:PIXELS or SHARE:HEIGHTxWIDTH, as in 0.5:192, got {text!r}") from None
 
 
-_MODEL = ("patch_size", "in_chans", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss", "attention",
+# The fields of ``ModelConfig`` and of ``Recipe`` that have a flag of the same name.
+MODEL = ("patch_size", "in_chans", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss", "attention",
           "residual", "checkpointing")  # fmt: skip
-_TRAINING = ("mask_ratio", "epochs", "steps", "warmup_epochs", "effective_batch", "blr", "min_lr", "weight_decay", "views",
+TRAINING = ("mask_ratio", "epochs", "steps", "warmup_epochs", "effective_batch", "blr", "min_lr", "weight_decay", "views",
              "shuffle_window", "seed")  # fmt: skip

@@ -14,6 +14,7 @@ from fastmae.files import make_folder
 from fastmae.lock import FolderLock
 from fastmae.train.checkpoint.disk_space import bytes_of_checkpoint, check_room
 from fastmae.train.config.recipes import Recipe
+from fastmae.train.config.resumed import write_settings
 from fastmae.train.config.run import Run
 from fastmae.train.console import outlived
 from fastmae.train.distributed.background import Background
@@ -40,7 +41,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     """
     make_folder(run.out)
     with outlived(), StopSignals() as signals:
-        world = _join(recipe, run, signals)
+        world, given = _join(recipe, run, signals), run
         _keep_to_quota(world)
         if run.workers is None:
             counted = world.local_size if read_launcher().local_size is None else None
@@ -56,6 +57,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
                 setup = set_up(recipe, run, world, data)
                 short = world.by_main(lambda: _check_room(setup))
                 setup.notes.extend(line for line in (warning, *lines, short) if line)
+                world.by_main(lambda: write_settings(recipe, given))
                 trainer = Trainer(setup, watch, signals)
                 folder = trainer.train()
             except BaseException as error:

@@ -34,11 +34,11 @@ def reconstruct(model: MAE, images: Tensor, mask_ratio: float, noise: Tensor | N
     if model.config.norm_pix_loss:
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
         pred = pred * (variance + EPS) ** 0.5 + mean
-    is_removed = mask[..., None].bool()
-    patches = [target, pred, torch.where(is_removed, pred, target)]
+    is_masked = mask[..., None].bool()
+    patches = [target, pred, torch.where(is_masked, pred, target)]
     std, mean = model.pixel_std[:, None, None], model.pixel_mean[:, None, None]
     original, reconstruction, pasted = ((model.unpatchify(p.float()) * std + mean).clamp(0, 1) for p in patches)
-    hole = model.unpatchify(is_removed.expand_as(target).float())
+    hole = model.unpatchify(is_masked.expand_as(target).float())
     return torch.stack([original, original.lerp(torch.full_like(original, _GREY), hole), reconstruction, pasted], 1).cpu()
 
 

@@ -53,7 +53,7 @@ def reconstruct(
         checkpoint: A run's folder, a checkpoint's folder, or a .safetensors or .pth file.
         images: An image, a folder of images, or a folder of shards.
         out: Picture to write, in the format of its suffix: .png, .jpg, .webp, .tiff, .pdf; PNG without one.
-        mask_ratio: Share of patches removed.
+        mask_ratio: Share of patches masked.
         count: Most images to draw.
         seed: Of the masks.
         norm_pix_loss: Whether the model predicts normalised pixels, for files that do not say so.

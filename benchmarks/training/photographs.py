@@ -19,7 +19,7 @@ def photographs(model: MAE, count: int, data: Path | None = None) -> tuple[Tenso
     else generated pictures. Raises InputError or DataError on a folder that cannot be read.
     """
     if data is not None:
-        from fastmae.train.pretrain.reconstruct import load_images  # with it come the packages that read data
+        from fastmae.train.pretrain.previews import load_images  # with it come the packages that read data
 
         found = load_images(data, model, count)
         times = -(-count // len(found))

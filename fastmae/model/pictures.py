@@ -1,19 +1,21 @@
 """Pictures that a person can judge a run by: strips of reconstructions, and the loss over time."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastmae.kernels.masked_mse import EPS
 from fastmae.model.mae import MAE
 from fastmae.optional import require
 
-COLUMNS = ("original", "masked", "reconstruction", "with visible patches")
+COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
+CAPTION = "Visible patches look noisy in the reconstruction: no loss is put on visible patches."
 _GREY = 0.5
-_GAP, _HEADER = 4, 18  # pixels
+_GAP = 4  # pixels
 
 
 @torch.no_grad()
@@ -32,30 +34,36 @@ def reconstruct(model: MAE, images: Tensor, mask_ratio: float, noise: Tensor | N
     if model.config.norm_pix_loss:
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
         pred = pred * (variance + EPS) ** 0.5 + mean
-    is_removed = mask[..., None].bool()
-    patches = [target, pred, torch.where(is_removed, pred, target)]
+    is_masked = mask[..., None].bool()
+    patches = [target, pred, torch.where(is_masked, pred, target)]
     std, mean = model.pixel_std[:, None, None], model.pixel_mean[:, None, None]
     original, reconstruction, pasted = ((model.unpatchify(p.float()) * std + mean).clamp(0, 1) for p in patches)
-    hole = model.unpatchify(is_removed.expand_as(target).float())
+    hole = model.unpatchify(is_masked.expand_as(target).float())
     return torch.stack([original, original.lerp(torch.full_like(original, _GREY), hole), reconstruction, pasted], 1).cpu()
 
 
 def strip(pictures: Tensor) -> Image.Image:
-    """One picture of ``reconstruct``'s result, a row for each image, the columns named. Images of other than 3 channels
-    show their first one."""
+    """One picture of ``reconstruct``'s result (B, 4, C, H, W): a row for each image, under ``CAPTION`` and the columns' names.
+
+    Every pixel becomes a square of at least 2 x 2. Images of other than 3 channels show their first one.
+    """
     B, N, C, H, W = pictures.shape
-    scale = max(1, 128 // H)  # small images are enlarged, so that a patch can be seen
-    canvas = Image.new("RGB", (N * (W * scale + _GAP) + _GAP, _HEADER + B * (H * scale + _GAP)), "white")
+    scale = 2 * max(1, 128 // H)  # small images are enlarged further, so that a patch can be seen
+    H, W = H * scale, W * scale
+    font = ImageFont.load_default(size=max(12, min(H, W) // 14))  # grows with the tiles: readable in a picture scaled down
+    line = sum(font.getmetrics()) + _GAP  # pixels
+    pitch = _GAP + max(W, *(math.ceil(font.getlength(name)) for name in COLUMNS))
+    canvas = Image.new("RGB", (N * pitch + _GAP, 2 * line + B * (H + _GAP)), "white")
     draw = ImageDraw.Draw(canvas)
-    for column, title in enumerate(COLUMNS):
-        draw.text((_GAP + column * (W * scale + _GAP), 3), title, fill="black")
+    draw.text((_GAP, _GAP // 2), CAPTION, fill="dimgray", font=font)
     pixels = (pictures * 255).round().to(torch.uint8)
     pixels = pixels if C == 3 else pixels[:, :, :1].expand(-1, -1, 3, -1, -1)
-    for row in range(B):
-        for column in range(N):
+    for column, name in enumerate(COLUMNS):
+        x = _GAP + column * pitch
+        draw.text((x, line + _GAP // 2), name, fill="black", font=font)
+        for row in range(B):
             tile = Image.fromarray(pixels[row, column].permute(1, 2, 0).contiguous().numpy())
-            tile = tile.resize((W * scale, H * scale), Image.Resampling.NEAREST)
-            canvas.paste(tile, (_GAP + column * (W * scale + _GAP), _HEADER + row * (H * scale + _GAP)))
+            canvas.paste(tile.resize((W, H), Image.Resampling.NEAREST), (x, 2 * line + row * (H + _GAP)))
     return canvas
 
 

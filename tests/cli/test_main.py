@@ -202,12 +202,13 @@ def test_from_images_to_a_picture(image_folder, tmp_path, capsys):
     assert "37 images in 4 shards" in capsys.readouterr().out
     run = ["pretrain", "tiny", "--data", str(tmp_path / "s"), "--out", str(tmp_path / "run"), *TINY]
     assert main(run) == 0
+    heights = []
     for images in (tmp_path / "s", image_folder, next(image_folder.rglob("*.jpg"))):
-        assert (
-            main(["reconstruct", str(tmp_path / "run"), str(images), "--out", str(tmp_path / "strip.png"), "--count", "3"]) == 0
-        )
+        arguments = ["reconstruct", str(tmp_path / "run"), str(images), "--out", str(tmp_path / "strip.png"), "--count", "3"]
+        assert main(arguments) == 0
         with Image.open(tmp_path / "strip.png") as picture:
-            assert picture.height in (18 + 132, 18 + 3 * 132)
+            heights.append(picture.height)
+    assert heights[0] == heights[1] == heights[2] + 2 * 260
     model = tmp_path / "run" / "step-0000001" / "model.safetensors"
     assert main(["convert", str(model), str(tmp_path / "m.pth")]) == 0
     assert main(["convert", str(tmp_path / "m.pth"), str(tmp_path / "m.safetensors")]) == 0
@@ -336,21 +337,6 @@ def test_a_missing_package_is_named_with_its_install_command(world, capsys, monk
     assert main([a.format(**world) for a in PRETRAIN]) == 0  # and goes on, where it can
     assert "TensorBoard's log needs tensorboard" in (text := capsys.readouterr().err) and "pip install tensorboard;" in text
     assert (world["out"] / "metrics.jsonl").is_file() and not (world["out"] / "tensorboard").exists()
-
-
-def test_a_damaged_checkpoint_is_not_drawn(shard_folder, tmp_path, capsys):
-    assert main(["pretrain", "tiny", "--data", str(shard_folder), "--out", str(tmp_path), *TINY]) == 0
-    path = tmp_path / "step-0000001" / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-9] ^= 1
-    path.write_bytes(data)
-    assert main(["reconstruct", str(path.parent), str(shard_folder), "--out", str(tmp_path / "s.png")]) == 2
-    assert "model.safetensors: damaged" in capsys.readouterr().err and not (tmp_path / "s.png").exists()
-
-
-def test_a_picture_smaller_than_the_model_is_enlarged(world, tmp_path):
-    make_picture(0, (5, 9)).save(tmp_path / "small.png")
-    assert main(["reconstruct", str(world["full"]), str(tmp_path / "small.png"), "--out", str(tmp_path / "s.png")]) == 0
 
 
 def test_a_console_that_cannot_be_written_does_not_change_the_exit_code(tmp_path):

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from fastmae import MAE, ModelConfig, random_masking
-from fastmae.model.pictures import COLUMNS, plot_loss, reconstruct, strip
+from fastmae.model.pictures import CAPTION, COLUMNS, plot_loss, reconstruct, strip
 
 
 def make(norm_pix, in_chans=3):
@@ -47,20 +47,36 @@ def test_a_perfect_prediction_of_normalised_pixels_is_shown_as_the_original(monk
     torch.testing.assert_close(reconstruct(model, images, 0.75)[:, 2], images / 255, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("in_chans", [1, 3, 4])
-def test_strip_has_a_tile_for_every_picture(in_chans):
-    picture = strip(torch.rand(3, len(COLUMNS), in_chans, 16, 32))
-    assert picture.mode == "RGB" and picture.width > 4 * 32 and picture.height > 3 * 16
-    tile = np.asarray(picture)[18 : 18 + 128, 4 : 4 + 256]
-    assert tile.std() > 10
+@pytest.mark.parametrize(("in_chans", "height", "width", "scale"), [(1, 16, 32, 16), (3, 100, 30, 2), (4, 130, 200, 2)])
+def test_every_pixel_of_a_strip_is_a_square_of_its_pictures_colour(in_chans, height, width, scale):
+    pictures = torch.rand(2, len(COLUMNS), in_chans, height, width)
+    drawn = np.asarray(strip(pictures))
+    header, pitch = drawn.shape[0] - 2 * (height * scale + 4), (drawn.shape[1] - 4) // len(COLUMNS)
+    colours = pictures if in_chans == 3 else pictures[:, :, [0, 0, 0]]
+    expected = (colours * 255).round().permute(0, 1, 3, 4, 2).byte().numpy().repeat(scale, 2).repeat(scale, 3)
+    for row in range(2):
+        for column in range(len(COLUMNS)):
+            y, x = header + row * (height * scale + 4), 4 + column * pitch
+            assert np.array_equal(drawn[y : y + height * scale, x : x + width * scale], expected[row, column])
 
 
-def test_a_strips_tiles_have_the_colours_of_their_pictures():
-    pictures = torch.rand(2, len(COLUMNS), 3, 16, 32)
-    drawn = np.asarray(strip(pictures)).astype(int)
-    tiles = [drawn[18 + 132 * row :, 4 + 260 * column :][:128:8, :256:8] for row in (0, 1) for column in range(len(COLUMNS))]
-    expected = (pictures * 255).round().flatten(0, 1).permute(0, 2, 3, 1).int().numpy()
-    assert np.array_equal(np.stack(tiles), expected)
+@pytest.mark.parametrize(("height", "width"), [(16, 32), (224, 32), (32, 500), (224, 224)])
+def test_a_strip_carries_its_caption_and_the_columns_names_and_both_fit(height, width, monkeypatch):
+    written, genuine = {}, ImageDraw.ImageDraw.text
+
+    def write(draw, xy, text, fill, font):
+        written[text] = draw.textbbox(xy, text, font)
+        genuine(draw, xy, text, fill, font)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", write)
+    picture = strip(torch.ones(1, len(COLUMNS), 3, height, width))
+    caption, *names = (written[text] for text in (CAPTION, *COLUMNS))
+    assert "no loss is put on visible patches" in CAPTION
+    right = [*(name[0] for name in names[1:]), picture.width]
+    assert caption[2] <= picture.width and all(name[2] <= end for name, end in zip(names, right, strict=True))
+    assert all(caption[3] <= name[1] for name in names)
+    for box in written.values():
+        assert np.asarray(picture.crop(box)).min() < 128  # ink
 
 
 def test_loss_plot_is_a_picture_of_the_last_values(tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image
 from fastmae import MAE
 from fastmae.model.attention import choice
 from fastmae.model.attention import dot_product as attention
+from fastmae.model.pictures import strip
 from fastmae.train.distributed.world import World
 from fastmae.train.pretrain.attention_choice import choose_attention
 from fastmae.train.pretrain.previews import Drawing
@@ -19,6 +20,7 @@ from tests.support.crew import run
 from tests.support.runs import MODEL, RECIPE
 
 ALONE = World(0, 1, torch.device("cpu"))
+HEADER = strip(torch.zeros(1, 4, 3, 32, 32)).height - 260  # pixels: the caption and the columns' names
 
 
 class Album:
@@ -31,20 +33,20 @@ class Album:
         self.pictures.append((step, strip.copy()))
 
 
-def test_the_same_images_are_drawn_under_the_same_masks_and_nothing_else_changes(shard_folder):
+def test_the_same_images_are_drawn_with_the_same_masks_and_nothing_else_changes(shard_folder):
     model, album = MAE(MODEL), Album()
     drawing = Drawing(str(shard_folder), model, ALONE, 0.75)
     before, state = torch.get_rng_state(), {n: t.clone() for n, t in model.state_dict().items()}
     for step in (1, 2):
         drawing.draw(step, album)
     (one, first), (two, second) = album.pictures
-    assert (one, two) == (1, 2) and first.tobytes() == second.tobytes() and first.size == (532, 1074)
+    assert (one, two) == (1, 2) and first.tobytes() == second.tobytes() and first.size == (1044, HEADER + 8 * 260)
     assert torch.equal(before, torch.get_rng_state()) and model.training
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize("depth", [1, 2])  # of one block the decoder's training never meets all queries over all keys
+@pytest.mark.parametrize("depth", [1, 2])  # a decoder of one block never trains with all queries over all keys
 def test_a_drawing_measures_no_backend_and_computes_with_the_runs_dtype_and_backend(depth, autocast, shard_folder, monkeypatch):
     recipe = replace(RECIPE, model=replace(MODEL, decoder_depth=depth))
     used, genuine = [], attention.attend
@@ -63,7 +65,7 @@ def test_a_drawing_measures_no_backend_and_computes_with_the_runs_dtype_and_back
 
 
 @pytest.mark.parametrize("why", ["a stream", "damage"])
-def test_where_the_first_images_cannot_be_had_those_of_a_batch_are_drawn(shard_folder, tmp_path, why):
+def test_if_the_first_images_cannot_be_read_those_of_a_batch_are_drawn(shard_folder, tmp_path, why):
     data = tmp_path / "copy"
     shutil.copytree(shard_folder, data)
     if why == "damage":
@@ -77,11 +79,11 @@ def test_where_the_first_images_cannot_be_had_those_of_a_batch_are_drawn(shard_f
     assert album.pictures == []
     drawing.offer(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8))
     drawing.draw(3, album)
-    assert [(step, picture.height) for step, picture in album.pictures] == [(3, 18 + 4 * 132)]
+    assert [(step, picture.height) for step, picture in album.pictures] == [(3, HEADER + 4 * 260)]
 
 
 @pytest.mark.cluster
-def test_a_cut_model_is_drawn_as_a_whole_one(shard_folder, tmp_path):
+def test_a_sharded_model_is_drawn_as_a_full_one(shard_folder, tmp_path):
     drawn = []
     for how in ("ddp", "fsdp"):
         run(2, shard_folder, tmp_path / how, "--steps", 2, "--draw-every", 1, "--parallel", how)

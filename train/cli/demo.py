@@ -20,10 +20,11 @@ from fastmae.model.pictures import plot_loss
 from fastmae.model.weights import load_model
 from fastmae.shards.build import write_shards
 from fastmae.train.checkpoint.format import MODEL
+from fastmae.train.cli.reconstruct import draw_strip
 from fastmae.train.config.recipes import Recipe
 from fastmae.train.config.run import Run
 from fastmae.train.pretrain.pretrain import pretrain
-from fastmae.train.pretrain.reconstruct import draw_strip, load_images
+from fastmae.train.pretrain.previews import load_images
 from fastmae.train.report.report import write_report
 
 # Colour photographs of things, not test charts: package, folder inside it, file.

@@ -48,18 +48,18 @@ def reconstruct(
     seed: int = 0,
     norm_pix_loss: optional(bool, "{True,False}", "what the file says") = None,
 ) -> None:
-    """Draw what a checkpoint reconstructs: original, masked, reconstruction, and that with the visible patches.
+    """Draw what a checkpoint reconstructs: original, masked, reconstruction, and the reconstruction with the visible patches.
 
     Args:
         checkpoint: A run's folder, a checkpoint's folder, or a .safetensors or .pth file.
         images: An image, a folder of images, or a folder of shards.
-        out: PNG to write.
-        mask_ratio: Share of patches removed.
+        out: Picture to write, in the format of its suffix: .png, .jpg, .webp, .tiff, .pdf; PNG without one.
+        mask_ratio: Share of patches masked.
         count: Most images to draw.
         seed: Of the masks.
         norm_pix_loss: Whether the model predicts normalised pixels, for files that do not say so.
     """
-    from fastmae.train.pretrain.reconstruct import reconstruct_images
+    from fastmae.train.cli.reconstruct import reconstruct_images
 
     print(
         reconstruct_images(checkpoint, images, out, mask_ratio=mask_ratio, count=count, seed=seed, norm_pix_loss=norm_pix_loss)

@@ -22,7 +22,7 @@ from fastmae.kernels.philox import CROPS, uniform
 from fastmae.optional import require
 from fastmae.shards.read import ShardReader
 
-_REASON = 200  # characters; replies of a whole task must fit into one message
+_REASON = 200  # characters
 Arrays = dict[str, np.ndarray]
 """The arrays of a slot, by the names of ``slot_fields``."""
 
@@ -63,7 +63,7 @@ class Cropper:
         self._last: tuple[int, np.ndarray] | None = None
         self._buffer = np.empty(0, np.uint8)
 
-    def __call__(self, task: list[int], at: Callable[[int], None]) -> list[tuple[int, int, str]]:
+    def __call__(self, task: Task, at: Callable[[int], None]) -> list[tuple[int, int, str]]:
         """Do one ``Task``; return (place, sample, reason) for each sample that cannot be used.
 
         Raises DataError if anything is wrong with a shard.

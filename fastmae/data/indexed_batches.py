@@ -13,15 +13,13 @@ import numpy as np
 from fastmae.data.batch import LoaderConfig
 from fastmae.data.crops import Cropper, Task, slot_fields
 from fastmae.data.order import Order, batch_positions
-from fastmae.data.pool import Death, WorkerPool
 from fastmae.data.shared_memory import Slots
 from fastmae.errors import DataError
 from fastmae.shards.index import Index
 from fastmae.shards.read import ShardReader
+from fastmae.workers import MAX_CRASHES, MAX_DEATHS, Death, WorkerPool
 
 LOST_BEFORE_BUDGET = 16  # bad samples that a run survives however small its data set is
-_MOST_DEATHS = 3  # workers that may die while one batch is waited for
-_MOST_CRASHES = 2  # of a decoder at one sample, after which the sample is replaced
 _TASK = (8, 128)  # samples in a task, at least and at most: each task has a cost of its own
 _UNKNOWN_SIDE = 500  # pixels of the shorter side, where the index does not tell
 
@@ -134,7 +132,7 @@ class IndexedBatches:
         for name in ("ids", "epochs"):
             self.slots.array(batch.slot, name)[first:last] = getattr(batch, name)[first:last]
         batch.tasks += 1
-        self._pool.submit(list(Task(batch.slot, first, last, *batch.size)))
+        self._pool.submit(Task(batch.slot, first, last, *batch.size))
 
     def _collect(self, timeout: float) -> None:
         done, deaths = self._pool.collect(timeout)
@@ -142,8 +140,10 @@ class IndexedBatches:
             at = [f"pid {pid} at {self.reader.place(s) if s >= 0 else 'nothing'}" for pid, s in self._pool.whereabouts()]
             raise DataError(f"no data for {timeout:.0f} s; loader workers: {'; '.join(at)}. Is the file system gone?")
         of_slot = {batch.slot: batch for batch in self._pending}
-        for task, bad in done:
-            batch = of_slot[Task(*task).slot]
+        for task, bad, error in done:
+            if error:
+                raise error
+            batch = of_slot[task.slot]
             batch.tasks -= 1
             for place, sample, reason in bad:
                 self._condemn(sample, reason)
@@ -177,12 +177,10 @@ class IndexedBatches:
     def _mourn(self, death: Death) -> None:
         """Note a worker's death, whose tasks are being done again; give up if they go on dying."""
         where = f" at {self.reader.place(death.sample)}" if death.sample >= 0 else ""
-        self._notes.append(
-            f"loader worker {death.worker} (pid {death.pid}){where} was {death.how}; another does its work again"
-        )
+        self._notes.append(f"loader worker {death.worker} (pid {death.pid}){where} {death.how}; another does its work again")
         if death.is_crash and death.sample >= 0:  # blamed on the sample, which the budget bounds
             self._crashes[death.sample] += 1
-            if self._crashes[death.sample] >= _MOST_CRASHES:
+            if self._crashes[death.sample] >= MAX_CRASHES:
                 self._condemn(death.sample, "crashes the process that decodes it")
                 for batch in self._pending:
                     for place in np.flatnonzero(batch.ids == death.sample).tolist():
@@ -190,11 +188,11 @@ class IndexedBatches:
                         self._ask(batch, place, place + 1)
             return
         self._deaths += 1
-        if self._deaths > _MOST_DEATHS:
+        if self._deaths > MAX_DEATHS:
             fewer = self.config.workers // 2  # 0: in the training process
             raise DataError(
                 f"{self._deaths} loader workers died while one batch was made; try --workers {fewer} instead of "
-                f"{self.config.workers}, or look into the system's log; the last{where} was {death.how}"
+                f"{self.config.workers}, or look into the system's log; the last{where} {death.how}"
             )
 
 

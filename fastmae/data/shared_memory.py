@@ -1,8 +1,7 @@
 """Memory that worker processes write batches into and the training process reads in place, without a copy between them.
 
 Slots of equal layout in one anonymous file, which grows by a slot when none is free: a consumer that keeps batches costs
-memory, never a deadlock. Where Python has memfd it does not lie under ``/dev/shm``, whose size containers limit. A slot is free
-again when the last array that was handed out of it is gone.
+memory, never a deadlock. A slot is free again when the last array that was handed out of it is gone.
 
 A process maps slots for itself and a fork inherits no mapping, only the file. Drivers of GPUs take page-locked memory out of
 forks, some do and some do not; a worker that is started after slots were locked must not depend on it.
@@ -11,12 +10,12 @@ forks, some do and some do not; a worker that is started after slots were locked
 import math
 import mmap
 import os
-import tempfile
 import weakref
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from fastmae.files import anonymous_file
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
 
@@ -39,7 +38,7 @@ class Slots:
             self._places[name] = count, end
             end += -(-count * np.dtype(field.dtype).itemsize // 64) * 64  # aligned to cache lines
         self.nbytes = -(-end // _PAGE) * _PAGE
-        self._file = _anonymous_file()
+        self._file = anonymous_file("fastmae-batches")
         weakref.finalize(self, os.close, self._file)
         self._count = 0
         self._free: list[int] = []
@@ -77,11 +76,3 @@ class Slots:
             self._maps[slot] = mmap.mmap(self._file, self.nbytes, flags, offset=slot * self.nbytes)
             self._maps[slot].madvise(mmap.MADV_DONTFORK)
         return self._maps[slot]
-
-
-def _anonymous_file() -> int:
-    if hasattr(os, "memfd_create"):  # some builds of Python lack it
-        return os.memfd_create("fastmae-batches")
-    handle, name = tempfile.mkstemp(dir="/dev/shm")
-    Path(name).unlink()
-    return handle

@@ -10,9 +10,9 @@ import xxhash
 
 from fastmae.errors import DataError, InputError
 from fastmae.files import make_folder
+from fastmae.map_ordered import map_ordered
 from fastmae.shards.index import JSON_NAME, ROW, Index, Shard, checksum
 from fastmae.shards.journal import UNFINISHED
-from fastmae.shards.processes import map_shards
 from fastmae.shards.samples import list_samples
 
 
@@ -38,7 +38,7 @@ def index_shards(
     shards, tables = [], []
     without = 0
     of_hash: dict[str, Path] = {}
-    for number, (path, found) in enumerate(zip(paths, map_shards(_scan, paths, workers), strict=True)):
+    for number, (path, found) in enumerate(zip(paths, map_ordered(_scan, paths, workers), strict=True)):
         if found.xxh3 in of_hash:
             raise DataError(
                 f"{path}: the same bytes as {of_hash[found.xxh3]}, its samples would come twice; remove one of them"
@@ -88,14 +88,17 @@ def _scan(path: Path) -> _Scan:
     samples, without = list_samples(path)
     whole = xxhash.xxh3_64()
     checks = []
-    with path.open("rb") as file:
-        for sample in samples:  # the whole tar is read once, from start to end
-            _read_on(file, sample.offset - file.tell(), whole)
-            data = file.read(sample.size)
-            whole.update(data)
-            checks.append(checksum(data))
-        size = os.fstat(file.fileno()).st_size
-        _read_on(file, size - file.tell(), whole)
+    try:
+        with path.open("rb") as file:
+            for sample in samples:  # all of the tar is read once, from start to end
+                _read_on(file, sample.offset - file.tell(), whole)
+                data = file.read(sample.size)
+                whole.update(data)
+                checks.append(checksum(data))
+            size = os.fstat(file.fileno()).st_size
+            _read_on(file, size - file.tell(), whole)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read, {error.strerror}; restore it") from error
     rows = [(0, s.size, s.offset, s.label, check) for s, check in zip(samples, checks, strict=True)]
     return _Scan(size, whole.hexdigest(), np.array(rows, dtype=ROW), without)
 

@@ -15,9 +15,9 @@ import numpy as np
 from fastmae.errors import DataError
 from fastmae.files import digest
 from fastmae.images.decode import DecodeError, decode
+from fastmae.map_ordered import map_ordered
 from fastmae.shards.index import JSON_NAME, Index, checksum
 from fastmae.shards.journal import UNFINISHED
-from fastmae.shards.processes import map_shards
 from fastmae.shards.samples import Sample, list_samples, states_size
 from fastmae.shards.tar import BLOCK
 
@@ -34,8 +34,8 @@ def verify_shards(
     """A line for each damage in ``folder``, naming path, place and member; none if every byte is as it was indexed.
 
     ``decode_images`` also decodes every image, and names those that fail. ``workers`` processes read, 0 does it here.
-    ``progress(done, total)`` is called after each shard. A damaged index is a line like any other; DataError is raised only if
-    a worker process dies.
+    ``progress(done, total)`` is called after each shard. A damaged index is a line like any other; WorkerError is raised only
+    if workers die again and again.
     """
     try:
         index = Index.load(folder, check_shards=False)
@@ -47,7 +47,8 @@ def verify_shards(
     parts = (
         _part(index, number, index.table[order[bounds[number] : bounds[number + 1]]]) for number in range(len(index.shards))
     )
-    found = map_shards(partial(_verify_shard, decode_images=decode_images), parts, workers)
+    verify = partial(_verify_shard, decode_images=decode_images)
+    found = map_ordered(verify, parts, workers, name=lambda part: str(part.folder / part.shards[0].name))
     for done, damages in enumerate(found, 1):
         lines += damages
         if progress:

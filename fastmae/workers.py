@@ -1,6 +1,6 @@
 """Worker processes that may die: tasks go out, replies come back, and what a dead worker left unfinished is done again.
 
-Workers are forked and take tasks from one socket that keeps messages whole, so that a slow one delays nobody; a large message
+Workers are forked and take tasks from one socket of messages, so that a slow one delays nobody; a large message
 travels as an anonymous file. When a worker dies, all are ended before the unfinished tasks go to new ones: nobody is left who
 could still write into memory that is filled again. Workers end with their parent, however it ends and whatever they do.
 """
@@ -46,7 +46,7 @@ class Death(NamedTuple):
 
     @property
     def is_crash(self) -> bool:
-        """Whether the worker's own code brought it down, and not somebody's ``kill`` or the lack of memory."""
+        """Whether the worker's own code brought it down, and not a ``kill`` or the lack of memory."""
         return self.cause in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 
     @property
@@ -128,7 +128,7 @@ class WorkerPool:
         self._start()
         self._hand_out()
 
-    def whereabouts(self) -> list[tuple[int, int]]:
+    def positions(self) -> list[tuple[int, int]]:
         """(pid, sample it is at or -1) of each worker."""
         return list(zip(self.pids, self._at.tolist(), strict=False))
 

@@ -1,8 +1,8 @@
 """Build shards: a folder of images becomes webdataset tars and an index.
 
-Images are listed in the order of their paths, shuffled once by the seed, cut into shards of a fixed number, recoded in
+Images are listed in the order of their paths, shuffled once by the seed, split into shards of a fixed number, recoded in
 worker processes and written in that order: the same input gives the same bytes, whatever the number of workers, and however
-often the build was killed and begun again. A shard appears under its name only when it is complete, and the index only when
+often the build was killed and started again. A shard appears under its name only when it is complete, and the index only when
 all are.
 """
 
@@ -46,7 +46,7 @@ def write_shards(
 
     A top-level folder of ``source`` is a class; images outside one have no label. ``workers`` processes recode, 0 does it
     here. ``progress(done, total)`` is called after each image, and after each shard that stands from before: a build that was
-    killed goes on when it is called again with the same source, settings and ``out``. Raises InputError if there is no image
+    killed continues when it is called again with the same source, settings and ``out``. Raises InputError if there is no image
     that opens, if ``out`` holds other shards or another process builds there, or if workers die again and
     again.
     """
@@ -147,7 +147,7 @@ def _recode_one(source: Source, settings: Recode) -> bytes | str:
 
 
 def _write_shard(out: Path, number: int, images: Iterator[tuple[Source, bytes | str]]) -> Built:
-    """One tar, that appears when it is whole; none if no image of it can be read."""
+    """One tar, that appears when it is complete; none if no image of it can be read."""
     path = out / f"shard-{number:06d}.tar"
     bad: list[str] = []
     readable = _readable(images, bad)

@@ -27,7 +27,7 @@ def index_shards(
     """Write an index for the tars ``*.tar`` of the folder ``source`` into ``out``, or beside them; return it.
 
     ``classes``: names of the class numbers, if there are any. ``workers`` processes read, 0 does it here; the index is the
-    same. ``progress(done, total)`` is called after each shard. ``build["without_image"]`` counts the samples left out. Raises
+    same. ``progress(done, total)`` is called after each shard. ``build["without_image"]`` counts the samples skipped. Raises
     InputError if there is nothing to index or an index that must not be replaced, DataError on the first shard that is
     damaged or that cannot be indexed.
     """
@@ -86,21 +86,21 @@ class _Scan(NamedTuple):
 
 def _scan(path: Path) -> _Scan:
     samples, without = list_samples(path)
-    whole = xxhash.xxh3_64()
+    state = xxhash.xxh3_64()
     checks = []
     try:
         with path.open("rb") as file:
             for sample in samples:  # all of the tar is read once, from start to end
-                _read_on(file, sample.offset - file.tell(), whole)
+                _read_on(file, sample.offset - file.tell(), state)
                 data = file.read(sample.size)
-                whole.update(data)
+                state.update(data)
                 checks.append(checksum(data))
             size = os.fstat(file.fileno()).st_size
-            _read_on(file, size - file.tell(), whole)
+            _read_on(file, size - file.tell(), state)
     except OSError as error:
         raise DataError(f"{path}: cannot be read, {error.strerror}; restore it") from error
     rows = [(0, s.size, s.offset, s.label, check) for s, check in zip(samples, checks, strict=True)]
-    return _Scan(size, whole.hexdigest(), np.array(rows, dtype=ROW), without)
+    return _Scan(size, state.hexdigest(), np.array(rows, dtype=ROW), without)
 
 
 def _read_on(file: BinaryIO, count: int, state: xxhash.xxh3_64) -> None:
@@ -126,6 +126,4 @@ def _check_replaceable(folder: Path) -> None:
 
 def _check_finished(folder: Path) -> None:
     if (folder / UNFINISHED).exists():
-        raise InputError(
-            f"{folder}: the build of these shards was not finished; the same `fastmae shards build` goes on with it"
-        )
+        raise InputError(f"{folder}: the build of these shards was not finished; the same `fastmae shards build` continues it")

@@ -52,7 +52,7 @@ class Death(NamedTuple):
     @property
     def how(self) -> str:
         """What happened to it, for messages."""
-        why = ", probably out of memory" if self.cause == signal.SIGKILL else ""
+        why = " (out of memory?)" if self.cause == signal.SIGKILL else ""
         return f"was killed by {signal.Signals(self.cause).name}{why}" if self.cause > 0 else f"exited with code {-self.cause}"
 
 

@@ -80,7 +80,7 @@ def test_an_error_is_raised_in_its_place(workers):
 @pytest.mark.parametrize(
     ("number", "line"),
     [
-        (signal.SIGKILL, r"SIGKILL, probably out of memory at item 3, the last of 4 consecutive deaths; use fewer --workers"),
+        (signal.SIGKILL, r"SIGKILL \(out of memory\?\) at item 3, the last of 4 consecutive deaths; use fewer --workers"),
         (signal.SIGSEGV, r"SIGSEGV at item 3, 2 times; remove what crashes it"),
     ],
 )

@@ -30,7 +30,7 @@ from fastmae.shards.read import ShardReader
 BATCH = 256
 SIZE = (224, 224)
 _AUGMENT = Augment()
-_WARM_UP = 8  # batches: by then every slot was used once, as in a run that lasts
+_WARM_UP = 8  # batches: by then every buffer was used once, as in a run that lasts
 
 
 class Bare:
@@ -94,10 +94,10 @@ class Ours:
                                 on_device=self.on_device)  # fmt: skip
         try:
             for _ in range(_WARM_UP):
-                source.slots.give(next(source).slot)
+                source.buffers.give(next(source).buffer)
             began, cpu = time.perf_counter(), time.thread_time()
             for _ in range(batches):
-                source.slots.give(next(source).slot)
+                source.buffers.give(next(source).buffer)
             self.cpu_seconds.append((time.thread_time() - cpu) / batches)
             return (time.perf_counter() - began) / batches
         finally:

@@ -13,6 +13,10 @@ class DataError(InputError):
     """A shard, index, image or checkpoint is missing, damaged or not what it says; the message names path and place."""
 
 
+class WorkerError(DataError):
+    """Worker processes died again and again; the message names the last, what killed it and at what."""
+
+
 class SchemaError(DataError):
     """A checkpoint of another version of fastmae: nothing of it is damaged, so it is neither passed over nor replaced."""
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -79,3 +80,15 @@ def make_folder(path: str | Path) -> Path:
         reason = "it is a file and no folder" if is_file else f"cannot be written, {error.strerror}"
         raise InputError(f"{path}: {reason}; choose another output folder") from error
     return path
+
+
+def anonymous_file(name: str) -> int:
+    """The handle of a file in memory that nobody else can open; ``name`` is for those who list open files.
+
+    Not under ``/dev/shm``, whose size containers limit, except where Python was built without memfd.
+    """
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name)
+    handle, path = tempfile.mkstemp(dir="/dev/shm")
+    Path(path).unlink()
+    return handle

@@ -1,4 +1,4 @@
-"""Processes forked without more ado: started, waited for, ended. What they do is their owner's affair."""
+"""Forked processes: started, waited for, killed."""
 
 import contextlib
 import gc
@@ -62,7 +62,7 @@ def reap(pid: int, options: int) -> int | None:
     """The exit code of ``pid``, minus the signal that killed it, or None while it lives."""
     try:
         found, status = os.waitpid(pid, options)
-    except ChildProcessError:  # somebody else has waited for it
+    except ChildProcessError:  # another has waited for it
         return 0
     return os.waitstatus_to_exitcode(status) if found else None
 

@@ -1,7 +1,7 @@
 """Random resized crop and horizontal flip, drawn from numbers that are given, not from a generator's state.
 
 A box covers a uniform share ``scale`` of the image's area at a log-uniform aspect ratio, ten tries, else the largest centred
-box of an allowed ratio; ``resize`` and ``kernels/resized_crop.py`` cut it out. Source: Szegedy et al. 2014 (arXiv 1409.4842),
+box of an allowed ratio; ``resize`` and ``kernels/resized_crop.py`` crop it. Source: Szegedy et al. 2014 (arXiv 1409.4842),
 section 6, with the limits of He et al. 2021 (arXiv 2111.06377), appendix A.1.
 """
 

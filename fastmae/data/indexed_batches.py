@@ -1,6 +1,6 @@
 """Micro-batches of indexed shards: the exact order of ``order.py``, read at random, from any position on.
 
-The training process decides which sample goes where; workers fill the places. A sample that cannot be used is named and
+The training process decides which sample goes where; workers fill the buffers. A sample that cannot be used is named and
 replaced by the next in order that can; anything wrong with a shard is an error.
 """
 
@@ -11,30 +11,28 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fastmae.data.batch import LoaderConfig
-from fastmae.data.crops import Cropper, Task, slot_fields
+from fastmae.data.crops import Cropper, Task, buffer_fields
 from fastmae.data.order import Order, batch_positions
-from fastmae.data.pool import Death, WorkerPool
-from fastmae.data.shared_memory import Slots
+from fastmae.data.shared_memory import Buffers
 from fastmae.errors import DataError
 from fastmae.shards.index import Index
 from fastmae.shards.read import ShardReader
+from fastmae.workers import MAX_CRASHES, MAX_DEATHS, Death, WorkerPool
 
 LOST_BEFORE_BUDGET = 16  # bad samples that a run survives however small its data set is
-_MOST_DEATHS = 3  # workers that may die while one batch is waited for
-_MOST_CRASHES = 2  # of a decoder at one sample, after which the sample is replaced
 _TASK = (8, 128)  # samples in a task, at least and at most: each task has a cost of its own
-_UNKNOWN_SIDE = 500  # pixels of the shorter side, where the index does not tell
+_UNKNOWN_SIDE = 500  # pixels of the shorter side, where the index does not state it
 
 
 @dataclass
-class SlotBatch:
-    """A batch in its slot, where workers are at it until no task is left."""
+class BufferedBatch:
+    """A batch in its buffer, complete when no task is left."""
 
-    slot: int
+    buffer: int
     size: tuple[int, int]
     """(height, width) of its images."""
     positions: np.ndarray
-    """(B,) int64: places in the order."""
+    """(B,) int64: positions in the order."""
     ids: np.ndarray
     """(B,) int64."""
     epochs: np.ndarray
@@ -42,13 +40,13 @@ class SlotBatch:
     tasks: int = 0
     """Parts of it that are still being made."""
     tried: Counter = field(default_factory=Counter)
-    """By place in the batch, samples that could not be used there."""
+    """By row of the batch, samples that could not be used there."""
     replaced: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 class IndexedBatches:
-    """The endless micro-batches of one rank, in slots; whoever takes one gives its slot back to ``slots``."""
+    """The endless micro-batches of one rank, in buffers; whoever takes one gives its buffer back to ``buffers``."""
 
     def __init__(self, index: Index, config: LoaderConfig, *, batch_size: int, rank: int, world_size: int, start: int,
                  on_device: bool):  # fmt: skip
@@ -58,20 +56,20 @@ class IndexedBatches:
             len(index), config.seed, views=config.views, window=config.shuffle_window, shard_of=index.table["shard"]
         )
         self.region = region_bytes(index, config) if on_device else None
-        self.slots = Slots(slot_fields(config, batch_size, self.region))
+        self.buffers = Buffers(buffer_fields(config, batch_size, self.region))
         self._pool: WorkerPool | None = None
-        self._pending: deque[SlotBatch] = deque()
+        self._pending: deque[BufferedBatch] = deque()
         self._next = 0
         self._notes: list[str] = []
         self._deaths = 0
         self._crashes: Counter[int] = Counter()
         self.bad: dict[int, str] = {}
-        """Samples that cannot be used, with what is said of each."""
+        """Samples that cannot be used, with the reason for each."""
 
-    def __iter__(self) -> Iterator[SlotBatch]:
+    def __iter__(self) -> Iterator[BufferedBatch]:
         return self
 
-    def __next__(self) -> SlotBatch:
+    def __next__(self) -> BufferedBatch:
         """The next batch; waits for it. Raises DataError if it cannot be had, with what was lost before as its notes."""
         try:
             self._prepare()
@@ -96,7 +94,7 @@ class IndexedBatches:
             self._pool.close()
         self._pool = None
 
-    def _finish(self) -> SlotBatch:
+    def _finish(self) -> BufferedBatch:
         """Wait for the first batch in line, and take it."""
         while self._pending[0].tasks:
             self._collect(self.config.timeout)
@@ -109,53 +107,55 @@ class IndexedBatches:
     def _prepare(self) -> None:
         """Hand out work until enough batches are being made."""
         if self._pool is None:
-            cropper = Cropper(self.reader, self.slots, self.config, self.region)
+            cropper = Cropper(self.reader, self.buffers, self.config, self.region)
             self._pool = WorkerPool(cropper, self.config.workers)
         while len(self._pending) < (self.config.prefetch if self.config.workers else 1):
             positions = batch_positions(self._next, self.batch_size, self.rank, self.world_size, self.start)
             self._next += 1
             # All ranks must agree on the size, so it is that of the first rank's first position.
             size = self.config.size_at(int(positions[0]) - self.rank * self.batch_size)
-            batch = SlotBatch(self.slots.take(), size, positions, *self.order.at(positions))
+            batch = BufferedBatch(self.buffers.take(), size, positions, *self.order.at(positions))
             self._pending.append(batch)
-            for place in np.flatnonzero(np.isin(batch.ids, list(self.bad))).tolist():
-                self._settle(batch, place)
+            for row in np.flatnonzero(np.isin(batch.ids, list(self.bad))).tolist():
+                self._replace_bad(batch, row)
             step = self._task_length()
             for first in range(0, self.batch_size, step):
                 self._ask(batch, first, min(first + step, self.batch_size))
 
     def _task_length(self) -> int:
-        """Samples in a task: two tasks for each worker in all batches ahead, and whole samples with all their views."""
+        """Samples in a task: two tasks for each worker in all batches ahead, and samples with all their views."""
         views = self.config.views
         share = -(-self.batch_size * self.config.prefetch // (2 * max(self.config.workers, 1)))
         return -(-min(max(share, _TASK[0]), _TASK[1]) // views) * views
 
-    def _ask(self, batch: SlotBatch, first: int, last: int) -> None:
+    def _ask(self, batch: BufferedBatch, first: int, last: int) -> None:
         for name in ("ids", "epochs"):
-            self.slots.array(batch.slot, name)[first:last] = getattr(batch, name)[first:last]
+            self.buffers.array(batch.buffer, name)[first:last] = getattr(batch, name)[first:last]
         batch.tasks += 1
-        self._pool.submit(list(Task(batch.slot, first, last, *batch.size)))
+        self._pool.submit(Task(batch.buffer, first, last, *batch.size))
 
     def _collect(self, timeout: float) -> None:
         done, deaths = self._pool.collect(timeout)
         if timeout and not done and not deaths and self.config.workers:
-            at = [f"pid {pid} at {self.reader.place(s) if s >= 0 else 'nothing'}" for pid, s in self._pool.whereabouts()]
+            at = [f"pid {pid} at {self.reader.place(s) if s >= 0 else 'nothing'}" for pid, s in self._pool.positions()]
             raise DataError(f"no data for {timeout:.0f} s; loader workers: {'; '.join(at)}. Is the file system gone?")
-        of_slot = {batch.slot: batch for batch in self._pending}
-        for task, bad in done:
-            batch = of_slot[Task(*task).slot]
+        of_buffer = {batch.buffer: batch for batch in self._pending}
+        for task, bad, error in done:
+            if error:
+                raise error
+            batch = of_buffer[task.buffer]
             batch.tasks -= 1
-            for place, sample, reason in bad:
-                self._condemn(sample, reason)
-                if batch.ids[place] == sample:  # after a crash two tasks may have told of it
-                    self._settle(batch, place)
-                    self._ask(batch, place, place + 1)
+            for row, sample, reason in bad:
+                self._mark_bad(sample, reason)
+                if batch.ids[row] == sample:  # after a crash two tasks may have reported it
+                    self._replace_bad(batch, row)
+                    self._ask(batch, row, row + 1)
         if deaths:
             for death in deaths:
-                self._mourn(death)
+                self._note_death(death)
             self._pool.revive()
 
-    def _condemn(self, sample: int, reason: str) -> None:
+    def _mark_bad(self, sample: int, reason: str) -> None:
         """Remember that ``sample`` cannot be used. Raises DataError if too many cannot."""
         self.bad.setdefault(sample, f"{self.reader.name(sample)}: {reason}")
         count, total = len(self.bad), len(self.reader.index)
@@ -165,36 +165,34 @@ class IndexedBatches:
                 f"the last: {self.bad[sample]}"
             )
 
-    def _settle(self, batch: SlotBatch, place: int) -> None:
-        """Put the next sample in order into ``place`` for as long as what stands there is known to be bad."""
-        while (sample := int(batch.ids[place])) in self.bad:
-            if not batch.tried[place]:
+    def _replace_bad(self, batch: BufferedBatch, row: int) -> None:
+        """Put the next sample in order into row ``row`` while the one there is known to be bad."""
+        while (sample := int(batch.ids[row])) in self.bad:
+            if not batch.tried[row]:
                 batch.replaced.append(self.bad[sample])
-            batch.tried[place] += 1
-            following = batch.positions[place : place + 1] + batch.tried[place] * self.config.views
-            batch.ids[place : place + 1], batch.epochs[place : place + 1] = self.order.at(following)
+            batch.tried[row] += 1
+            following = batch.positions[row : row + 1] + batch.tried[row] * self.config.views
+            batch.ids[row : row + 1], batch.epochs[row : row + 1] = self.order.at(following)
 
-    def _mourn(self, death: Death) -> None:
-        """Note a worker's death, whose tasks are being done again; give up if they go on dying."""
+    def _note_death(self, death: Death) -> None:
+        """Note a worker's death, whose tasks are being done again; DataError if they keep dying."""
         where = f" at {self.reader.place(death.sample)}" if death.sample >= 0 else ""
-        self._notes.append(
-            f"loader worker {death.worker} (pid {death.pid}){where} was {death.how}; another does its work again"
-        )
+        self._notes.append(f"loader worker {death.worker} (pid {death.pid}){where} {death.how}; another does its work again")
         if death.is_crash and death.sample >= 0:  # blamed on the sample, which the budget bounds
             self._crashes[death.sample] += 1
-            if self._crashes[death.sample] >= _MOST_CRASHES:
-                self._condemn(death.sample, "crashes the process that decodes it")
+            if self._crashes[death.sample] >= MAX_CRASHES:
+                self._mark_bad(death.sample, "crashes the process that decodes it")
                 for batch in self._pending:
-                    for place in np.flatnonzero(batch.ids == death.sample).tolist():
-                        self._settle(batch, place)
-                        self._ask(batch, place, place + 1)
+                    for row in np.flatnonzero(batch.ids == death.sample).tolist():
+                        self._replace_bad(batch, row)
+                        self._ask(batch, row, row + 1)
             return
         self._deaths += 1
-        if self._deaths > _MOST_DEATHS:
+        if self._deaths > MAX_DEATHS:
             fewer = self.config.workers // 2  # 0: in the training process
             raise DataError(
                 f"{self._deaths} loader workers died while one batch was made; try --workers {fewer} instead of "
-                f"{self.config.workers}, or look into the system's log; the last{where} was {death.how}"
+                f"{self.config.workers}, or look into the system's log; the last{where} {death.how}"
             )
 
 

@@ -74,9 +74,9 @@ class Loader:
                 self.source.shards, self.config, self.batch_size, self.rank, self.world_size, self.start, self.device
             )
         else:
-            slots = IndexedBatches(self.source.index, self.config, batch_size=self.batch_size, rank=self.rank,
-                                   world_size=self.world_size, start=self.start, on_device=self.crop == "device")  # fmt: skip
-            batches = _closing(slots, self.device)
+            indexed = IndexedBatches(self.source.index, self.config, batch_size=self.batch_size, rank=self.rank,
+                                     world_size=self.world_size, start=self.start, on_device=self.crop == "device")  # fmt: skip
+            batches = _closing(indexed, self.device)
         try:
             yield from batches if self.source.index is not None else map(self._counted, batches)
         finally:

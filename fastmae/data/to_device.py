@@ -1,7 +1,7 @@
-"""From workers' slots to tensors on the device: copied beside the training step, cropped there if asked for.
+"""From workers' buffers to tensors on the device: copied beside the training step, cropped there if asked for.
 
-On a GPU a slot is page-locked memory, its copy runs on a stream of its own, and the next batch is on its way while the
-present one is used. On a CPU the tensors are the slot's own memory, and the slot is free when they are gone.
+On a GPU a buffer is page-locked memory, its copy runs on a stream of its own, and the next batch is on its way while the
+present one is used. On a CPU the tensors are the buffer's own memory, and the buffer is free when they are gone.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastmae.data.batch import Batch
-from fastmae.data.indexed_batches import IndexedBatches, SlotBatch
-from fastmae.data.shared_memory import Slots
+from fastmae.data.indexed_batches import BufferedBatch, IndexedBatches
+from fastmae.data.shared_memory import Buffers
 from fastmae.kernels import resized_crop
 
 _LEAD = 16  # batches that a program may be ahead of its device
@@ -30,19 +30,19 @@ def device_batches(source: IndexedBatches, device: torch.device) -> Iterator[Bat
 
 
 class Stage:
-    """Turns slots into batches on one device. ``held`` keeps the memory that copies on their way still read."""
+    """Turns buffers into batches on one device. ``held`` keeps the memory that copies on their way still read."""
 
     def __init__(self, source: IndexedBatches, device: torch.device):
-        self.source, self.slots, self.device = source, source.slots, device
+        self.source, self.buffers, self.device = source, source.buffers, device
         self.channels = source.config.channels
         self.labels = torch.from_numpy(source.reader.index.table["label"].astype(np.int64))
         self.held: list[Tensor] = []
-        self._locks = PageLocks(source.slots, device) if device.type == "cuda" else None
+        self._locks = PageLocks(source.buffers, device) if device.type == "cuda" else None
 
-    def take(self, batch: SlotBatch) -> Batch:
+    def take(self, batch: BufferedBatch) -> Batch:
         """The batch on the device, copied there on the current stream without waiting."""
         if self._locks:
-            self._locks.lock(batch.slot)
+            self._locks.lock(batch.buffer)
         memory = self._borrow(batch, "images" if self.source.region is None else "regions")
         # What is small before what is large: a copy from pageable memory may wait for all others on its stream.
         ids = torch.from_numpy(batch.ids)
@@ -50,19 +50,19 @@ class Stage:
         images = self._images(batch, memory) if self.source.region is None else self._cropped(batch, memory)
         return Batch(images, *keys, tuple(batch.replaced), tuple(batch.notes))
 
-    def _images(self, batch: SlotBatch, memory: Tensor) -> Tensor:
+    def _images(self, batch: BufferedBatch, memory: Tensor) -> Tensor:
         shape = (len(batch.ids), *batch.size, self.channels)
         return self._to_device(memory[: math.prod(shape)].view(shape)).permute(0, 3, 1, 2)
 
-    def _cropped(self, batch: SlotBatch, regions: Tensor) -> Tensor:
-        crops = self.slots.array(batch.slot, "crops").copy()
+    def _cropped(self, batch: BufferedBatch, regions: Tensor) -> Tensor:
+        crops = self.buffers.array(batch.buffer, "crops").copy()
         offset, width, box, flip = (self._to_device(torch.from_numpy(crops[name].copy())) for name in crops.dtype.names)
         return resized_crop(self._to_device(regions).flatten(), offset, width, box, flip, batch.size, self.channels)
 
-    def _borrow(self, batch: SlotBatch, name: str) -> Tensor:
-        """The array ``name`` of the batch's slot; the slot is free again when neither it nor a view of it is left."""
-        array = self.slots.array(batch.slot, name)
-        weakref.finalize(array, self.slots.give, batch.slot).atexit = False
+    def _borrow(self, batch: BufferedBatch, name: str) -> Tensor:
+        """The array ``name`` of the batch's buffer; the buffer is free again when neither it nor a view of it is left."""
+        array = self.buffers.array(batch.buffer, name)
+        weakref.finalize(array, self.buffers.give, batch.buffer).atexit = False
         return torch.from_numpy(array)
 
     def _to_device(self, x: Tensor) -> Tensor:
@@ -72,17 +72,17 @@ class Stage:
 
 
 class PageLocks:
-    """Page-locks slots, so that copies out of them do not wait. A slot that cannot be locked is copied more slowly."""
+    """Page-locks buffers, so that copies out of them do not wait. A buffer that cannot be locked is copied more slowly."""
 
-    def __init__(self, slots: Slots, device: torch.device):
-        self.slots, self.device = slots, device
+    def __init__(self, buffers: Buffers, device: torch.device):
+        self.buffers, self.device = buffers, device
         self._seen: dict[int, Tensor] = {}
 
-    def lock(self, slot: int) -> None:
-        """Lock ``slot``, once."""
-        if slot in self._seen:
+    def lock(self, buffer: int) -> None:
+        """Lock ``buffer``, once."""
+        if buffer in self._seen:
             return
-        memory = self._seen[slot] = torch.frombuffer(self.slots.memory(slot), dtype=torch.uint8)
+        memory = self._seen[buffer] = torch.frombuffer(self.buffers.memory(buffer), dtype=torch.uint8)
         runtime = torch.cuda.cudart()
         code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
         if code == 0:
@@ -101,9 +101,9 @@ def _ahead(source: IndexedBatches, stage: Stage) -> Iterator[Batch]:
     stream = torch.cuda.Stream(stage.device)
     on_their_way: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
 
-    def send(slot: SlotBatch) -> tuple[Batch, torch.cuda.Event]:
+    def send(found: BufferedBatch) -> tuple[Batch, torch.cuda.Event]:
         with torch.cuda.stream(stream):
-            batch, done = stage.take(slot), stream.record_event()
+            batch, done = stage.take(found), stream.record_event()
         on_their_way.append((done, stage.held))
         stage.held = []
         return batch, done
@@ -126,5 +126,5 @@ def _ahead(source: IndexedBatches, stage: Stage) -> Iterator[Batch]:
             while on_their_way and on_their_way[0][0].query():
                 on_their_way.popleft()
     finally:
-        with contextlib.suppress(RuntimeError):  # of a device that has failed, which is told already
-            stream.synchronize()  # slots are page-locked for as long as they are read
+        with contextlib.suppress(RuntimeError):  # of a device that has failed, which is reported already
+            stream.synchronize()  # buffers are page-locked for as long as they are read

@@ -1,31 +1,35 @@
 """Build shards: a folder of images becomes webdataset tars and an index.
 
-Images are listed in the order of their paths, shuffled once by the seed, cut into shards of a fixed number, recoded in
+Images are listed in the order of their paths, shuffled once by the seed, split into shards of a fixed number, recoded in
 worker processes and written in that order: the same input gives the same bytes, whatever the number of workers, and however
-often the build was killed and begun again. A shard appears under its name only when it is complete, and the index only when
+often the build was killed and started again. A shard appears under its name only when it is complete, and the index only when
 all are.
 """
 
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
 
-from fastmae.errors import InputError
+from fastmae.errors import InputError, WorkerError
 from fastmae.files import digest, make_folder, write_atomically
 from fastmae.images.listing import Listing, Source, list_images
-from fastmae.images.recode import Recode
+from fastmae.images.recode import Recode, recode
 from fastmae.kernels.philox import SHARDS, permutation
+from fastmae.map_ordered import map_ordered
 from fastmae.seeds import check_seed
 from fastmae.shards.index import ROW, Index, Shard, checksum
 from fastmae.shards.journal import Built, Plan, hold_plan
-from fastmae.shards.recoders import RecoderError, recode_all
+
+# A task of a worker: at most so many images, and none after so many bytes of them; less than a shard, to keep all at work.
+_IMAGES, _BYTES = 8, 1 << 20
 
 
 def write_shards(
@@ -42,8 +46,9 @@ def write_shards(
 
     A top-level folder of ``source`` is a class; images outside one have no label. ``workers`` processes recode, 0 does it
     here. ``progress(done, total)`` is called after each image, and after each shard that stands from before: a build that was
-    killed goes on when it is called again with the same source, settings and ``out``. Raises InputError if there is no image
-    that opens, if ``out`` holds other shards or another process builds there, or if a worker dies.
+    killed continues when it is called again with the same source, settings and ``out``. Raises InputError if there is no image
+    that opens, if ``out`` holds other shards or another process builds there, or if workers die again and
+    again.
     """
     check_seed(seed)
     if samples_per_shard < 1:
@@ -98,15 +103,51 @@ def _build(plan: Plan, listing: Listing, chunks: list[list[int]], settings: Reco
             for number in missing:
                 parts[number] = _write_shard(plan.out, number, islice(results, len(chunks[number])))
                 plan.finish(number, parts[number])
-    except RecoderError as error:
+    except WorkerError as error:
         raise InputError(
-            f"{plan.out}: {error}; {len(parts)} of {len(chunks)} shards are finished, and the same command goes on from there"
+            f"{plan.out}: {error}; {len(parts)} of {len(chunks)} shards are finished, and the same command continues from there"
         ) from error
     return [parts[number] for number in range(len(chunks))]
 
 
+def recode_all(sources: Iterable[Source], settings: Recode, workers: int) -> Iterator[tuple[Source, bytes | str]]:
+    """Each source in order with its JPEG bytes or why there are none; close it if it is not read to its end."""
+    tasks = _tasks(sources) if workers else ([source] for source in sources)
+    with closing(map_ordered(partial(_recode_task, settings), tasks, workers, name=_names)) as done:
+        for task in done:
+            yield from task
+
+
+def _tasks(sources: Iterable[Source]) -> Iterator[list[Source]]:
+    task: list[Source] = []
+    held = 0
+    for source in sources:
+        task.append(source)
+        held += source.bytes
+        if len(task) == _IMAGES or held > _BYTES:
+            yield task
+            task, held = [], 0
+    if task:
+        yield task
+
+
+def _names(task: list[Source]) -> str:
+    return f"one of {', '.join(source.name for source in task)}"
+
+
+def _recode_task(settings: Recode, task: list[Source]) -> list[tuple[Source, bytes | str]]:
+    return [(source, _recode_one(source, settings)) for source in task]
+
+
+def _recode_one(source: Source, settings: Recode) -> bytes | str:
+    try:
+        return recode(source.path, settings)
+    except Exception as error:  # the image is named and counted, and no image ends the build
+        return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+
+
 def _write_shard(out: Path, number: int, images: Iterator[tuple[Source, bytes | str]]) -> Built:
-    """One tar, that appears when it is whole; none if no image of it can be read."""
+    """One tar, that appears when it is complete; none if no image of it can be read."""
     path = out / f"shard-{number:06d}.tar"
     bad: list[str] = []
     readable = _readable(images, bad)

@@ -45,7 +45,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """What ``index.json`` and ``index.npy`` of ``folder`` say."""
+    """What ``index.json`` and ``index.npy`` of ``folder`` hold."""
 
     folder: Path
     shards: tuple[Shard, ...]
@@ -139,12 +139,12 @@ class Index:
                 raise DataError(self._missing(number))
             if size != shard.bytes:
                 raise DataError(
-                    f"{path}: {size} bytes, the index says {shard.bytes}: cut at offset {size}, or another file; restore it, "
-                    f"or {self._remake}"
+                    f"{path}: {size} bytes, the index says {shard.bytes}: truncated at offset {size}, or another file; "
+                    f"restore it, or {self._remake}"
                 )
             if shard.xxh3 in of_hash:
                 raise DataError(
-                    f"{path}: the same shard as {of_hash[shard.xxh3]}, its samples would come twice; leave one of them out"
+                    f"{path}: the same shard as {of_hash[shard.xxh3]}, its samples would come twice; remove one of them"
                 )
             of_hash[shard.xxh3] = shard.name
 
@@ -165,7 +165,7 @@ class Index:
         return f"{where}; move {JSON_NAME} and {TABLE_NAME} to where the tars are, and give that folder"
 
 
-_MEND = "build the shards again, or index them anew with `fastmae shards index`"
+_MEND = "build the shards again, or index them again with `fastmae shards index`"
 
 
 def _own_digest(document: dict) -> str:

@@ -10,9 +10,9 @@ import xxhash
 
 from fastmae.errors import DataError, InputError
 from fastmae.files import make_folder
+from fastmae.map_ordered import map_ordered
 from fastmae.shards.index import JSON_NAME, ROW, Index, Shard, checksum
 from fastmae.shards.journal import UNFINISHED
-from fastmae.shards.processes import map_shards
 from fastmae.shards.samples import list_samples
 
 
@@ -27,7 +27,7 @@ def index_shards(
     """Write an index for the tars ``*.tar`` of the folder ``source`` into ``out``, or beside them; return it.
 
     ``classes``: names of the class numbers, if there are any. ``workers`` processes read, 0 does it here; the index is the
-    same. ``progress(done, total)`` is called after each shard. ``build["without_image"]`` counts the samples left out. Raises
+    same. ``progress(done, total)`` is called after each shard. ``build["without_image"]`` counts the samples skipped. Raises
     InputError if there is nothing to index or an index that must not be replaced, DataError on the first shard that is
     damaged or that cannot be indexed.
     """
@@ -38,7 +38,7 @@ def index_shards(
     shards, tables = [], []
     without = 0
     of_hash: dict[str, Path] = {}
-    for number, (path, found) in enumerate(zip(paths, map_shards(_scan, paths, workers), strict=True)):
+    for number, (path, found) in enumerate(zip(paths, map_ordered(_scan, paths, workers), strict=True)):
         if found.xxh3 in of_hash:
             raise DataError(
                 f"{path}: the same bytes as {of_hash[found.xxh3]}, its samples would come twice; remove one of them"
@@ -86,18 +86,21 @@ class _Scan(NamedTuple):
 
 def _scan(path: Path) -> _Scan:
     samples, without = list_samples(path)
-    whole = xxhash.xxh3_64()
+    state = xxhash.xxh3_64()
     checks = []
-    with path.open("rb") as file:
-        for sample in samples:  # the whole tar is read once, from start to end
-            _read_on(file, sample.offset - file.tell(), whole)
-            data = file.read(sample.size)
-            whole.update(data)
-            checks.append(checksum(data))
-        size = os.fstat(file.fileno()).st_size
-        _read_on(file, size - file.tell(), whole)
+    try:
+        with path.open("rb") as file:
+            for sample in samples:  # all of the tar is read once, from start to end
+                _read_on(file, sample.offset - file.tell(), state)
+                data = file.read(sample.size)
+                state.update(data)
+                checks.append(checksum(data))
+            size = os.fstat(file.fileno()).st_size
+            _read_on(file, size - file.tell(), state)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read, {error.strerror}; restore it") from error
     rows = [(0, s.size, s.offset, s.label, check) for s, check in zip(samples, checks, strict=True)]
-    return _Scan(size, whole.hexdigest(), np.array(rows, dtype=ROW), without)
+    return _Scan(size, state.hexdigest(), np.array(rows, dtype=ROW), without)
 
 
 def _read_on(file: BinaryIO, count: int, state: xxhash.xxh3_64) -> None:
@@ -123,6 +126,4 @@ def _check_replaceable(folder: Path) -> None:
 
 def _check_finished(folder: Path) -> None:
     if (folder / UNFINISHED).exists():
-        raise InputError(
-            f"{folder}: the build of these shards was not finished; the same `fastmae shards build` goes on with it"
-        )
+        raise InputError(f"{folder}: the build of these shards was not finished; the same `fastmae shards build` continues it")

@@ -136,7 +136,7 @@ def test_settings_that_cannot_work_are_named(fields, says):
 def test_batches_on_a_gpu_are_those_on_the_cpu(shard_folder, crop):
     config = LoaderConfig(image_size=(32, 48), workers=2, crop=crop, prefetch=2)
     sources = [iter(Loader(shard_folder, config, batch_size=6, device=d)) for d in ("cpu", "cuda")]
-    for _ in range(40):  # many more than there are slots
+    for _ in range(40):  # many more than there are buffers
         on_cpu, on_gpu = (next(source) for source in sources)
         assert on_gpu.images.is_cuda and all(torch.equal(a, b.cpu()) for a, b in zip(on_cpu[1:4], on_gpu[1:4], strict=True))
         difference = (on_cpu.images.float() - on_gpu.images.cpu().float()).abs()
@@ -157,7 +157,7 @@ def test_workers_that_start_after_slots_are_page_locked_write_the_same_batches(s
         assert all(torch.equal(a, b.cpu()) for a, b in zip(on_cpu[1:4], on_gpu[1:4], strict=True))
         assert (on_cpu.images.float() - on_gpu.images.cpu().float()).abs().max() <= (0 if crop == "cpu" else 1)
         notes += on_gpu.notes
-        if step in (8, 16):  # every slot has been on the GPU
+        if step in (8, 16):  # every buffer has been on the GPU
             os.kill(workers_of(sources[1])[0], signal.SIGKILL)
     for source in sources:
         source.close()

@@ -52,7 +52,7 @@ def test_the_training_process_spends_at_most_3_ms_on_256_images(shards, on_devic
     seconds = []
     for _ in range(6):
         began = time.thread_time()
-        source.slots.give(next(source).slot)
+        source.buffers.give(next(source).buffer)
         seconds.append(time.thread_time() - began)
     source.close()
     assert min(seconds[1:]) < 0.003

@@ -1,4 +1,4 @@
-"""From slots to the device: what is small is copied before what is large, and nothing but a batch's own images is."""
+"""From buffers to the device: what is small is copied before what is large, and nothing but a batch's own images is."""
 
 import pytest
 import torch

@@ -14,11 +14,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from fastmae.clock import LOOK
-from fastmae.data.pool import WorkerPool
 from fastmae.data.torch_workers import ignore_signals, patiently
 from fastmae.train.distributed.watch import Watch
 from fastmae.train.distributed.watchdog import Watchdog
 from fastmae.train.distributed.world import World
+from fastmae.workers import WorkerPool
 from tests.support.crew import speak_into
 from tests.support.forked import context
 
@@ -57,7 +57,7 @@ def wait_for_a_worker():
     yield
     done, deaths = pool.collect(PATIENCE)
     pool.close()
-    assert [task for task, _ in done] == [[1]] and not deaths
+    assert [task for task, *_ in done] == [[1]] and not deaths
 
 
 class Slow(IterableDataset):

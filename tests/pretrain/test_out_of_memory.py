@@ -62,7 +62,7 @@ REAL = {  # of this machine, and as the libraries of a GPU word it
                                                        "2.27.5\nLast error:\nCuda failure 2 'out of memory'"),
     "compiled code": lambda: InductorError(torch.OutOfMemoryError(CUDA), None),
     "a graph's capture": lambda: raised_while_handling(torch.OutOfMemoryError(CUDA), RuntimeError("capture was invalidated")),
-    "a worker": lambda: RuntimeError("a loader worker failed:\nTraceback\n  File 'x'\nMemoryError: Unable to allocate 4 GiB"),
+    "a worker": lambda: RuntimeError("a worker process failed:\nTraceback\n  File 'x'\nMemoryError: Unable to allocate 4 GiB"),
 }  # fmt: skip
 
 

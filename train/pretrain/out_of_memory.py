@@ -23,7 +23,7 @@ _CPU = re.compile(
 )
 _SETTLED = (InputError, DivergedError, CheckpointError, RequeueError)  # which say already what they lack
 _OF_BATCH = ("reading data", "in a step", "drawing")  # what takes less of a smaller batch
-_WORKER = re.compile(r"loader worker failed|DataLoader worker process")  # the words of our pool's, of torch's
+_WORKER = re.compile(r"worker process failed|DataLoader worker process")  # the words of our pool's, of torch's
 _ASKED = re.compile(r"tried to allocate ([\d.]+ [KMGTPE]iB|\d+ bytes)|Unable to allocate ([\d.]+ [KMGTPE]iB)", re.I)
 _CAPACITY = re.compile(r"total capacity of ([\d.]+ [KMGTPE]iB) of which ([\d.]+ [KMGTPE]iB|\d+ bytes) is free")
 

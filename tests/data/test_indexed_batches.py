@@ -51,7 +51,7 @@ def test_a_bad_sample_is_named_and_replaced_by_the_next_in_order(shard_folder, c
     damage_samples(copy, 1)
     good, found = (take(f, 7) for f in (shard_folder, copy))
     (line,) = {line for b in found for line in b.replaced}
-    assert "shard-000000.tar: " in line and "photo_" in line and "are not those that were indexed" in line
+    assert "shard-000000.tar: " in line and "photo_" in line and "do not match their checksum in the index" in line
     good_ids, ids = (joined(b, "sample_ids") for b in (good, found))
     place = good_ids.tolist().index(0)
     assert ids[place] == Order(N, 0).at(np.array([place + 1]))[0][0]

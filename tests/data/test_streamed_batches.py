@@ -90,7 +90,7 @@ def test_pickles_are_never_run_and_bad_images_are_named(tmp_path):
         ("ftp://host/a.tar", 1, "ftp://host/a.tar: URLs of http, https, s3, gs and file are read, not 'ftp'"),
         ("{folder}/none-{{0..3}}.tar", 1, r"none-0.tar: no such shard or folder"),
         ("{own}/empty", 1, "no shards; give a folder with index.json or tars"),
-        ("{folder}/part-0.tar", 2, "1 shards cannot feed 2 ranks"),
+        ("{folder}/part-0.tar", 2, "1 shards for 2 ranks"),
     ],
 )
 def test_data_that_cannot_be_streamed_is_named(data, world_size, message, foreign, tmp_path):
@@ -167,17 +167,19 @@ def test_pipes_run_only_if_asked_for(foreign):
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
 def test_damage_that_webdataset_passes_over_is_an_error(foreign, tmp_path, suffix):
-    """A header damaged after the first member ends webdataset's reading without a word; so does a cut between members."""
+    """A header damaged after the first member silently ends webdataset's reading; so does a truncation between members."""
     data = bytearray((foreign / "part-0.tar").read_bytes())
     with tarfile.open(foreign / "part-0.tar") as tar:
         third = tar.getmembers()[4].offset
     pack = gzip.compress if suffix == ".tar.gz" else bytes
     data[third + 100 : third + 140] = bytes(40)
     (tmp_path / f"damaged{suffix}").write_bytes(pack(bytes(data)))
-    with pytest.raises(DataError, match=rf"damaged{suffix}: damaged: its reader stopped before offset \d+ and data follow"):
+    with pytest.raises(
+        DataError, match=rf"damaged{suffix}: damaged before offset \d+, where reading stopped although data follow"
+    ):
         take(str(tmp_path / f"damaged{suffix}"), 9, batch_size=8)
     (tmp_path / f"cut{suffix}").write_bytes(pack((foreign / "part-0.tar").read_bytes()[:third]))
-    with pytest.raises(DataError, match=rf"cut{suffix}: cut at offset {third}: the end of a tar is missing"):
+    with pytest.raises(DataError, match=rf"cut{suffix}: truncated at offset {third}: the end marker of a tar is missing"):
         take(str(tmp_path / f"cut{suffix}"), 9, batch_size=8)
 
 

@@ -55,13 +55,13 @@ def test_a_tar_without_members_is_an_empty_list(tmp_path):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_tar_that_is_not_whole_and_harmless_is_refused_with_its_place(name, tmp_path):
+def test_a_damaged_or_hostile_tar_is_refused_with_the_offset(name, tmp_path):
     tracemalloc.start()
     with refused(tmp_path / "a.tar", *HOSTILE[name]):
         list_members(tmp_path / "a.tar")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 32 << 20  # bytes; the file's own length at most, whatever it claims
+    assert peak < 32 << 20  # bytes; the file's own length at most, whatever its headers state
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere"), lambda path: None])
@@ -71,10 +71,10 @@ def test_what_is_no_file_is_refused(make, tmp_path):
         list_members(tmp_path / "a.tar")
 
 
-def test_a_tar_cut_anywhere_is_refused(tmp_path):
+def test_a_tar_truncated_anywhere_is_refused(tmp_path):
     path = tmp_path / "a.tar"
-    for cut in [*range(0, END + 1024, 37), *range(0, END + 1024, 512)]:
-        path.write_bytes(WHOLE[:cut])
+    for length in [*range(0, END + 1024, 37), *range(0, END + 1024, 512)]:
+        path.write_bytes(WHOLE[:length])
         with pytest.raises(DataError):
             list_members(path)
     path.write_bytes(WHOLE[: END + 1024])

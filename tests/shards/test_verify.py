@@ -96,7 +96,7 @@ def double(folder):
         (flip_in(".jpg", 30), [r"{shard}: '{jpg}' at offset {at}: its \d+ bytes are not those that were indexed \(checksum\)"]),
         (flip_in(".jpg", -512), [r"{shard}: damaged header at offset {header}"]),
         (flip_in(".cls"), [r"{shard}: '{jpg}' at offset {at}: class \d in the tar, \d in the index"]),
-        (flip_in(".cls", 0, 64), [r"{shard}: member '{cls}' at offset \d+: a class is a whole number"]),
+        (flip_in(".cls", 0, 64), [r"{shard}: member '{cls}' at offset \d+: a class must be an integer"]),
         (flip_in(".cls", 20), [r"{shard}: its bytes are not those that were indexed \(hash\), though all images are whole"]),
         (lambda f: flip(f / SHARD, 10, 1), [r"{shard}: not a tar, or damaged at offset 0"]),
         (lambda f: (f / SHARD).unlink(), [r"{shard}: missing; restore it"]),

@@ -63,7 +63,7 @@ def test_more_bad_samples_than_the_budget_end_the_run(copy):
     damage_samples(copy, 20)
     with pytest.raises(DataError, match=r"17 of 37 samples cannot be used, more than the budget of 0\.10%") as caught:
         take(copy, 20)
-    assert len(caught.value.__notes__) == 17 and all("(checksum)" in line for line in caught.value.__notes__)
+    assert len(caught.value.__notes__) == 17 and all("do not match their checksum" in line for line in caught.value.__notes__)
 
 
 def test_a_bad_sample_counts_once_however_often_it_comes_and_whoever_it_would_replace(copy):

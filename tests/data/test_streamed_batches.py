@@ -86,8 +86,8 @@ def test_pickles_are_never_run_and_bad_images_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("data", "world_size", "message"),
     [
-        ("pipe:cat x.tar", 1, "pipe: runs shell commands and is refused; --allow-pipe lets it run"),
-        ("ftp://host/a.tar", 1, "ftp://host/a.tar: URLs of http, https, s3, gs and file are read, not 'ftp'"),
+        ("pipe:cat x.tar", 1, "pipe: runs shell commands and is refused; --allow-pipe allows it"),
+        ("ftp://host/a.tar", 1, "ftp://host/a.tar: a URL must be of http, https, s3, gs or file, got 'ftp'"),
         ("{folder}/none-{{0..3}}.tar", 1, r"none-0.tar: no such shard or folder"),
         ("{own}/empty", 1, "no shards; give a folder with index.json or tars"),
         ("{folder}/part-0.tar", 2, "1 shards for 2 ranks"),

@@ -11,7 +11,7 @@ from fastmae.train.cli.main import main
 sys.exit(main(sys.argv[1:]))"""
 
 
-def test_the_demo_goes_its_way_without_tensorboard_and_matplotlib(tmp_path):
+def test_the_demo_runs_without_tensorboard_and_matplotlib(tmp_path):
     pytest.importorskip("skimage")
     command = [sys.executable, "-c", WITHOUT, "demo", "--out", str(tmp_path), "--steps", "2", "--workers", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

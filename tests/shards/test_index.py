@@ -29,7 +29,7 @@ def test_every_image_is_read_back_byte_for_byte(image_folder, shard_folder):
 
 def test_more_shards_than_open_files_are_read(shard_folder):
     reader = ShardReader(Index.load(shard_folder))
-    reader._most = 1
+    reader._max_files = 1
     data = [reader.read(i) for i in (0, 36, 12, 0)]
     assert data[0] == data[3] and len(reader._files) == 1
 

@@ -155,7 +155,7 @@ BAD = {
     ),
     "no images": (make_tar([("a.txt", b"x"), ("b.cls", b"1")]), "no images; looked for members named .jpg, .jpeg, .png"),
     "no members": (bytes(1024), "no images; looked for"),
-    "a word as class": (make_tar([("a.jpg", b"x"), ("a.cls", b"cat")]), "member 'a.cls' at offset 1536: a class must be an integer"),
+    "a word as class": (make_tar([("a.jpg", b"x"), ("a.cls", b"cat")]), "'a.cls' at offset 1536: a class must be an integer"),
     "a fraction as class": (make_tar([("a.jpg", b"x"), ("a.cls", b"1.0")]), "from 0, or -1 for none, got b'1.0'"),
     "no text as class": (make_tar([("a.jpg", b"x"), ("a.cls", b"")]), "or -1 for none, got b''"),
     "a negative class": (make_tar([("a.jpg", b"x"), ("a.cls", b"-2")]), "got b'-2'"),

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from fastmae.cache import cache_folder
 from fastmae.errors import InputError
-from fastmae.files import write_atomically
+from fastmae.files import cache_folder, write_atomically
 from fastmae.model.attention.backends import Shape, cudnn_version
 
 PROBES, CHOICES = "probes", "choices"

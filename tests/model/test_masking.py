@@ -57,7 +57,7 @@ def test_partial_prediction_takes_the_first_masked_patches():
     assert torch.equal(part.ids_keep, whole.ids_keep)
 
 
-def test_without_a_seed_every_call_draws_anew():
+def test_without_a_seed_every_call_draws_again():
     assert not torch.equal(random_masking(1, 196, 0.75).ids_keep, random_masking(1, 196, 0.75).ids_keep)
 
 

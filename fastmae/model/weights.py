@@ -132,7 +132,7 @@ def load_model(path: str | Path, heads: int | None = None, decoder_heads: int | 
     config = _with_heads(weights, heads, decoder_heads)
     if config is None:
         raise InputError(
-            f"{weights.path}: unknown architecture, its config does not follow from its shapes; pass heads and decoder_heads to "
+            f"{weights.path}: unknown architecture, its config does not follow from its shapes; pass heads, decoder_heads to "
             "fastmae.load_model, or build the model by its ModelConfig and save it with fastmae.model.weights.save_model"
         )
     if norm_pix_loss is None and not weights.knows_target:

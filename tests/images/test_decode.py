@@ -66,6 +66,6 @@ def test_a_header_of_too_many_pixels_is_refused_at_once(size):
     at = GOOD.index(b"\xff\xc0") + 5  # height and width of the frame header
     data = GOOD[:at] + struct.pack(">HH", *size) + GOOD[at + 4 :]
     began = time.perf_counter()
-    with pytest.raises(DecodeError, match=f"claims {size[1]} x {size[0]} pixels"):
+    with pytest.raises(DecodeError, match=f"states {size[1]} x {size[0]} pixels"):
         decode(data)
     assert time.perf_counter() - began < 0.1

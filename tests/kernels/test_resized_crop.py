@@ -47,7 +47,7 @@ def random_boxes(images, count):
     return boxes
 
 
-def cut(images, box):
+def crop_box(images, box):
     number, top, left, height, width = box
     return images[number][top : top + height, left : left + width]
 
@@ -55,7 +55,7 @@ def cut(images, box):
 def by_torch(images, boxes, flips, size):
     crops = []
     for box, flip in zip(boxes, flips, strict=True):
-        crop = F.interpolate(cut(images, box).permute(2, 0, 1)[None].float(), size, mode="bicubic", antialias=True)[0]
+        crop = F.interpolate(crop_box(images, box).permute(2, 0, 1)[None].float(), size, mode="bicubic", antialias=True)[0]
         crops.append(crop.round().clamp(0, 255).to(torch.uint8).flip(2 if flip else ()))
     return torch.stack(crops)
 
@@ -74,7 +74,7 @@ def by_formula(images, boxes, flips, size):
     """Not rounded, (B, C, h, w) float64."""
     crops = []
     for box, flip in zip(boxes, flips, strict=True):
-        image = cut(images, box).numpy().astype(np.float64)
+        image = crop_box(images, box).numpy().astype(np.float64)
         crop = np.einsum(
             "yi,xj,ijc->cyx", weights(image.shape[0], size[0]), weights(image.shape[1], size[1]), image, optimize=True
         )
@@ -116,7 +116,7 @@ def test_edges_of_black_and_white_do_not_wrap_around(device):
 def test_a_box_of_the_crops_size_is_copied(device):
     images = [noise(19, 33, 3)]
     found = resized_crop(*batch(images, [(0, 2, 5, 17, 21)], [False], device), (17, 21))
-    assert torch.equal(found[0].cpu(), cut(images, (0, 2, 5, 17, 21)).permute(2, 0, 1))
+    assert torch.equal(found[0].cpu(), crop_box(images, (0, 2, 5, 17, 21)).permute(2, 0, 1))
 
 
 def test_a_flip_mirrors_the_crop_from_left_to_right(device):
@@ -129,7 +129,7 @@ def test_a_flip_mirrors_the_crop_from_left_to_right(device):
 def test_bytes_outside_the_box_are_never_used(device):
     image = torch.full((20, 23, 3), POISON, dtype=torch.uint8)
     boxes = [(0, 4, 5, 7, 6), (1, 0, 0, 1, 1), (0, 4, 5, 7, 6)]
-    cut([image], boxes[0]).zero_()
+    crop_box([image], boxes[0]).zero_()
     found = resized_crop(*batch([image, torch.zeros(1, 1, 3, dtype=torch.uint8)], boxes, [False, True, True], device), (10, 5))
     assert not found.any()
 
@@ -138,7 +138,7 @@ def test_bytes_outside_the_box_are_never_used(device):
 @pytest.mark.parametrize(
     ("C", "p", "size", "K"), [(3, 4, (8, 12), 5), (1, 16, (32, 48), 3), (3, 14, (14, 28), 2), (1, 40, (40, 80), 1)]
 )
-def test_patches_are_those_of_the_whole_crop_byte_for_byte(C, p, size, K, device):
+def test_patches_are_those_of_the_full_crop_byte_for_byte(C, p, size, K, device):
     images = [noise(14, 31, C), noise(35, 40, C)]
     boxes = [(0, 1, 2, 12, 25), (1, 0, 0, 35, 40), (1, 20, 7, 9, 11)]
     arguments = (*batch(images, boxes, [True, False, True], device), size)

@@ -254,5 +254,5 @@ def test_images_of_another_shape_are_refused():
 def test_a_masking_of_another_grid_than_the_images_is_refused(masks):
     model = make(3, 32, 8).float()
     masking = random_masking(*masks, 0.75, seed=0)
-    with pytest.raises(ValueError, match=rf"2 images of 4 x 4 = 16 patches .* got one of {masks[0]} images of {masks[1]}"):
+    with pytest.raises(ValueError, match=rf"2 images of 4 x 4 = 16 patches .* got {masks[0]} images of {masks[1]}"):
         model.training_loss(torch.zeros(2, 3, 32, 32), masking)

@@ -246,7 +246,7 @@ def test_another_architecture_is_named_by_its_first_difference(tmp_path):
     with pytest.raises(DataError, match=r"another architecture, blocks.1.norm1.weight is not in the model"):
         load_strictly(model, Weights(tmp_path, deeper, None, True))
     wider = dict(model.state_dict(), cls_token=torch.zeros(1, 1, 8))
-    with pytest.raises(DataError, match=r"another architecture, cls_token is \(1, 1, 8\) there and \(1, 1, 192\)"):
+    with pytest.raises(DataError, match=r"another architecture, cls_token is \(1, 1, 8\) in the file and \(1, 1, 192\)"):
         load_strictly(model, Weights(tmp_path, wider, None, True))
     with pytest.raises(DataError, match="holds no state dict"):
         torch.save({"model": [1, 2]}, tmp_path / "m.pth")

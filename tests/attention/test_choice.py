@@ -7,8 +7,8 @@ import torch
 
 from fastmae.model.attention import choice
 from fastmae.model.attention.backends import Shape
+from fastmae.model.attention.cache import cache_file
 from fastmae.model.attention.choice import adopt, fastest, measure, unmeasured
-from fastmae.model.attention.choice_file import cache_file
 from fastmae.model.attention.probe import probe, why_not
 from fastmae.model.config import BACKENDS
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fastmae.model.attention import choice_file, probe, trial
+from fastmae.model.attention import cache, probe, trial
 from fastmae.model.attention.backends import Shape
 from fastmae.model.attention.probe import notes, why_not
 from fastmae.model.attention.probe_process import ProbeError
@@ -67,7 +67,7 @@ def test_one_child_tries_all_backends_on_all_shapes_once(gpu, monkeypatch):
     # What was remembered is not tried again; what says nothing of the backend was not remembered.
     assert gpu[1:] == [("cuda", 0, DTYPE, [("flash", s) for s in SHAPES])]
     assert why_not("xformers", "cuda", DTYPE, SHAPES[0]) == "crashed"
-    kept = json.loads(choice_file.cache_file("cuda").read_text())
+    kept = json.loads(cache.cache_file("cuda").read_text())
     assert (kept["device"], kept["cudnn"]) == ("Described GPU", "(9, 10, 2)")
     assert kept["probes"][f"torch.bfloat16: {SHAPES[0]}"] == {"xformers": "crashed", "sdpa": None, "efficient": None,
                                                               "math": None}  # fmt: skip
@@ -83,7 +83,7 @@ def test_another_cudnn_is_probed_again(gpu, monkeypatch):
 
 @pytest.mark.parametrize("probes", [3, {"torch.bfloat16: %s": 7}, {"torch.bfloat16: %s": {"math": 1, "sdpa": ["x"]}}])
 def test_a_damaged_cache_is_probed_again(probes, gpu):
-    path = choice_file.cache_file("cuda")
+    path = cache.cache_file("cuda")
     path.write_text(json.dumps({"probes": probes}).replace("%s", str(SHAPES[1])))
     probe.probe("cuda", DTYPE, SHAPES[1:], ("math", "sdpa"))
     assert gpu == [("cuda", 0, DTYPE, [("math", SHAPES[1]), ("sdpa", SHAPES[1])])]
@@ -104,7 +104,7 @@ def test_where_no_child_can_open_the_gpu_this_process_tries_the_rest_and_notes_i
     assert tried == [("math", "cuda", DTYPE, SHAPES[1])]
     assert why_not("sdpa", "cuda", DTYPE, SHAPES[1]) == "crashed"
     assert notes() == ["attention backends were probed in this process: the probe process cannot open the GPU, it is busy"]
-    assert set(json.loads(choice_file.cache_file("cuda").read_text())["probes"][f"torch.bfloat16: {SHAPES[1]}"]) == {"sdpa"}
+    assert set(json.loads(cache.cache_file("cuda").read_text())["probes"][f"torch.bfloat16: {SHAPES[1]}"]) == {"sdpa"}
 
 
 def test_on_the_cpu_no_process_is_started(monkeypatch):
@@ -173,4 +173,4 @@ def test_where_nothing_works_nothing_is_cached_for_other_machines(gpu):
     gpu.verdicts = {b: Verdict("CUDA error: uncorrectable ECC error encountered") for b in BACKENDS}
     probe.probe("cuda", DTYPE, SHAPES[1:])
     assert "ECC" in why_not("sdpa", "cuda", DTYPE, SHAPES[1])
-    assert json.loads(choice_file.cache_file("cuda").read_text())["probes"] == {}
+    assert json.loads(cache.cache_file("cuda").read_text())["probes"] == {}

@@ -141,9 +141,9 @@ def test_an_illegal_access_in_a_child_leaves_this_process_its_gpu(child):
 def test_backends_are_probed_before_this_process_opens_the_gpu(tmp_path):
     """As it must be where a GPU takes one process only."""
     code = f"""import torch
-from fastmae.model.attention import choice_file, probe
+from fastmae.model.attention import cache, probe
 from fastmae.model.attention.backends import Shape
-assert choice_file.cache_file("cuda")
+assert cache.cache_file("cuda")
 probe.probe("cuda", torch.bfloat16, [Shape(50, 50, 12, 64), Shape(147, 197, 16, 32)], index=0)
 assert not torch._C._cuda_hasPrimaryContext(0), "the GPU has been opened"
 assert not probe.notes(), probe.notes()

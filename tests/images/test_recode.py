@@ -24,7 +24,7 @@ def chunk(kind, data):
 
 
 def png(size, depth, colour, rows, extra=b""):
-    """A PNG made by hand: what Pillow cannot write."""
+    """A PNG made by hand, as Pillow cannot write it."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
@@ -159,7 +159,7 @@ def test_a_jpeg_that_only_pillow_can_read_is_encoded_again(tmp_path):
 
 
 def huge(suffix):
-    """A file of a few hundred bytes whose header claims 65500 x 65500 pixels."""
+    """A file of a few hundred bytes whose header states 65500 x 65500 pixels."""
     out = io.BytesIO()
     make_picture(0).save(out, {"jpg": "JPEG", "gif": "GIF"}.get(suffix))
     data = bytearray(out.getvalue())

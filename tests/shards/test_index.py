@@ -193,9 +193,9 @@ def test_no_lie_of_an_index_with_right_hashes_causes_another_error(draw, small_f
     assert 0.02 < sum(loaded) / len(loaded) < 0.95
 
 
-def test_an_index_whose_tars_were_moved_says_where_it_looks_and_the_advice_finds_them(foreign, tmp_path):
+def test_an_index_whose_tars_were_moved_says_where_it_looks_and_the_advice_finds_them(tar_folder, tmp_path):
     tars, index = tmp_path / "tars", tmp_path / "index"
-    shutil.copytree(foreign, tars)
+    shutil.copytree(tar_folder, tars)
     before = index_shards(tars, index).fingerprint
     tars.rename(tmp_path / "elsewhere")
     with pytest.raises(DataError) as raised:

@@ -51,13 +51,13 @@ def test_a_copy_is_the_same_data_byte_for_byte_under_the_same_fingerprint(shard_
     assert again.skipped == again.total and {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 
-def test_shards_of_another_folder_than_their_index_are_copied_beside_it(foreign, tmp_path):
+def test_shards_of_another_folder_than_their_index_are_copied_beside_it(tar_folder, tmp_path):
     (tmp_path / "index").mkdir()
-    index_shards(foreign, tmp_path / "index")
+    index_shards(tar_folder, tmp_path / "index")
     folder, _ = run_copy(tmp_path / "index", tmp_path / "disk")
     copy = Index.load(folder)
     assert [s.name for s in copy.shards] == [f"shard-{n:06d}.tar" for n in range(4)]
-    assert list(tars(folder).values()) == list(tars(foreign).values())
+    assert list(tars(folder).values()) == list(tars(tar_folder).values())
     assert copy.fingerprint == Index.load(tmp_path / "index").fingerprint
 
 
@@ -241,9 +241,9 @@ def test_a_full_disk_is_an_error_that_states_the_missing_bytes(is_late, large, s
 
 
 @pytest.mark.parametrize(("error", "expected"), [("no index", "shards index"), ("no folder", "No such file")])
-def test_what_has_no_index_is_refused(error, expected, foreign, tmp_path):
+def test_what_has_no_index_is_refused(error, expected, tar_folder, tmp_path):
     with pytest.raises(DataError, match=expected):
-        run_copy(foreign if error == "no index" else Path("/nowhere"), tmp_path)
+        run_copy(tar_folder if error == "no index" else Path("/nowhere"), tmp_path)
 
 
 def test_a_root_that_cannot_be_written_is_refused(shard_folder, tmp_path):

@@ -266,8 +266,9 @@ def test_info_describes_a_folder(shard_folder, tmp_path, capsys):
     info(shard_folder)
     text = capsys.readouterr().out
     total = sum(p.stat().st_size for p in shard_folder.glob("*.tar"))
-    for part in ("shards: 4", "samples: 37", f"bytes: {total} ", "classes: 3 (ant 13, bee 12, cat 12)", "made by: fastmae shards build",
-                 "samples_per_shard=10", f"fingerprint: {Index.load(shard_folder).fingerprint}"):  # fmt: skip
+    for part in ("shards: 4", "samples: 37", f"bytes: {total} ", "classes: 3 (ant 13, bee 12, cat 12)",
+                 "made by: fastmae shards build", "samples_per_shard=10",
+                 f"fingerprint: {Index.load(shard_folder).fingerprint}"):  # fmt: skip
         assert part in text
     (tmp_path / "a.tar").write_bytes(make_tar([(f"{i}.{e}", b"%d" % i) for i in range(1, 9) for e in ("jpg", "cls")]
                                               + [("x.jpg", b"x")]))  # fmt: skip

@@ -1,7 +1,7 @@
 """The fastest attention backend for a shape, found by a short measurement on this device.
 
 Each backend that works (``probe.py``) is timed forward and backward; the fastest is cached in this process and on disk
-(``choice_file.py``).
+(``cache.py``).
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from fastmae.model.attention.backends import Shape, prepare
-from fastmae.model.attention.choice_file import CHOICES, entry_key, read_entries, write_entries
+from fastmae.model.attention.cache import CHOICES, entry_key, read_entries, write_entries
 from fastmae.model.attention.probe import probe, why_not
 from fastmae.model.attention.trial import Inputs, forward_backward
 from fastmae.model.config import BACKENDS

@@ -1,13 +1,13 @@
 """Which attention backends work here, on a run's own shapes: probed before one is measured or trained with.
 
 On a GPU they are tried in child processes, since a process cannot use its GPU after an illegal memory access
-(``fastmae.model.attention.probe_process``); on the CPU in this one. Results are cached on disk (``choice_file.py``).
+(``fastmae.model.attention.probe_process``); on the CPU in this one. Results are cached on disk (``cache.py``).
 """
 
 import torch
 
 from fastmae.model.attention.backends import Shape, refusal
-from fastmae.model.attention.choice_file import PROBES, entry_key, read_entries, write_entries
+from fastmae.model.attention.cache import PROBES, entry_key, read_entries, write_entries
 from fastmae.model.attention.probe_process import Pair, ProbeError, probe_in_child
 from fastmae.model.attention.trial import Verdict, try_out
 from fastmae.model.config import BACKENDS

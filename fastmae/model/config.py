@@ -75,10 +75,12 @@ class ModelConfig:
             value = getattr(self, name)
             if not 0 < value < math.inf or (name != "mlp_ratio" and type(value) is not int):
                 raise InputError(f"{name} must be a positive {'number' if name == 'mlp_ratio' else 'integer'}, got {value}")
-        if len(self.img_size) != 2 or any(s <= 0 or s % self.patch_size for s in self.img_size):
+        p = self.patch_size
+        if len(self.img_size) != 2 or any(s <= 0 or s % p for s in self.img_size):
+            nearest = sorted({max(n, 1) * p for s in self.img_size for n in (s // p, s // p + 1)})
             raise InputError(
-                f"image size {self.img_size} must be (height, width), each a positive multiple of the patch size "
-                f"{self.patch_size}; the nearest are {nearest_multiples(self.img_size, self.patch_size)}"
+                f"image size {self.img_size} must be (height, width), each a positive multiple of the patch size {p}; the "
+                f"nearest are {nearest}"
             )
         if self.attention not in ("auto", *BACKENDS):
             raise InputError(f"attention must be one of auto, {', '.join(BACKENDS)}, got {self.attention!r}")
@@ -153,12 +155,6 @@ def kept_patches(patches: int, mask_ratio: float) -> int:
             "choose another ratio, a larger image or a smaller patch"
         )
     return K
-
-
-def nearest_multiples(sizes: tuple[int, ...], patch_size: int) -> list[int]:
-    """Multiples of ``patch_size`` around each size, for an error message."""
-    below = {max(s // patch_size, 1) * patch_size for s in sizes}
-    return sorted(below | {(s // patch_size + 1) * patch_size for s in sizes})
 
 
 _NARROW_DECODER = {"decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8}

@@ -7,8 +7,8 @@ from collections import OrderedDict
 
 from fastmae.errors import DataError, SampleError
 from fastmae.shards.index import Index, checksum
-
-_BLOCK = 512  # bytes of a tar header
+from fastmae.shards.samples import states_size
+from fastmae.shards.tar import BLOCK
 
 
 class ShardReader:
@@ -35,23 +35,19 @@ class ShardReader:
         match their checksum.
         """
         shard, size, offset, _, check = self.index.table[sample].item()
-        if len(self._memory) < _BLOCK + size:  # reused, because fresh memory costs a page fault each 4 KiB
-            self._memory = bytearray(_BLOCK + size)
-        data = memoryview(self._memory)[: _BLOCK + size]
+        if len(self._memory) < BLOCK + size:  # reused, because fresh memory costs a page fault each 4 KiB
+            self._memory = bytearray(BLOCK + size)
+        data = memoryview(self._memory)[: BLOCK + size]
         try:
-            found = os.preadv(self._file(shard), [data], offset - _BLOCK)
+            found = os.preadv(self._file(shard), [data], offset - BLOCK)
         except OSError as error:
             raise DataError(f"{self.location(sample)}: cannot be read, {error.strerror}") from error
-        try:
-            stated = int(bytes(data[124:136]).rstrip(b" \0"), 8)
-        except ValueError:
-            stated = -1
-        if stated != size or found != _BLOCK + size:
+        if found != BLOCK + size or not states_size(data, size):
             raise DataError(
                 f"{self.path(sample)}: the index does not match the tar at offset {offset}, where it lists an image of {size} "
                 "bytes; restore the shard, build it again, or index it again"
             )
-        image = data[_BLOCK:]
+        image = data[BLOCK:]
         if checksum(image) != check:
             raise SampleError(f"its {size} bytes at offset {offset} do not match their checksum in the index")
         return image
@@ -60,7 +56,7 @@ class ShardReader:
         """Shard and key of ``sample``, for messages; shard and offset if the shard cannot be read."""
         shard, _, offset, _, _ = self.index.table[sample].item()
         try:
-            header = os.pread(self._file(shard), 100, offset - _BLOCK)
+            header = os.pread(self._file(shard), 100, offset - BLOCK)
         except (OSError, DataError):
             return self.location(sample)
         return f"{self.path(sample)}: {header.rstrip(bytes(1)).decode(errors='surrogateescape')}"

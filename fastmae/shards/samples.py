@@ -60,9 +60,9 @@ def label_of(text: bytes) -> int | None:
     return int(text) if is_number and -1 <= int(text) <= _MAX_CLASS else None
 
 
-def states_size(header: bytes, size: int) -> bool:
+def states_size(header: bytes | memoryview, size: int) -> bool:
     """Whether a tar header states ``size`` in octal, as ``ShardReader`` needs it."""
-    text = header[_SIZE].rstrip(b" \0")
+    text = bytes(header[_SIZE]).rstrip(b" \0")
     return re.fullmatch(rb" *[0-7]+", text) is not None and int(text, 8) == size
 
 

@@ -78,7 +78,7 @@ _KINDS = {
     tarfile.BLKTYPE: "block device",
     tarfile.FIFOTYPE: "fifo",
 }
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 # All that tarfile raises, or might raise, on damaged headers.
 _TARFILE_ERRORS = (tarfile.TarError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError,
                    MemoryError, EOFError)  # fmt: skip
@@ -185,7 +185,7 @@ def _refuse_start(file: BinaryIO, length: int) -> None:
     """Raise the reason why a file has no readable header at its start."""
     file.seek(0)
     start = file.read(16)
-    if start.startswith(_COMPRESSED):
+    if start.startswith(COMPRESSED):
         raise _Refused("compressed, which allows no random access; decompress it, or stream it")
     if not start:
         raise _Refused(f"empty, at offset 0 a tar must have a header; {_RESTORE}")

@@ -9,10 +9,10 @@ from typing import BinaryIO
 from fastmae.errors import DataError, InputError
 from fastmae.optional import require
 from fastmae.shards.journal import UNFINISHED
+from fastmae.shards.tar import COMPRESSED
 
 _EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gs"}  # scheme -> the extra of fsspec for it
 _PIPE = "pipe:"
-_COMPRESSED = (b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # bzip2, xz, zstd
 _END = 1024  # zero bytes of the end marker of a tar
 
 
@@ -42,7 +42,7 @@ def open_shards(urls: list[str], opened: list[str]) -> Iterator[dict]:
             file = _Peeked(stack.enter_context(_open(url)))
             if file.head.startswith(b"\x1f\x8b"):
                 file = stack.enter_context(gzip.GzipFile(fileobj=file))
-            elif file.head.startswith(_COMPRESSED):
+            elif file.head.startswith(COMPRESSED):
                 raise DataError(f"{url}: compressed, and only gzip can be read; decompress it")
             watched = _Watched(file)
             yield {"url": url, "stream": watched}

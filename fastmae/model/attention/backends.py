@@ -19,10 +19,9 @@ _SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-_CUDNN_TILE, _CUDNN_BROKEN = (
-    128,
-    (9, 15, 0),
-)  # up to this version, sequence lengths that are no multiple of the tile are read out of bounds
+_CUDNN_TILE, _CUDNN_BROKEN = 128, (9, 15, 0)  # up to this version, lengths that are no multiple of the tile are overrun
+
+_memory_efficient_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # xformers', once it is imported
 
 
 class Shape(NamedTuple):
@@ -51,8 +50,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
 
 def prepare(backend: str) -> None:
     """Import what ``backend`` needs. Raises InputError, with the install command, if it is missing."""
-    if backend == "xformers":
-        _import_xformers()
+    # xformers late, because it is slow, and warns at import if its extension does not load with this torch, although attention
+    # needs nothing from it. A plain global, because torch.compile can trace one and not an import.
+    global _memory_efficient_attention
+    if backend == "xformers" and _memory_efficient_attention is None:
+        load_runtime(torch.version.cuda)
+        logging.getLogger("xformers").setLevel(logging.ERROR)
+        _memory_efficient_attention = require("xformers.ops", "attention xformers").memory_efficient_attention
 
 
 def refusal(backend: str, device_type: str, shape: Shape) -> str | None:
@@ -91,16 +95,3 @@ def cudnn_version() -> tuple[int, int, int] | None:
 
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
-
-
-_memory_efficient_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # xformers', once it is imported
-
-
-def _import_xformers() -> None:
-    # Late, because it is slow, and warns at import if its extension does not load with this torch, although attention needs
-    # nothing from it. A plain global, because torch.compile can trace one and not an import.
-    global _memory_efficient_attention
-    if _memory_efficient_attention is None:
-        load_runtime(torch.version.cuda)
-        logging.getLogger("xformers").setLevel(logging.ERROR)
-        _memory_efficient_attention = require("xformers.ops", "attention xformers").memory_efficient_attention

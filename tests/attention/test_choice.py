@@ -112,4 +112,4 @@ def test_auto_is_never_much_slower_than_the_best():
     for shape in shapes:
         chosen = fastest("cuda", torch.bfloat16, shape)
         times = measure("cuda", torch.bfloat16, shape)
-        assert times[chosen] <= 1.1 * min(times.values())  # two measurements of a shared machine; the benchmark says it finer
+        assert times[chosen] <= 1.1 * min(times.values())  # two measurements of a shared machine; the benchmark is finer

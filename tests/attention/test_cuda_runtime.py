@@ -38,7 +38,7 @@ def load(folder, cuda):
 
 @pytest.fixture
 def site(tmp_path):
-    """A folder of packages in which xformers 0.0.35 is installed, as far as its wheel says what it was built for."""
+    """A folder of packages in which xformers 0.0.35 is installed, as far as its wheel states its CUDA."""
     built = {"version": {"cuda": 1208, "hip": None, "torch": "2.10.0+cu128"}}
     install(tmp_path, "xformers", "0.0.35", {"xformers/cpp_lib.json": json.dumps(built).encode()})
     return tmp_path

@@ -64,7 +64,7 @@ def test_one_child_tries_all_backends_on_all_shapes_once(gpu, monkeypatch):
     assert len(gpu) == 1
     another_process(monkeypatch)
     probe.probe("cuda", DTYPE, SHAPES)
-    # What was remembered is not tried again; what says nothing of the backend was not remembered.
+    # What was cached is not tried again; what is no fault of the backend was not cached.
     assert gpu[1:] == [("cuda", 0, DTYPE, [("flash", s) for s in SHAPES])]
     assert why_not("xformers", "cuda", DTYPE, SHAPES[0]) == "crashed"
     kept = json.loads(cache.cache_file("cuda").read_text())

@@ -142,7 +142,7 @@ def test_an_image_with_damaged_exif_is_kept(suffix, tmp_path):
         b"nonsense": (40, 20),
         header: (40, 20),
         header + struct.pack(">H", 2) + upright + text + bytes(4): (20, 40),
-        header + struct.pack(">H", 900) + upright: (20, 40),  # claims 900 entries
+        header + struct.pack(">H", 900) + upright: (20, 40),  # states 900 entries
     }
     for block, size in blocks.items():
         make_picture(0, (20, 40)).save(tmp_path / f"odd.{suffix}", exif=b"Exif\0\0" + block)
@@ -175,7 +175,7 @@ TEXT = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50 << 20)))
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "message"),
     [
         (b"", "the file is empty"),
         (b"<html></html>", "not an image of a known format"),
@@ -189,10 +189,10 @@ TEXT = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50 << 20)))
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "not an image of a known format"),
     ],
 )
-def test_what_cannot_be_an_image_is_refused_at_once_without_memory(data, says, tmp_path):
+def test_what_cannot_be_an_image_is_refused_at_once_without_memory(data, message, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(data)
     start, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises((OSError, ValueError), match=says):
+    with pytest.raises((OSError, ValueError), match=message):
         recode(tmp_path / "bad.jpg", KEEP)
     assert time.perf_counter() - start < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 64 << 10  # KiB

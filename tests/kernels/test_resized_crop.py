@@ -1,4 +1,4 @@
-"""resized_crop: every byte against the formula in float64 and against torch's filter, and patches against whole crops."""
+"""resized_crop: every byte against the formula in float64 and against torch's filter, and patches against full crops."""
 
 import mmap
 
@@ -28,9 +28,9 @@ def batch(images, boxes, flips, device):
     number = [b[0] for b in boxes]
     offsets = torch.tensor([starts[i] for i in number], dtype=torch.int64)
     widths = torch.tensor([images[i].shape[1] for i in number], dtype=torch.int32)
-    places = torch.tensor([b[1:] for b in boxes], dtype=torch.int32)
+    sides = torch.tensor([b[1:] for b in boxes], dtype=torch.int32)
     pixels = torch.cat([*parts, torch.full((3 * C,), POISON, dtype=torch.uint8)])
-    return tuple(t.to(device) for t in (pixels, offsets, widths, places, torch.tensor(flips)))
+    return tuple(t.to(device) for t in (pixels, offsets, widths, sides, torch.tensor(flips)))
 
 
 def noise(*shape):
@@ -91,19 +91,19 @@ def assert_is_the_filter(images, boxes, flips, size, device):
     assert levels.max() <= 1 and levels.mean() <= 0.1  # ties may fall either way
 
 
-# Crops of one tile and of several, whole and not; together 200 boxes, longer and shorter than their crops.
+# Crops of one tile and of several, divisible and not; together 200 boxes, longer and shorter than their crops.
 @pytest.mark.parametrize(
     ("C", "size", "count"),
     [(3, (9, 13), 25), (1, (16, 16), 8), twin(1, (16, 16), 148), (1, (20, 37), 10), (1, (1, 5), 6), (13, (7, 8), 2)],
 )
-def test_random_boxes_are_filtered_as_the_formula_says(C, size, count, device):
+def test_random_boxes_are_filtered_by_the_formula(C, size, count, device):
     images = [noise(24, 31, C), noise(40, 17, C), noise(11, 52, C)]
     flips = [i % 3 == 0 for i in range(count)]
     assert_is_the_filter(images, random_boxes(images, count), flips, size, device)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3000), twin((3000, 1)), (2, 2), (150, 3)], ids=str)
-def test_images_of_any_shape_are_filtered_as_the_formula_says(shape, device):
+def test_images_of_any_shape_are_filtered_by_the_formula(shape, device):
     assert_is_the_filter([noise(*shape, 1)], [(0, 0, 0, *shape)], [True], (6, 10), device)
 
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and on the disk when they are."""
+"""Files that are complete or absent, and flushed to the disk."""
 
 import os
 from pathlib import Path

@@ -200,7 +200,7 @@ def test_a_second_start_is_refused_until_the_first_is_killed_and_then_resumes(sh
     assert code == 2, text
     line = next(line for line in text.splitlines() if line.startswith("fastmae: "))
     assert f"{tmp_path}: another run writes here, process {first.pid} on {socket.gethostname()}" in line
-    assert first.poll() is None  # and goes on
+    assert first.poll() is None  # and continues
     assert lock_holder(tmp_path) == f"process {first.pid} on {socket.gethostname()}"
     workers = workers_of(first)
     for worker in workers:

@@ -29,7 +29,7 @@ from fastmae.model.weights import (
 from tests.support.fuzz import MUTATION, every_draw, fuzz, mutate
 from tests.support.hostile import Bomb
 
-# A width of the presets, so that heads can be told; everything else small.
+# A width of the presets, so that heads are known; everything else small.
 CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=192, depth=1, num_heads=3, norm_pix_loss=True,
                      decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2)  # fmt: skip
 
@@ -109,8 +109,8 @@ def test_heads_are_given_where_shapes_do_not_show_them(tmp_path):
     assert back.config == config
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(back.encode(images), model.encode(images))
-    torch.save({"model": model.state_dict(), "args": argparse.Namespace(norm_pix_loss=True)}, tmp_path / "told.pth")
-    assert fastmae.load_model(tmp_path / "told.pth", 5, 3).config == config
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(norm_pix_loss=True)}, tmp_path / "stated.pth")
+    assert fastmae.load_model(tmp_path / "stated.pth", 5, 3).config == config
     for heads, decoder_heads in ((3, 3), (5, 5), (0, 3)):
         with pytest.raises(InputError, match=r"m\.pth: .*num_heads"):
             fastmae.load_model(tmp_path / "m.pth", heads=heads, decoder_heads=decoder_heads, norm_pix_loss=True)

@@ -67,7 +67,7 @@ def first(folder, crop):
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held, in bytes; writing 5 to clear_refs starts it anew."""
+    """The most memory that this process has held, in bytes; writing 5 to clear_refs resets it."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 

@@ -206,7 +206,7 @@ def test_an_index_whose_tars_were_moved_says_where_it_looks_and_the_advice_finds
         f"`fastmae shards index TARS --out {index}` finds them"
     )
     index_shards(tmp_path / "elsewhere", index)
-    assert Index.load(index).fingerprint == before  # so that a run goes on with it
+    assert Index.load(index).fingerprint == before  # so that a run resumes with it
 
 
 def test_an_index_moved_away_from_the_tars_it_was_built_with_says_how_to_put_it_back(copy, tmp_path):
@@ -215,8 +215,8 @@ def test_an_index_moved_away_from_the_tars_it_was_built_with_says_how_to_put_it_
     away.mkdir()
     for name in ("index.json", "index.npy"):
         (copy / name).rename(away / name)
-    says = f"{away}/index.json looks for its tars in {away}; move index.json and index.npy to where the tars are, and give that"
-    with pytest.raises(DataError, match=re.escape(says)):
+    text = f"{away}/index.json looks for its tars in {away}; move index.json and index.npy to where the tars are, and give that"
+    with pytest.raises(DataError, match=re.escape(text)):
         Index.load(away)
     for name in ("index.json", "index.npy"):
         (away / name).rename(copy / name)

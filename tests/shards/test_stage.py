@@ -146,11 +146,11 @@ def test_a_killed_copy_resumes_and_ends_with_the_same_bytes(start_copy, shard_fo
         assert process.stdout.readline() == "block\n"
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    whole = tars(folder)
-    assert list(folder.glob(".*.tar.partial")) and whole.items() < tars(shard_folder).items()
+    complete = tars(folder)
+    assert list(folder.glob(".*.tar.partial")) and complete.items() < tars(shard_folder).items()
     assert not (folder / "index.json").exists()
     _, copy = run_copy(shard_folder, tmp_path)
-    assert copy.skipped >= sum(map(len, whole.values())) > 0
+    assert copy.skipped >= sum(map(len, complete.values())) > 0
     assert tars(folder) == tars(shard_folder) and verify_shards(folder) == [] and not list(folder.glob(".*.partial"))
 
 

@@ -48,7 +48,7 @@ FRAME = GOOD.index(b"\xff\xc0") + 5  # height and width stand here
 SCAN = GOOD.index(b"\xff\xda") + 20
 
 
-def claiming(height, width):
+def jpeg_header(height, width):
     return GOOD[:FRAME] + struct.pack(">HH", height, width) + GOOD[FRAME + 4 :]
 
 
@@ -64,9 +64,9 @@ REPLACED = {  # what cannot be used, and a word of the reason
     "a JPEG without its last bytes": (GOOD[:-20], "cannot be decoded"),
     "a JPEG with a damaged scan": (GOOD[:SCAN] + bytes(300) + GOOD[SCAN + 300 :], "cannot be decoded"),
     "a JPEG with a flipped marker": (GOOD[:FRAME - 4] + b"\x01" + GOOD[FRAME - 3 :], "cannot be decoded"),
-    "a header of 65500 x 65500": (claiming(65500, 65500), "claims 65500 x 65500 pixels"),
-    "a header of 12000 x 12000": (claiming(12000, 12000), "claims 12000 x 12000 pixels"),
-    "a header of no height": (claiming(0, 64), "cannot be decoded"),
+    "a header of 65500 x 65500": (jpeg_header(65500, 65500), "states 65500 x 65500 pixels"),
+    "a header of 12000 x 12000": (jpeg_header(12000, 12000), "states 12000 x 12000 pixels"),
+    "a header of no height": (jpeg_header(0, 64), "cannot be decoded"),
     "a PNG header of 60000 x 60000": (png_of(width=60000, height=60000), "Image size (3600000000 pixels)"),
     "a PNG without pixels": (png_of(), "cannot be decoded"),
     "a page of HTML": (b"<!doctype html><html><body>404</body></html>", "cannot be decoded"),

@@ -1,4 +1,4 @@
-"""The control groups of Linux that this process is in, and those above: where limits of CPU time and memory may be set.
+"""The cgroups of this process and those above, where limits of CPU time and memory may be set.
 
 Sources: cgroups(7), ``/proc/PID/cgroup``; the kernel's "Control Group v2", section "Organizing Processes and Threads".
 """
@@ -13,7 +13,7 @@ V2 = ("sys/fs/cgroup", "sys/fs/cgroup/unified")
 def folders(root: Path, controller: str, v1: Sequence[str]) -> Iterator[Path]:
     """Folders of the files of ``controller``, which version 1 mounts at one of ``v1``, from this process's group upwards.
 
-    ``root``: where ``proc`` and ``sys`` are. In a container the paths may be the host's, whose ends are not there.
+    ``root``: the folder of ``proc`` and ``sys``. In a container the paths may be the host's, and only their beginnings exist.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines()

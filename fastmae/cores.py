@@ -1,9 +1,9 @@
 """How many CPU cores this process may use: its affinity mask, and the CPU quota of its container.
 
-``docker --cpus 2``, Kubernetes limits and systemd's ``CPUQuota`` leave the affinity mask as it is and set a quota: so many
-microseconds of CPU time in each period, of the process's own cgroup and of every one above it. Processes beyond the quota are
-stopped until the next period. Sources: the kernel's "Control Group v2", section "CPU Interface Files" (``cpu.max``), and "CFS
-Bandwidth Control" (``cpu.cfs_quota_us``, ``cpu.cfs_period_us``). Knows nothing of torch.
+``docker --cpus 2``, Kubernetes limits and systemd's ``CPUQuota`` do not change the affinity mask but set a quota: microseconds
+of CPU time in each period, for a cgroup and those below it. Processes beyond the quota are stopped until the next period.
+Sources: the kernel's "Control Group v2", section "CPU Interface Files" (``cpu.max``), and "CFS Bandwidth Control"
+(``cpu.cfs_quota_us``, ``cpu.cfs_period_us``).
 """
 
 import math
@@ -16,12 +16,12 @@ _V1 = ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct")
 
 
 def affinity_cores() -> int:
-    """Cores that the affinity mask names, at least 1."""
+    """Cores of the affinity mask, at least 1."""
     return max(1, len(os.sched_getaffinity(0)))
 
 
 def usable_cores() -> int:
-    """Cores by affinity, or by quota if that is less; a part of a core counts as one."""
+    """Cores by affinity, or by quota if that is less, rounded up."""
     quota = cpu_quota()
     return affinity_cores() if quota is None else max(1, min(affinity_cores(), math.ceil(quota)))
 
@@ -43,10 +43,10 @@ def _quota(folder: Path) -> float | None:
 
 
 def _numbers(path: Path) -> tuple[int | None, int | None]:
-    """The first two words of a file, as far as they are numbers: "max", no limit, is none."""
+    """The first two fields of a file, None for those that are not numbers, such as "max"."""
     try:
-        words = path.read_text().split()
+        fields = path.read_text().split()
     except (OSError, ValueError):
-        words = []
-    numbers = [int(word) if word.removeprefix("-").isdecimal() else None for word in words[:2]]
+        fields = []
+    numbers = [int(text) if text.removeprefix("-").isdecimal() else None for text in fields[:2]]
     return tuple([*numbers, None, None][:2])

@@ -1,4 +1,4 @@
-"""What a device is called, and what its maker says of it."""
+"""A device's name, and the peak FLOP/s of its datasheet."""
 
 import platform
 import re
@@ -8,7 +8,7 @@ import torch
 
 from fastmae.cores import usable_cores
 
-# Dense bf16 TFLOP/s of the makers' datasheets, by the device's whole name without the maker's. Others have no MFU.
+# Dense bf16 TFLOP/s of the makers' datasheets, by the device's full name without the maker's. Others have no MFU.
 _DATASHEET = {
     "B200": 2250,
     "H200": 989,
@@ -31,6 +31,6 @@ def device_name(device: torch.device) -> str:
 
 
 def datasheet_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s that the maker states, where known."""
+    """Dense bf16 FLOP/s of the datasheet; None where unknown."""
     tera = _DATASHEET.get(device_name(device).removeprefix("NVIDIA "))
     return tera and tera * 1e12

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: the command line prints their text in one line and exits with their code."""
+"""Errors that a user can fix: the command line prints their message in one line and exits with their code."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ class InputError(ValueError):
 
 
 class DataError(InputError):
-    """A shard, index, image or checkpoint is missing, damaged or not what it says; the message names path and place."""
+    """A shard, index, image or checkpoint is missing, damaged or inconsistent; the message names path and position."""
 
 
 class WorkerError(DataError):
@@ -18,7 +18,7 @@ class WorkerError(DataError):
 
 
 class SchemaError(DataError):
-    """A checkpoint of another version of fastmae: nothing of it is damaged, so it is neither passed over nor replaced."""
+    """A checkpoint of another version of fastmae: not damaged, so it is neither skipped nor replaced."""
 
 
 class DivergedError(RuntimeError):
@@ -40,17 +40,17 @@ class CheckpointError(RuntimeError):
 
 
 class RequeueError(RuntimeError):
-    """A run that was asked to stop has saved, and wants to go on in another job. Exit code 85."""
+    """A run that was asked to stop has saved a checkpoint; resume it in another job. Exit code 85."""
 
     exit_code = 85
 
 
 class SampleError(ValueError):
-    """One sample cannot be used, and the message says why. A loader names it and takes the next one instead."""
+    """One sample cannot be used; the message gives the reason. A loader reports it and uses the next one."""
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """``error``, and those that it came from: its causes, what was being handled, and what a compiler has wrapped in it."""
+    """``error`` and those behind it: its causes, its contexts, and what a compiler has wrapped in it."""
     found, waiting = [], [error]
     while waiting:
         error = waiting.pop(0)

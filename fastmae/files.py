@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either complete or absent, and the folders that hold them."""
 
 import contextlib
 import os
@@ -17,15 +17,15 @@ def open_home(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError as error:
-        raise InputError(f"{path}: the home folder that ~ stands for is not known; give the full path") from error
+        raise InputError(f"{path}: the home folder of ~ is not known; give the full path") from error
 
 
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears as ``path`` only when the block ends without an error, flushed to the disk.
 
-    The block may also write a file of its ``name`` anew. Raises InputError if it cannot be opened; what fails later, such as
-    a full disk, stays an OSError.
+    The block may also replace the file of its ``name``. Raises InputError if it cannot be opened; later failures, such as a
+    full disk, stay OSErrors.
     """
     partial = path.with_name(f".{path.name}.partial")
     is_refused = False
@@ -34,11 +34,11 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
             opened = partial.open("w+b")
         except OSError as error:
             is_refused = True
-            raise InputError(f"{path}: cannot be written, {error.strerror}; choose another place") from error
+            raise InputError(f"{path}: cannot be written, {error.strerror}; choose another path") from error
         with opened as file:
             yield file
             mode = os.fstat(file.fileno()).st_mode
-        partial.chmod(mode)  # what replaced it may be for its owner alone
+        partial.chmod(mode)  # what replaced it may be readable by its owner alone
         sync(partial)
         partial.replace(path)
         sync(path.parent)
@@ -77,7 +77,7 @@ def make_folder(path: str | Path) -> Path:
         probe.unlink(missing_ok=True)
     except OSError as error:
         is_file = isinstance(error, FileExistsError)
-        reason = "it is a file and no folder" if is_file else f"cannot be written, {error.strerror}"
+        reason = "is a file, not a folder" if is_file else f"cannot be written, {error.strerror}"
         raise InputError(f"{path}: {reason}; choose another output folder") from error
     return path
 
@@ -92,3 +92,13 @@ def anonymous_file(name: str) -> int:
     handle, path = tempfile.mkstemp(dir="/dev/shm")
     Path(path).unlink()
     return handle
+
+
+def cache_folder() -> Path | None:
+    """Where measurements and compiled code are kept between runs: ``FASTMAE_CACHE``, else ``fastmae`` in ``XDG_CACHE_HOME`` or
+    ``~/.cache``; None without a home folder."""
+    named = os.environ.get("FASTMAE_CACHE")
+    try:
+        return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastmae").expanduser()
+    except RuntimeError:  # neither HOME nor an entry for this user
+        return None

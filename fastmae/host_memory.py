@@ -1,7 +1,7 @@
-"""How much memory this machine, or the container that the process is in, can still give.
+"""How much memory is available on this machine, or in the container of this process.
 
 Sources: proc_meminfo(5), ``MemAvailable``; the kernel's "Control Group v2", section "Memory Interface Files"
-(``memory.max``, ``memory.current``, ``inactive_file`` of ``memory.stat``, which the kernel takes back), and "Memory Resource
+(``memory.max``, ``memory.current``, ``inactive_file`` of ``memory.stat``, which the kernel can reclaim), and "Memory Resource
 Controller" for version 1.
 """
 
@@ -14,7 +14,7 @@ _V1 = ("sys/fs/cgroup/memory",)
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes, the least of what the machine and each cgroup above this process have left; None where nothing is known.
+    """Bytes, the least of what the machine and each cgroup of this process have left; None if unknown.
 
     ``root``: where ``proc`` and ``sys`` are.
     """

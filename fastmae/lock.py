@@ -1,4 +1,4 @@
-"""The lock of a folder: two processes that write the same checkpoints or shards would destroy each other's."""
+"""The lock of a folder: two processes must not write the same checkpoints or shards."""
 
 import contextlib
 import errno
@@ -13,30 +13,30 @@ from fastmae.errors import InputError
 
 LOCK = ".lock"
 _HELD = (errno.EACCES, errno.EAGAIN)  # by another process
-_LEASE = 120.0  # seconds; NFS gives up the locks of a machine that is gone after about 90
-_LOOK = 0.2  # seconds between two attempts
+_LEASE = 120.0  # seconds; NFS drops the locks of a lost machine after about 90
+_POLL = 0.2  # seconds between two attempts
 
-_ours: dict[Path, int] = {}  # locks of this process, with its id: a forked child inherits the entry but not the lock
+_ours: dict[Path, int] = {}  # locks of this process, with its pid: a forked child inherits the entry but not the lock
 
 
 class FolderLock:
     """Held from ``acquire`` to ``release``, or to the end of the process, however it ends.
 
-    A POSIX record lock: the system drops it with its process, children do not inherit it, and NFS knows it. Within one process
-    it excludes nobody and is lost when any handle of its file is closed, so locks of this process are kept in a table as well.
+    A POSIX record lock: the system releases it with its process, children do not inherit it, and NFS supports it. Within one
+    process it does not exclude, and closing any handle of its file releases it: locks of this process are in a table as well.
     """
 
     def __init__(self, folder: Path, what: str = "run", advice: str = "give another --out"):
-        """``what`` writes into ``folder``, and ``advice``, what else a second one can do, word the error."""
+        """The error is "another ``what`` writes here, ...; wait for its end, or ``advice``"."""
         self.path, self.what, self.advice = folder / LOCK, what, advice
         self._key = self.path.resolve()
         self._file: BinaryIO | None = None
 
     def acquire(self, patience: float = 10.0) -> str | None:
-        """Take the lock, waiting up to ``patience`` seconds, for a holder that was killed just now may still be on its way out;
-        make the folder if it is not there. Return a warning if the file system has no locks.
+        """Take the lock, waiting up to ``patience`` seconds, since a holder that was killed just now may not have ended; make
+        the folder if it is missing. Return a warning if the file system has no locks.
 
-        Raises InputError that names the other process if there is one, OSError if the lock's file cannot be opened.
+        Raises InputError that names the process that holds it, OSError if the lock's file cannot be opened.
         """
         if _is_ours(self._key):
             raise self._refusal(_this_process())
@@ -56,24 +56,26 @@ class FolderLock:
                 owner = _owner(file)
                 file.close()
                 if error.errno not in _HELD:
-                    return f"{self.path}: this file system has no locks ({error.strerror}); start no second {self.what} here"
+                    return (
+                        f"{self.path}: this file system has no locks ({error.strerror}); do not start a second {self.what} here"
+                    )
                 is_elsewhere = f" on {socket.gethostname()}" not in owner
                 if time.monotonic() - began > (max(patience, _LEASE) if is_elsewhere and patience else patience):
                     raise self._refusal(owner) from error
-                time.sleep(_LOOK)
+                time.sleep(_POLL)
                 continue
-            if self._is_removed(file):  # with its folder, by the holder before: another file counts now
+            if self._is_removed(file):  # with its folder, by the previous holder
                 file.close()
                 continue
             self._file = file
             _ours[self._key] = os.getpid()
-            with contextlib.suppress(OSError):  # a full disk: held all the same, under an old name or none
+            with contextlib.suppress(OSError):  # a full disk: locked all the same, but with no or an old owner
                 file.truncate(0)
                 file.write(_this_process().encode())
             return None
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock, if it is held."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -89,10 +91,10 @@ class FolderLock:
 
 
 def lock_holder(folder: Path) -> str | None:
-    """The process that holds the lock of ``folder``, as "process 7 on HOST"; None if nobody does, or if the file system has no
-    locks or the lock's file cannot be read. Changes nothing; an ``acquire`` at the same moment waits for its next attempt."""
+    """The process that holds the lock of ``folder``, as "process 7 on HOST"; None if there is none, or the file system has no
+    locks, or the lock's file cannot be read. An ``acquire`` at the same moment waits for its next attempt."""
     path = folder / LOCK
-    if _is_ours(path.resolve()):  # to open and close the file would give the lock back
+    if _is_ours(path.resolve()):  # opening and closing the file would release the lock
         return _this_process()
     try:
         with path.open("rb", buffering=0) as file:

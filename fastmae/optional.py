@@ -1,4 +1,4 @@
-"""Packages that one feature needs: imported when it is used, and named with their install command when they are missing."""
+"""Optional packages: imported by the feature that needs them; if missing, the error names the install command."""
 
 import importlib
 from types import ModuleType
@@ -7,9 +7,9 @@ from fastmae.errors import InputError
 
 
 def require(module: str, feature: str, package: str | None = None) -> ModuleType:
-    """Import ``module``. Raises InputError that says which ``feature`` needs it and how to install it.
+    """Import ``module``. Raises InputError that names the ``feature`` that needs it and how to install it.
 
-    ``package`` is what to install, where that is not the module's first name.
+    ``package``: what to install, by default the module's first name.
     """
     try:
         return importlib.import_module(module)

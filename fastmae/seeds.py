@@ -8,7 +8,7 @@ LARGEST = 2**64 - 1
 
 
 def check_seed(seed: int) -> int:
-    """``seed`` as a plain integer. Raises InputError outside 0..``LARGEST``, where two seeds would mean the same numbers."""
+    """``seed`` as a plain integer. Raises InputError outside 0..``LARGEST``, beyond which seeds repeat."""
     try:
         number = operator.index(seed)  # numpy's integers too
     except TypeError:

@@ -1,4 +1,4 @@
-"""Triton kernels of a masked autoencoder, each beside its plain-torch twin; knows nothing of models.
+"""Triton kernels of a masked autoencoder, each beside its reference twin in plain torch.
 
 Every op runs its Triton kernel on CUDA tensors and its twin elsewhere; ``FASTMAE_KERNELS=auto|triton|torch`` overrides.
 """

@@ -4,9 +4,9 @@
     out[b, 1 + k]     = x[b, 1 + k] + positions[1 + ids_keep[b, k]]
     out[b, 1 + K + q] = mask_token  + positions[1 + ids_predict[b, q]]
 
-B images, K visible patches, Q predicted ones, L patches in all, D channels. Rows stay in shuffled order: the decoder's blocks
-do not care, and nothing is put back in place. Sums are taken in float32 and rounded once. The gradient of the mask token
-sums its B Q rows in a fixed order, without atomics. Source: He et al. 2021 (arXiv 2111.06377), section 3 "MAE decoder".
+B images, K visible patches, Q predicted ones, L patches in all, D channels. Rows stay in shuffled order, which
+makes no difference to the decoder's blocks: no unshuffle. Sums are taken in float32 and rounded once. The gradient of the mask
+token sums its B Q rows in a fixed order, without atomics. Source: He et al. 2021 (arXiv 2111.06377), section 3 "MAE decoder".
 """
 
 import torch
@@ -76,11 +76,11 @@ def _decoder_input_fwd_kernel(out_ptr, x_ptr, token_ptr, positions_ptr, keep_ptr
     is_visible = m <= K
     kept = tl.load(keep_ptr + b * K + m - 1, mask=is_visible & (m > 0), other=-1)
     predicted = tl.load(predict_ptr + b * Q + m - 1 - K, mask=(m > K) & (m < M), other=-1)
-    place = 1 + tl.where(is_visible, kept, predicted)  # row 0 of the table is the class token's
+    row = 1 + tl.where(is_visible, kept, predicted)  # of the table, whose row 0 is the class token's
     inside = (m < M)[:, None] & (d < D)[None, :]
     x = tl.load(x_ptr + (b * (1 + K) + m)[:, None] * D + d[None, :], mask=inside & is_visible[:, None], other=0.0)
     token = tl.load(token_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    position = tl.load(positions_ptr + place.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    position = tl.load(positions_ptr + row.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
     y = tl.where(is_visible[:, None], x.to(tl.float32), token[None, :]) + position
     tl.store(out_ptr + (b * M + m)[:, None] * D + d[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
 

@@ -1,4 +1,4 @@
-"""Which of an op's two bodies runs: the Triton kernel or its plain-torch twin.
+"""Which implementation of an op runs: the Triton kernel or its plain-torch twin.
 
 ``FASTMAE_KERNELS`` is read at every call: ``auto`` (default) takes Triton for CUDA tensors and the twin elsewhere,
 ``torch`` always the twin, ``triton`` always the kernel. With ``TRITON_INTERPRET=1`` set before Python starts, ``triton``
@@ -24,12 +24,12 @@ def mode() -> str:
 
 
 def warps(block: int) -> int:
-    """Warps of a program that holds ``block`` values: enough that no patch, however large, spills its registers."""
+    """Warps of a program that holds ``block`` values: enough that no patch size spills registers."""
     return min(16, max(4, block // 512))
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether ops on ``x`` run their Triton kernel. float64 never does: it is the dtype that oracles are computed in."""
+    """Whether ops on ``x`` run their Triton kernel. float64 never does: it is the dtype of test oracles."""
     chosen = mode()
     if chosen == "torch" or x.dtype == torch.float64:
         return False

@@ -1,4 +1,4 @@
-"""Take the pixels of chosen patches only, normalised, in the order of the patch-embedding weight.
+"""Gather the pixels of chosen patches, normalised, in the order of the patch embedding's weight.
 
     out[b, k, (c, u, v)] = pixel(b, c, y p + u, x p + v),      (y, x) = divmod(ids[b, k], W / p)
     pixel = images                                for floating-point images, which are normalised already
@@ -80,7 +80,7 @@ def check_images(images: Tensor, ids: Tensor, patch_size: int, mean: Tensor | No
 @triton.jit
 def load_patch(images_ptr, mean_ptr, std_ptr, b, patch, c, u, v, columns, stride_b, stride_c, stride_y, stride_x,
                inside, PATCH: tl.constexpr, IS_BYTES: tl.constexpr):  # fmt: skip
-    """Pixels (c, u, v) of one patch of image ``b`` as float32, normalised when they are bytes; 0 outside."""
+    """Pixels (c, u, v) of one patch of image ``b`` as float32, normalised if they are bytes; 0 outside."""
     y = (patch // columns) * PATCH + u
     x = (patch % columns) * PATCH + v
     offset = b * stride_b + c.to(tl.int64) * stride_c + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
@@ -146,7 +146,7 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _gather_patches_backward(ctx, grad):
-    """Scatter the rows' gradient back into the image. Pretraining never asks for it: images are its inputs."""
+    """Scatter the rows' gradient back into the image. Pretraining does not need it: images are its inputs."""
     if not ctx.needs_input_grad[0]:
         return (None,) * 6
     (ids,) = ctx.saved_tensors

@@ -2,15 +2,15 @@
 
     (r0, r1, r2, r3) = Philox4x32-10(key, counter)         uniform = (r0 >> 8) / 2**24,  in [0, 1)
 
-Everything random in fastmae (order, crops, masks) is a pure function of (seed, stream, epoch, sample id, draw), so it
-depends on no generator's state, no worker count and no world size. Source: Salmon et al. 2011, "Parallel random numbers:
+Everything random in fastmae (order, crops, masks) is a pure function of (seed, stream, epoch, sample id, draw): it does not
+depend on a generator's state, the worker count or the world size. Source: Salmon et al. 2011, "Parallel random numbers:
 as easy as 1, 2, 3" (SC11); the same bits as Triton's ``tl.philox``.
 """
 
 import torch
 from torch import Tensor
 
-# Streams keep draws for different purposes apart under one seed; a value is never reused.
+# A stream for each purpose, so that draws under one seed are independent; a value is never reused.
 ORDER, CROPS, MASKS, SHARDS, WINDOWS = 1, 2, 3, 4, 5
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -6,7 +6,7 @@
 
 B images, L patches each, K kept, Q predicted. A key is packed above its patch's index and the pair is sorted as one integer:
 no two are equal, so every sort gives the same order, and kernel and twin agree bit for bit. The op reads its counters from
-device memory and draws from no generator's state, so a CUDA graph that holds it draws new masks at each replay.
+device memory and uses no generator's state, so a CUDA graph that contains it draws new masks at each replay.
 Source: He et al. 2021 (arXiv 2111.06377), section 3 "Masking".
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from fastmae.kernels.dispatch import use_triton, warps
 from fastmae.kernels.philox import MASKS, random_words
 
-_INDEX_BITS = 24  # a key's word stands above its patch's index
-_LARGEST_SORT = 2048  # patches that one program sorts; more would compile for long, and go to the twin
+_INDEX_BITS = 24  # of a patch, below its key
+_LARGEST_SORT = 2048  # patches that one program sorts; more would take long to compile, and run in the twin
 
 
 def random_masking(
@@ -27,8 +27,8 @@ def random_masking(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``ids_keep`` (B, K), ``ids_predict`` (B, Q) and ``ids_restore`` (B, L), int32, of L ``patches``.
 
-    A pure function of (``seed``, ``epochs``, ``sample_ids``): 64 bits of ``seed`` count, ``epochs`` (B,) int64 in
-    [0, 2**32), ``sample_ids`` (B,) int64. ``kept`` K and ``predicted`` Q: at least 1 each and K + Q <= L < 2**24.
+    A pure function of (``seed``, ``epochs``, ``sample_ids``): ``seed`` modulo 2**64, ``epochs`` (B,) int64 in [0, 2**32),
+    ``sample_ids`` (B,) int64. ``kept`` K and ``predicted`` Q: at least 1 each and K + Q <= L < 2**24.
     Raises ValueError on a wrong shape, dtype or number.
     """
     if not (epochs.dtype == sample_ids.dtype == torch.int64 and epochs.shape == sample_ids.shape and epochs.ndim == 1):
@@ -51,10 +51,10 @@ def random_masking_ref(
     seed: int, epochs: Tensor, sample_ids: Tensor, patches: int, kept: int, predicted: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The twin of ``random_masking``: the same arguments and bits, in plain torch."""
-    place = torch.arange(patches, device=sample_ids.device)
-    packed = (random_words(seed, MASKS, epochs, sample_ids, patches) << _INDEX_BITS) + place
+    index = torch.arange(patches, device=sample_ids.device)
+    packed = (random_words(seed, MASKS, epochs, sample_ids, patches) << _INDEX_BITS) + index
     ids_shuffle = packed.sort(dim=1).values & (1 << _INDEX_BITS) - 1
-    ids_restore = torch.empty_like(ids_shuffle).scatter_(1, ids_shuffle, place.expand_as(ids_shuffle))
+    ids_restore = torch.empty_like(ids_shuffle).scatter_(1, ids_shuffle, index.expand_as(ids_shuffle))
     ids_keep, ids_predict, _ = ids_shuffle.split([kept, predicted, patches - kept - predicted], dim=1)
     return tuple(ids.to(torch.int32, memory_format=torch.contiguous_format) for ids in (ids_keep, ids_predict, ids_restore))
 
@@ -63,18 +63,18 @@ def random_masking_ref(
 def _random_masking_kernel(keep_ptr, predict_ptr, restore_ptr, epochs_ptr, samples_ptr, seed, L, K, Q,
                            STREAM: tl.constexpr, INDEX_BITS: tl.constexpr, BLOCK_L: tl.constexpr):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)  # one program per image
-    place = tl.arange(0, BLOCK_L)
+    index = tl.arange(0, BLOCK_L)
     sample = tl.load(samples_ptr + b)
     epoch = tl.load(epochs_ptr + b).to(tl.uint32)
-    draw = ((STREAM << 24) + place).to(tl.uint32)
+    draw = ((STREAM << 24) + index).to(tl.uint32)
     zero = tl.zeros([BLOCK_L], tl.uint32)
     word, _, _, _ = tl.philox(seed, draw, zero + epoch, zero + sample.to(tl.uint32), zero + (sample >> 32).to(tl.uint32))
-    packed = (word.to(tl.int64) << INDEX_BITS) | place
-    packed = tl.sort(tl.where(place < L, packed, 1 << 62))
+    packed = (word.to(tl.int64) << INDEX_BITS) | index
+    packed = tl.sort(tl.where(index < L, packed, 1 << 62))
     patch = (packed & ((1 << INDEX_BITS) - 1)).to(tl.int32)
-    tl.store(keep_ptr + b * K + place, patch, mask=place < K)
-    tl.store(predict_ptr + b * Q + place - K, patch, mask=(place >= K) & (place < K + Q))
-    tl.store(restore_ptr + b * L + patch, place, mask=place < L)
+    tl.store(keep_ptr + b * K + index, patch, mask=index < K)
+    tl.store(predict_ptr + b * Q + index - K, patch, mask=(index >= K) & (index < K + Q))
+    tl.store(restore_ptr + b * L + patch, index, mask=index < L)
 
 
 def _random_masking_triton(

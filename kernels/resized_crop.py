@@ -1,12 +1,12 @@
-"""Crop a box of each image, resize it with an antialiased bicubic filter, perhaps mirror it: bytes to bytes in one pass.
+"""Crop a box of each image, resize it with an antialiased bicubic filter, optionally mirror it: uint8 to uint8 in one pass.
 
     out[b, c, y, x] = round(sum_ij u_yi v_xj image[b, top + i, left + j, c]),    clamped to 0..255
     u_yi = k((i - n (y + 1/2) + 1/2) / s) / (their sum over the box's rows i),   n = height / h,  s = max(n, 1)
-    v_xj = the same of the columns j, width and w;  mirrored, of w - 1 - x in place of x
+    v_xj = the same of the columns j, width and w;  mirrored: w - 1 - x for x
     k(t) = 3/2 |t|^3 - 5/2 |t|^2 + 1 below 1,  -1/2 |t|^3 + 5/2 |t|^2 - 4 |t| + 2 below 2,  0 from there on
 
-B images of any sizes lie in one buffer; boxes are height x width, crops C x h x w; nothing is rounded between the two axes.
-``resized_crop_patches`` gives the same bytes of K patches of p x p only, as rows of P = C p p values, channel slowest:
+B images of any sizes are in one buffer; boxes are height x width, crops C x h x w; nothing is rounded between the two axes.
+``resized_crop_patches`` computes the same bytes for K patches of p x p only, as rows of P = C p p values, channel slowest:
 masked patches are never computed. Sources: Keys 1981 (doi 10.1109/TASSP.1981.1163711), a = -1/2; torch's ``interpolate``
 with ``antialias=True``.
 """
@@ -31,7 +31,7 @@ def resized_crop(
     ``pixels`` (N,) uint8 holds every image somewhere, row-major (height, width, C); ``offsets`` (B,) int64 the first byte of
     each, ``widths`` (B,) int32 its width in pixels. ``boxes`` (B, 4) int32: top, left, height, width in pixels, inside the
     image, sides at least 1; ``flips`` (B,) bool, True mirrors left to right. No gradient. Raises ValueError on a wrong
-    shape or dtype; on a box outside its buffer only on a CPU, because looking at a GPU's boxes would wait for it.
+    shape or dtype; on a box outside its buffer only on a CPU, because checking a GPU's boxes would synchronise.
     """
     check_crops(pixels, offsets, widths, boxes, flips, size, channels)
     return _resized_crop(pixels, offsets, widths, boxes, flips, *size, channels, None, 0)
@@ -73,7 +73,7 @@ def resized_crop_patches_ref(
     pixels: Tensor, offsets: Tensor, widths: Tensor, boxes: Tensor, flips: Tensor, size: tuple[int, int],
     ids: Tensor, patch_size: int, channels: int = 3,
 ) -> Tensor:  # fmt: skip
-    """The twin of ``resized_crop_patches``: whole crops, then their patches."""
+    """The twin of ``resized_crop_patches``: full crops, then their patches."""
     crops = resized_crop_ref(pixels, offsets, widths, boxes, flips, size, channels)
     return patch_pixels(crops, ids, patch_size, None, None).flatten(2).to(torch.uint8)
 
@@ -99,7 +99,7 @@ def check_crops(
 
 
 def _check_boxes(pixels: Tensor, offsets: Tensor, widths: Tensor, boxes: Tensor, channels: int) -> None:
-    """Raise ValueError unless every box lies inside its image and the buffer."""
+    """Raise ValueError unless every box is inside its image and the buffer."""
     top, left, height, width = boxes.long().unbind(1)
     end = offsets + ((top + height - 1) * widths + left + width) * channels
     outside = (torch.minimum(height, width) < 1) | (torch.minimum(top, left) < 0) | (left + width > widths)
@@ -107,14 +107,14 @@ def _check_boxes(pixels: Tensor, offsets: Tensor, widths: Tensor, boxes: Tensor,
     if outside.any():
         b = int(outside.nonzero()[0])
         raise ValueError(
-            "boxes must have sides of at least 1 and lie inside their images, got top, left, height, width "
+            "boxes must have sides of at least 1 and be inside their images, got top, left, height, width "
             f"{boxes[b].tolist()} in image {b}, {int(widths[b])} pixels wide from byte {int(offsets[b])} of {len(pixels)}"
         )
 
 
 @triton.jit
 def _weight(j, centre, length, inverse):
-    """What place ``j`` of an axis counts for an output that looks at ``centre``, not normalised; 0 beyond the box."""
+    """Weight of pixel ``j`` of an axis in an output centred at ``centre``, not normalised; 0 outside the box."""
     t = tl.abs((j.to(tl.float32) - centre + 0.5) * inverse)
     inner = (1.5 * t - 2.5) * t * t + 1.0
     outer = ((2.5 - 0.5 * t) * t - 4.0) * t + 2.0
@@ -123,7 +123,7 @@ def _weight(j, centre, length, inverse):
 
 @triton.jit
 def _axis(i, length, size):
-    """Where outputs ``i`` of an axis look, the first place within reach, how many there are, 1 / s, 1 / sum of weights."""
+    """Of outputs ``i`` along an axis: centre, first pixel, number of pixels, 1 / s, 1 / sum of weights."""
     scale = tl.div_rn(length.to(tl.float32), tl.full([], size, tl.float32))  # a size of 1 is a constant
     stretch = tl.maximum(scale, 1.0)
     inverse = tl.div_rn(1.0, stretch)
@@ -132,7 +132,7 @@ def _axis(i, length, size):
     taps = tl.ceil(4.0 * stretch).to(tl.int32)
     total = tl.zeros_like(centre)
     t = 0
-    while t < taps:  # here and below no range: the interpreter of Triton 3.6 takes none of a loaded length
+    while t < taps:  # no ``range`` here and below: Triton 3.6's interpreter takes none of a loaded length
         total += _weight(first + t, centre, length, inverse)
         t += 1
     return centre, first, taps, inverse, 1.0 / total
@@ -141,7 +141,7 @@ def _axis(i, length, size):
 @triton.jit
 def _resized_crop_kernel(out_ptr, pixels_ptr, offsets_ptr, widths_ptr, boxes_ptr, flips_ptr, ids_ptr, K, columns,
                          h, w, cell_h, cell_w, C: tl.constexpr, HAS_IDS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)  # one program per tile and channel of a cell: a patch, or a whole crop
+    program = tl.program_id(0).to(tl.int64)  # one program per tile and channel of a cell: a patch, or a full crop
     c = program % C  # fastest, because the channels of a tile read the same bytes
     tiles_x = tl.cdiv(cell_w, BLOCK)
     tiles = tiles_x * tl.cdiv(cell_h, BLOCK)

@@ -19,8 +19,8 @@ from fastmae.kernels.dispatch import use_triton
 def take_rows(x: Tensor, ids: Tensor, inverse: Tensor, fill: Tensor | None = None) -> Tensor:
     """Rows ``ids`` of ``x``: (B, M, D) in the dtype that ``x`` and ``fill`` promote to; differentiable in both.
 
-    ``x`` (B, N, D); ``ids`` (B, M) int32, an index >= N marks a hole; ``inverse`` (B, N) int32 tells where each row of
-    ``x`` goes (``ids[b, inverse[b, n]] == n``), an index >= M that it goes nowhere; ``fill`` (D,), zeros when None.
+    ``x`` (B, N, D); ``ids`` (B, M) int32, an index >= N marks a hole; ``inverse`` (B, N) int32 is where each row of
+    ``x`` goes (``ids[b, inverse[b, n]] == n``), an index >= M for nowhere; ``fill`` (D,), zeros when None.
     For the shuffle ids, inverse = ids_keep, ids_restore; for the unshuffle the other way round. No row may be taken
     twice. Raises ValueError on a wrong shape or dtype.
     """

@@ -122,11 +122,11 @@ def small_folder(image_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def foreign(tmp_path_factory) -> Path:
+def tar_folder(tmp_path_factory) -> Path:
     """Four tars of eight PNGs or JPEGs each, written by webdataset itself."""
     import webdataset as wds
 
-    folder = tmp_path_factory.mktemp("foreign")
+    folder = tmp_path_factory.mktemp("tar_folder")
     for s in range(4):
         with wds.TarWriter(str(folder / f"part-{s}.tar")) as writer:
             for i in range(8):

@@ -137,7 +137,7 @@ class IndexedBatches:
     def _collect(self, timeout: float) -> None:
         done, deaths = self._pool.collect(timeout)
         if timeout and not done and not deaths and self.config.workers:
-            at = [f"pid {pid} at {self.reader.place(s) if s >= 0 else 'nothing'}" for pid, s in self._pool.positions()]
+            at = [f"pid {pid} at {self.reader.location(s) if s >= 0 else 'nothing'}" for pid, s in self._pool.positions()]
             raise DataError(f"no data for {timeout:.0f} s; loader workers: {'; '.join(at)}. Is the file system gone?")
         of_buffer = {batch.buffer: batch for batch in self._pending}
         for task, bad, error in done:
@@ -176,7 +176,7 @@ class IndexedBatches:
 
     def _note_death(self, death: Death) -> None:
         """Note a worker's death, whose tasks are being done again; DataError if they keep dying."""
-        where = f" at {self.reader.place(death.sample)}" if death.sample >= 0 else ""
+        where = f" at {self.reader.location(death.sample)}" if death.sample >= 0 else ""
         self._notes.append(f"loader worker {death.worker} (pid {death.pid}){where} {death.how}; another does its work again")
         if death.is_crash and death.sample >= 0:  # blamed on the sample, which the budget bounds
             self._crashes[death.sample] += 1

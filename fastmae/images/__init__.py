@@ -1,1 +1,1 @@
-"""What an image file holds: listed, decoded, resized, encoded again. One reader a file."""
+"""What an image file holds: listed, decoded, resized, encoded again."""

@@ -20,11 +20,11 @@ class Source(NamedTuple):
     name: str
     """Path from there, with slashes."""
     number: int
-    """Place in the list."""
+    """Index in the list."""
     label: int
     """Class number, or -1."""
     bytes: int
-    """Length of the file, or -1 if it could not be looked at."""
+    """Length of the file, or -1 if it is unknown."""
 
     @property
     def path(self) -> Path:
@@ -33,11 +33,11 @@ class Source(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What stands in a folder of images."""
+    """The images of a folder."""
 
     sources: list[Source]
     classes: list[str]
-    """Names of the top-level folders that hold images, in the order of their numbers."""
+    """Names of the top-level folders that hold images, by class number."""
     xxh3: str
     """The xxh3-64 of every image's path, length and time of change, in hex."""
 
@@ -63,7 +63,7 @@ def list_images(root: Path) -> Listing:
 
 
 def _walk(root: str) -> Iterator[tuple[str, int, int]]:
-    """(path from ``root``, bytes, time of change in ns) of each image; -1 for both where a link leads nowhere."""
+    """(path from ``root``, bytes, time of change in ns) of each image; -1 for both of a broken link."""
     seen: set[str] = set()
     waiting = [""]
     while waiting:
@@ -79,10 +79,10 @@ def _walk(root: str) -> Iterator[tuple[str, int, int]]:
                     if _is_folder(entry):
                         subfolders.append(f"{folder}{entry.name}/")
                     elif entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
-                        yield f"{folder}{entry.name}", *_look(entry)
+                        yield f"{folder}{entry.name}", *_size_and_time(entry)
         except OSError as error:
             raise InputError(f"{error.filename or path}: cannot be read, {error.strerror}") from error
-        waiting += sorted(subfolders, reverse=True)  # the first is taken next: of two ways to a folder always the same one
+        waiting += sorted(subfolders, reverse=True)  # the first is next: of two paths to a folder always the same one
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -92,9 +92,9 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _look(entry: os.DirEntry) -> tuple[int, int]:
+def _size_and_time(entry: os.DirEntry) -> tuple[int, int]:
     try:
         status = entry.stat()
-    except OSError:  # it stays in the list: reading it will fail, and name it
+    except OSError:  # kept in the list: reading it will fail with its name
         return -1, -1
     return status.st_size, status.st_mtime_ns

@@ -1,1 +1,1 @@
-"""The model: config, masks, positions, blocks, encoder, decoder, weights in and out of files, pictures of what it predicts."""
+"""The model: config, masking, positions, blocks, encoder, decoder, weights in files, pictures of its predictions."""

@@ -27,7 +27,7 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, first: int = 0) -> Tensor:
-        """Attention of the tokens from ``first`` on over all tokens of ``norm(x)``, x (B, N, D): (B, N - first, D)."""
+        """Attention of tokens ``first``... over all tokens of ``norm(x)``, x (B, N, D): (B, N - first, D)."""
         B, N, D = x.shape
         if first == 0:
             q, k, v = norm_linear(x, norm, self.qkv).view(B, N, 3, self.heads, D // self.heads).unbind(2)
@@ -62,19 +62,19 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, first: int = 0) -> Tensor:
-        """(B, N, D) -> (B, N - first, D): the tokens from ``first`` on, having attended to all of them."""
+        """(B, N, D) -> (B, N - first, D): tokens ``first``..., which attend to all of them."""
         x = x[:, first:] + self.attn(x, self.norm1, first)
         return x + self.mlp(x, self.norm2)
 
 
 def run_block(block: Block, x: Tensor, first: int = 0, *, checkpointing: bool) -> Tensor:
-    """``block(x, first)``; with ``checkpointing`` only ``x`` is kept for the backward pass, which runs the block again."""
+    """``block(x, first)``; with ``checkpointing`` only ``x`` is kept for the backward pass, which recomputes the block."""
     if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, x, first, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
+        return checkpoint(block, x, first, use_reentrant=False, preserve_rng_state=False)  # blocks draw no random numbers
     return block(x, first)
 
 
 def residual_dtype(x: Tensor, residual: str) -> torch.dtype:
-    """The dtype in which blocks add to ``x``: its own, or autocast's where ``residual`` is bf16."""
+    """The dtype of the residual stream of ``x``: its own, or autocast's if ``residual`` is bf16."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if residual == "bf16" and torch.is_autocast_enabled(device) else x.dtype

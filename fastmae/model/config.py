@@ -1,4 +1,4 @@
-"""What a masked autoencoder is made of: one frozen record, checked when it is made. Knows nothing of torch.
+"""The config of a masked autoencoder: one frozen dataclass, validated when it is made. Imports no torch.
 
 Sizes are those of He et al. 2021 (arXiv 2111.06377), section 4 and appendix A.1, with the reference's names.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fastmae.errors import InputError
 
 BACKENDS = ("xformers", "sdpa", "flash", "cudnn", "efficient", "math")
-"""Of attention. ``sdpa`` leaves the choice to torch; ``flash``, ``cudnn``, ``efficient`` and ``math`` are its kernels."""
+"""Attention backends. ``sdpa`` lets torch choose; ``flash``, ``cudnn``, ``efficient`` and ``math`` are its kernels."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -41,9 +41,9 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     """Hidden width of a block's MLP over its width."""
     norm_pix_loss: bool = False
-    """Predict each patch's pixels normalised by the patch's own mean and deviation, rather than plain pixels."""
+    """Predict pixels normalised by the mean and deviation of their patch, rather than plain pixels."""
     pixel_mean: tuple[float, ...] | None = None
-    """Per channel, in units of [0, 1]; taken off uint8 images. None: ImageNet's for 3 channels, else 0.5."""
+    """Per channel, in units of [0, 1]; subtracted from uint8 images. None: ImageNet's for 3 channels, else 0.5."""
     pixel_std: tuple[float, ...] | None = None
     """Per channel, in units of [0, 1]; uint8 images are divided by it. None: ImageNet's for 3 channels, else 0.25."""
 
@@ -54,8 +54,8 @@ class ModelConfig:
     """The residual stream's dtype under autocast: fp32, the reference's, or bf16, which halves its memory and traffic and
     rounds every block's sum to 8 bits. Without autocast it changes nothing."""
     checkpointing: bool = False
-    """Keep only each block's input and compute the block again in the backward pass: less memory, a third more work. The result
-    keeps its bits."""
+    """Keep only each block's input and recompute the block in the backward pass: less memory, a third more work, bitwise
+    identical results."""
 
     def __post_init__(self):
         size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
@@ -74,11 +74,13 @@ class ModelConfig:
         for name in positive:
             value = getattr(self, name)
             if not 0 < value < math.inf or (name != "mlp_ratio" and type(value) is not int):
-                raise InputError(f"{name} must be positive{'' if name == 'mlp_ratio' else ' and whole'}, got {value}")
-        if len(self.img_size) != 2 or any(s <= 0 or s % self.patch_size for s in self.img_size):
+                raise InputError(f"{name} must be a positive {'number' if name == 'mlp_ratio' else 'integer'}, got {value}")
+        p = self.patch_size
+        if len(self.img_size) != 2 or any(s <= 0 or s % p for s in self.img_size):
+            nearest = sorted({max(n, 1) * p for s in self.img_size for n in (s // p, s // p + 1)})
             raise InputError(
-                f"image size {self.img_size} must be (height, width), each a positive multiple of the patch size "
-                f"{self.patch_size}; the nearest are {nearest_multiples(self.img_size, self.patch_size)}"
+                f"image size {self.img_size} must be (height, width), each a positive multiple of the patch size {p}; the "
+                f"nearest are {nearest}"
             )
         if self.attention not in ("auto", *BACKENDS):
             raise InputError(f"attention must be one of auto, {', '.join(BACKENDS)}, got {self.attention!r}")
@@ -99,7 +101,7 @@ class ModelConfig:
 
     @property
     def architecture(self) -> dict[str, object]:
-        """The fields that decide what is computed: all but those of speed and memory."""
+        """The fields that change the result: all but those of speed and memory."""
         fields = dataclasses.asdict(self)
         return {name: value for name, value in fields.items() if name not in ("attention", "residual", "checkpointing")}
 
@@ -130,7 +132,7 @@ class ModelConfig:
         except (ValueError, RecursionError) as error:
             raise InputError(f"model config is damaged, {error}: {text[:40]!r}") from error
         if not isinstance(fields, dict):
-            raise InputError(f"model config is damaged, no object: {text[:40]!r}")
+            raise InputError(f"model config is damaged, not a JSON object: {text[:40]!r}")
         unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise InputError(f"model config has unknown fields {sorted(unknown)}: it was written by a newer fastmae")
@@ -138,27 +140,21 @@ class ModelConfig:
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
         except InputError:
             raise
-        except (TypeError, ValueError) as error:  # a word where a number belongs
+        except (TypeError, ValueError) as error:  # a string in place of a number
             raise InputError(f"model config is damaged, {error}: {text[:40]!r}") from error
 
 
 def kept_patches(patches: int, mask_ratio: float) -> int:
-    """K, how many of ``patches`` stay visible. Raises InputError unless some stay and some go."""
+    """K, how many of ``patches`` stay visible. Raises InputError unless some are visible and some masked."""
     if not 0 < mask_ratio < 1:
         raise InputError(f"mask ratio must lie strictly between 0 and 1, got {mask_ratio}; the paper's is 0.75")
     K = int(patches * (1 - mask_ratio))
     if not 0 < K < patches:
         raise InputError(
-            f"mask ratio {mask_ratio} keeps {K} of {patches} patches; at least one must stay and one must go: "
+            f"mask ratio {mask_ratio} keeps {K} of {patches} patches, but at least one must be visible and one masked: "
             "choose another ratio, a larger image or a smaller patch"
         )
     return K
-
-
-def nearest_multiples(sizes: tuple[int, ...], patch_size: int) -> list[int]:
-    """Multiples of ``patch_size`` around each size, for an error message."""
-    below = {max(s // patch_size, 1) * patch_size for s in sizes}
-    return sorted(below | {(s // patch_size + 1) * patch_size for s in sizes})
 
 
 _NARROW_DECODER = {"decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8}

@@ -2,8 +2,8 @@
 
     tokens = [embed(latent) + pos(visible), mask_token + pos(masked)];    pred = head(norm(blocks(tokens)))
 
-Its blocks do not care in which order tokens stand, so the shuffled order is kept: no unshuffle. Only masked rows are
-predicted, so in the last block queries, projection and MLP, and then norm and head, run on those rows alone.
+The order of tokens makes no difference to its blocks, so they stay shuffled: no unshuffle. Only masked rows are predicted, so
+in the last block queries, projection and MLP, and then norm and head, run on those rows alone.
 Source: He et al. 2021 (arXiv 2111.06377), section 3 "MAE decoder".
 """
 
@@ -19,7 +19,7 @@ from fastmae.model.positions import sincos_positions
 
 
 class DecoderMixin:
-    """The decoder's parameters and passes, for a module that is an encoder too: names stay flat as the reference's."""
+    """The decoder's parameters and passes, mixed into the encoder so that names are as flat as the reference's."""
 
     def add_decoder(self, config: ModelConfig) -> None:
         """Register the decoder's parameters on this module."""

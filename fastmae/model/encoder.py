@@ -1,4 +1,4 @@
-"""The encoder: a vision transformer that may be shown only some of an image's patches.
+"""The encoder: a vision transformer over all patches of an image, or the visible ones alone.
 
     tokens = [cls, W pixels(patch) + b + pos(patch), ...];    features = norm(blocks(tokens))
 
@@ -23,8 +23,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Every patch: (B, C, H, W) -> (B, L, D). As a linear layer, so that it rounds as the fast path does: on GPUs
-        torch's float32 convolutions use TF32 by default and its linear layers do not."""
+        """Every patch: (B, C, H, W) -> (B, L, D). By a linear layer, so that it rounds like the fast path: on GPUs torch's
+        float32 convolutions use TF32 by default and its linear layers do not."""
         B, C, H, W = images.shape
         p = self.proj.kernel_size[0]
         pixels = images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
@@ -43,7 +43,7 @@ class Encoder(nn.Module):
         self.config = config
         D = config.embed_dim
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        # A parameter, not a buffer, so that it stands among the reference's parameters; loaded tables are kept.
+        # A parameter, not a buffer, because it is one in the reference; loaded tables are kept.
         self.pos_embed = nn.Parameter(sincos_positions(D, config.grid), requires_grad=False)
         self.patch_embed = PatchEmbed(config.in_chans, config.patch_size, D)
         self.blocks = nn.ModuleList(Block(D, config.num_heads, config.mlp_ratio, config.attention) for _ in range(config.depth))
@@ -99,10 +99,10 @@ class Encoder(nn.Module):
     def add_size(self, img_size: tuple[int, int]) -> None:
         """Make the position tables for images of another size (height, width), a multiple of the patch size.
 
-        A patch has the position of the same place in an image of the config's size: computed where the table is the sin-cos
-        one, else, as of weights that trained theirs, interpolated bicubically with the class token's row kept. No parameter
-        is added. ``encode`` and ``training_loss`` do this for a size that is new, and the model keeps its tables; torch.compile
-        needs it before. Raises ValueError on a size that is no multiple.
+        A patch gets the position of the same relative position in an image of the config's size: computed if the table is the
+        sin-cos one, else (trained positions) interpolated bicubically; the class token's row is kept. No parameter is added.
+        ``encode`` and ``training_loss`` call this for a new size, except under torch.compile, which needs it before. Raises
+        ValueError on other sizes.
         """
         p = self.config.patch_size
         if min(img_size) < 1 or img_size[0] % p or img_size[1] % p:
@@ -118,7 +118,7 @@ class Encoder(nn.Module):
             return getattr(self, name)
         if not hasattr(self, _table_name(name, img_size)):
             if torch.compiler.is_compiling():
-                raise ValueError(f"no positions for images of {img_size} yet: call add_size({img_size}) before torch.compile")
+                raise ValueError(f"no positions for images of size {img_size}: call add_size({img_size}) before torch.compile")
             self.add_size(img_size)
         return getattr(self, _table_name(name, img_size))
 
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
             raise ValueError(f"images must be multiples of the patch size {p} high and wide, got {tuple(images.shape[2:])}")
 
     def _renew_tables(self, _keys: object) -> None:
-        """After weights are loaded: tables of other sizes follow from the table of the config's."""
+        """After weights are loaded, make the tables of other sizes again."""
         prefix = "pos_embed_"
         for name in [name for name in self._buffers if name.startswith(prefix)]:
             height, _, width = name.removeprefix(prefix).partition("x")

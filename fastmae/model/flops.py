@@ -1,10 +1,10 @@
-"""The official work of a training step: what the model's definition asks for, however it is computed.
+"""FLOP of a training step by the model's definition, however it is computed: the numerator of MFU.
 
     forward  = matrix products and attention of encoder (visible tokens) and decoder (all tokens), 2 FLOP a multiply-add
-    backward = twice the forward, less the gradient of the images, which nobody needs
+    backward = twice the forward, less the gradient of the images, which is not needed
 
-Shortcuts that leave work out (``MAE.training_loss``) and recomputation that repeats it do not change the number, so that
-model FLOP/s utilisation compares like with like. Elementwise work is not counted. For ViT-B/16, L/16 and H/14 at mask ratio
+Shortcuts that skip work (``MAE.training_loss``) and recomputation that repeats it do not change the number, so that model
+FLOP/s utilisation is comparable. Elementwise work is not counted. For ViT-B/16, L/16 and H/14 at mask ratio
 0.75 this gives 58.5, 124.2 and 291.0 GFLOP an image. Source of the convention: Chowdhery et al. 2022 (arXiv 2204.02311),
 appendix B.
 """

@@ -1,11 +1,11 @@
-"""Linear layers that keep little and, on CPUs, go through oneDNN.
+"""Linear layers that keep little for the backward pass and, on CPUs, run in oneDNN.
 
     linear(x) = x W^T + b;      norm_linear(x) = layer_norm(x) W^T + b;      gelu_linear(x) = gelu(x) W^T + b
 
 On a CPU in float32, outside autocast and compiled graphs, products of W run in oneDNN, which adds the bias as it writes
-(torch's own route fills the result with the bias first), and neither the normalised nor the activated x is kept: the backward
-pass computes them again from x, which costs a few thousandths of a step. Elsewhere all three are torch's own layers;
-torch.compile decides for itself what to keep.
+(torch's own code fills the result with the bias first), and neither the normalised nor the activated x is kept: the backward
+pass recomputes them from x, which costs a few thousandths of a step. Elsewhere all three are torch's own layers; torch.compile
+decides what to keep.
 """
 
 import torch
@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor:
     """``layer(norm(x))``: (..., I) -> (..., O)."""
-    # Whoever has put a hook, a parametrisation or another class there gets the modules called.
+    # Modules with a hook, a parametrisation or another class are called.
     if not (_by_onednn(x) and _is_plain(norm, nn.LayerNorm) and _is_plain(layer, Linear)):
         return layer(norm(x))
     return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias)[0]
@@ -118,7 +118,7 @@ class _NormLinear(torch.autograd.Function):
         return *grads, None, grad_weight, grad.sum(0)
 
 
-class _GeluLinear(_Linear):  # keeps what _Linear keeps
+class _GeluLinear(_Linear):  # saves the same tensors
     @staticmethod
     def forward(x, weight, bias):
         return _product(F.gelu(x), weight, bias)
@@ -130,6 +130,6 @@ class _GeluLinear(_Linear):  # keeps what _Linear keeps
         grad_x = _product(grad, weight.t(), None)
         grad = _flat(grad)
         grad_weight = _weight_gradient(grad, _flat(F.gelu(x)))
-        # In place: memory that is fresh to the process costs more than the arithmetic.
+        # In place, because page faults of new memory cost more than the arithmetic.
         torch.ops.aten.gelu_backward.grad_input(grad_x, x, grad_input=grad_x)
         return grad_x, grad_weight, grad.sum(0)

@@ -35,7 +35,7 @@ class MAE(DecoderMixin, Encoder):
 
         ``images`` (B, C, H, W): uint8, or floating point normalised already. The loss and its gradients equal those of
         ``forward`` under the same masking up to rounding. Images may have any size that the patch size divides
-        (``add_size``). Raises ValueError on others, and on a masking of another number of images or patches.
+        (``add_size``). Raises ValueError on other sizes, and on a masking of another number of images or patches.
         """
         self.check_masking(images, masking)
         pred = self.predict(self.encode_visible(images, masking.ids_keep), masking, tuple(images.shape[2:]))
@@ -45,22 +45,22 @@ class MAE(DecoderMixin, Encoder):
         )
 
     def check_masking(self, images: Tensor, masking: Masking) -> None:
-        """Raise ValueError unless ``masking`` is of as many images, and patches each, as ``images`` (B, C, H, W) has."""
+        """Raise ValueError unless ``masking`` has the number of images, and of patches in each, of ``images`` (B, C, H, W)."""
         self.check_size(images)
         B, _, H, W = images.shape
         p = self.config.patch_size
         rows, columns = H // p, W // p
         if tuple(masking.ids_restore.shape) != (B, rows * columns) or masking.ids_keep.shape[0] != B:
             raise ValueError(
-                f"masking must be of {B} images of {rows} x {columns} = {rows * columns} patches for images of {H} x {W}, "
-                f"got one of {masking.ids_restore.shape[0]} images of {masking.ids_restore.shape[1]} patches"
+                f"masking must have {B} images of {rows} x {columns} = {rows * columns} patches for images of {H} x {W}, "
+                f"got {masking.ids_restore.shape[0]} images of {masking.ids_restore.shape[1]} patches"
             )
 
     def forward(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The reference's call: loss, pred (B, L, P) of all patches, mask (B, L) float, 0 kept and 1 removed.
 
         ``images`` (B, C, H, W): floating point normalised already, or uint8. ``noise`` (B, L) fixes the mask, smallest
-        kept; None draws it anew. Raises ValueError on a ratio that keeps nothing or everything.
+        kept; None draws a new one. Raises InputError on a ratio that keeps nothing or everything.
         """
         images = self.normalize(images)
         latent, mask, ids_restore = self.forward_encoder(images, mask_ratio, noise)

@@ -1,4 +1,4 @@
-"""Which patches are seen and which are predicted: index tensors in place of a boolean mask.
+"""Which patches are visible and which are predicted: index tensors in place of a boolean mask.
 
     ids_shuffle = argsort(noise);           ids_restore = argsort(ids_shuffle)
     ids_keep = ids_shuffle[:K];             ids_predict = ids_shuffle[K:K+Q]
@@ -27,7 +27,7 @@ class Masking(NamedTuple):
     ids_predict: Tensor
     """(B, Q): the patches to predict, in the order of the prediction's rows."""
     ids_restore: Tensor
-    """(B, L): where each patch stands in the shuffled order; below K means visible."""
+    """(B, L): the position of each patch in the shuffled order; below K means visible."""
 
 
 def random_masking(
@@ -45,7 +45,7 @@ def random_masking(
     """A random masking of ``batch`` images of ``patches`` patches.
 
     With ``seed``: the noise of (seed, ``epoch``, ``sample_ids``), where ``sample_ids`` (B,) int64 defaults to
-    0, 1, ... and ``epoch`` is an int or (B,). With ``noise`` (B, L): that noise, smallest kept. With neither: a fresh
+    0, 1, ... and ``epoch`` is an int or (B,). With ``noise`` (B, L): that noise, smallest kept. With neither: a
     draw from torch's generator. ``num_predict``: Q, if fewer than all masked patches are to be predicted. ``device``
     defaults to that of ``sample_ids`` or ``noise``. Raises InputError on a ratio that keeps nothing or everything, and on a
     seed of more than 64 bits.

@@ -2,24 +2,23 @@
 
     pos[(y, x)] = [sin(x w), cos(x w), sin(y w), cos(y w)],        w_i = 10000**(-i / (D/4)),  i < D/4
 
-A smaller or larger picture of the same scene has its own grid inside that of another: x = (i + 1/2) G / g - 1/2.
+A grid of g patches over the same scene as one of G has the coordinates x = (i + 1/2) G / g - 1/2.
 
 The first half of the channels encodes the column, the second the row. Source: facebookresearch/mae ``util/pos_embed.py``
-states the same table; the swap of the two halves is a known mistake of reimplementations.
+has the same table; swapping the two halves is a known mistake of reimplementations.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SAME = 1e-5  # between float32 tables by different programs; those of lower precision are compared as rounded
+_SAME = 1e-5  # between float32 tables of different programs; those of lower precision are compared after rounding
 
 
 def sincos_positions(dim: int, grid: tuple[int, int], within: tuple[int, int] | None = None) -> Tensor:
     """Table (1, 1 + L, dim) float32 for a grid of (rows, columns), row-major; row 0, the class token's, is zero.
 
-    ``within``: the grid in whose units places are measured, by default its own. Computed in float64. ``dim`` must be a
-    multiple of 4.
+    ``within``: the grid whose coordinates are used, by default its own. Computed in float64. ``dim`` must be a multiple of 4.
     """
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
 
@@ -36,8 +35,8 @@ def sincos_positions(dim: int, grid: tuple[int, int], within: tuple[int, int] | 
 
 
 def resized(table: Tensor, grid: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """``table`` (1, 1 + L, D) of ``grid`` for another grid over the same scene: the sin-cos table, known by its values, is
-    computed at the new places; any other is interpolated bicubically, and row 0 kept."""
+    """``table`` (1, 1 + L, D) of ``grid`` for another grid over the same scene: the sin-cos table, recognised by its values, is
+    computed at the new coordinates; any other is interpolated bicubically, and row 0 kept."""
     dim = table.shape[-1]
     if torch.allclose(table, sincos_positions(dim, grid).to(table), rtol=0, atol=_SAME):
         return sincos_positions(dim, new, grid).to(table)

@@ -1,7 +1,7 @@
-"""Weights in and out of files: ours and the reference's, without ever running code from a file.
+"""Read and write weights, in our format and the reference's, without ever running code from a file.
 
 Ours is a safetensors file whose metadata holds the model's config; the reference's ``.pth`` holds ``{'model': state dict}``, of
-the whole autoencoder or of its encoder alone, with the same parameter names, so converting renames nothing.
+the full autoencoder or its encoder alone, with the same parameter names, so converting renames nothing.
 """
 
 import argparse
@@ -28,26 +28,26 @@ _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # encoder width to heads
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds."""
+    """The contents of a file."""
 
     path: Path
     tensors: dict[str, Tensor]
     config: ModelConfig | None
-    """None where the file does not state it and shapes cannot tell."""
+    """None if the file does not state it and it does not follow from the shapes."""
     knows_target: bool
-    """Whether the file itself says if the target was normalised pixels."""
+    """Whether the file states if the target was normalised pixels."""
     knows_config: bool = False
-    """Whether the file itself states all of the config, which otherwise follows from shapes."""
+    """Whether the file states the full config, rather than the shapes."""
     norm_pix_loss: bool = False
-    """What the file says of the target, if it does."""
+    """Whether the target was normalised pixels, if the file states it."""
 
     @property
     def is_encoder_only(self) -> bool:
-        """No decoder: features can be had, reconstructions cannot."""
+        """No decoder: it gives features, but no reconstructions."""
         return "mask_token" not in self.tensors
 
     def encoder(self) -> "Weights":
-        """The encoder's part: a ViT under timm's names."""
+        """The encoder's weights alone: a ViT with timm's names."""
         kept = {n: t for n, t in self.tensors.items() if not n.startswith("decoder_") and n != "mask_token"}
         return replace(self, tensors=kept)
 
@@ -65,13 +65,13 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def save_model(model: MAE, path: str | Path) -> None:
-    """Write the model's weights and config as safetensors, whole or not at all."""
+    """Write the model's weights and config as safetensors, atomically."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_tensors(state, path, {_CONFIG: model.config.to_json()})
 
 
 def save_weights(weights: Weights, path: str | Path) -> None:
-    """Write what was read: ``.pth`` in the reference's form, ``.safetensors`` with the config if it is known.
+    """Write ``weights``: ``.pth`` in the reference's format, ``.safetensors`` with the config if it is known.
 
     Raises InputError on another suffix.
     """
@@ -86,10 +86,10 @@ def save_weights(weights: Weights, path: str | Path) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write named tensors as safetensors, whole or not at all."""
+    """Write named tensors as safetensors, atomically."""
     with write_atomically(Path(path)) as file:
         try:
-            save_file(tensors, file.name, metadata)  # unlike ``save``, it lets other threads go on
+            save_file(tensors, file.name, metadata)  # unlike ``save``, it releases the GIL
         except SafetensorError as error:
             number = re.search(r"os error (\d+)", str(error))
             if number is None:
@@ -98,9 +98,9 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[st
 
 
 def save_pth(weights: Weights, path: str | Path) -> None:
-    """Write the reference's form: ``{'model': state dict, 'args': ...}``, which its own scripts load.
+    """Write the reference's format: ``{'model': state dict, 'args': ...}``, which its own scripts load.
 
-    ``args`` carries the config as text, so that nothing is lost on the way back.
+    ``args`` also holds the config as JSON, for ``read_weights``.
     """
     config = weights.config if weights.knows_target else None
     known = {"norm_pix_loss": config.norm_pix_loss, _NAMESPACE_FIELD: config.to_json()} if config else {}
@@ -108,7 +108,7 @@ def save_pth(weights: Weights, path: str | Path) -> None:
     with write_atomically(Path(path)) as file:
         try:
             torch.save({"model": weights.tensors, "args": arguments}, file)
-        except RuntimeError as error:  # of torch's own, which hides what the disk said
+        except RuntimeError as error:  # torch's, which hides the OSError
             if not isinstance(hidden := error.__context__, OSError):
                 raise
             raise OSError(hidden.errno, hidden.strerror, str(path)) from error
@@ -118,10 +118,10 @@ def load_model(path: str | Path, heads: int | None = None, decoder_heads: int | 
                norm_pix_loss: bool | None = None) -> MAE:  # fmt: skip
     """The autoencoder in ``path``, a ``.safetensors`` or ``.pth`` file, on the CPU.
 
-    ``heads``, ``decoder_heads`` and ``norm_pix_loss`` state what the shapes of a file that does not hold its config cannot
-    show: attention heads of the encoder's and the decoder's blocks, and whether the target was normalised pixels. Raises
-    InputError on an encoder-only file, an unknown architecture, heads that do not divide the width or contradict the file, or a
-    target that neither file nor caller states.
+    ``heads``, ``decoder_heads`` and ``norm_pix_loss`` are for files without a config, because shapes do not show them:
+    attention heads of the encoder's and the decoder's blocks, and whether the target was normalised pixels. Raises InputError
+    on an encoder-only file, an unknown architecture, heads that do not divide the width or contradict the file, or a target
+    that neither file nor caller states.
     """
     weights = read_weights(path)
     if weights.is_encoder_only:
@@ -132,13 +132,15 @@ def load_model(path: str | Path, heads: int | None = None, decoder_heads: int | 
     config = _with_heads(weights, heads, decoder_heads)
     if config is None:
         raise InputError(
-            f"{weights.path}: cannot tell the architecture from its shapes; give fastmae.load_model heads and decoder_heads, "
-            "or build the model by its ModelConfig in Python and save it with fastmae.model.weights.save_model"
+            f"{weights.path}: unknown architecture, its config does not follow from its shapes; pass heads, decoder_heads to "
+            "fastmae.load_model, or build the model by its ModelConfig and save it with fastmae.model.weights.save_model"
         )
     if norm_pix_loss is None and not weights.knows_target:
-        raise InputError(f"{weights.path}: does not say what it predicts; add --norm-pix-loss True or False (norm_pix_loss=)")
+        raise InputError(
+            f"{weights.path}: does not state its norm_pix_loss; add --norm-pix-loss True or False (norm_pix_loss=)"
+        )
     target = config.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
-    # Attention, residual dtype and checkpointing are matters of how it was trained, not of the weights.
+    # Not attention, residual and checkpointing, which belong to the training run.
     model = MAE(ModelConfig(**{**config.architecture, "norm_pix_loss": target}))
     load_strictly(model, weights)
     return model
@@ -153,8 +155,8 @@ def load_strictly(model: MAE, weights: Weights) -> None:
     for name, tensor in weights.tensors.items():
         if tensor.shape != own[name].shape:
             raise DataError(
-                f"{weights.path}: another architecture, {name} is {tuple(tensor.shape)} there and {tuple(own[name].shape)} "
-                "in the model; use the preset and image size it was trained with"
+                f"{weights.path}: another architecture, {name} is {tuple(tensor.shape)} in the file and "
+                f"{tuple(own[name].shape)} in the model; use the preset and image size it was trained with"
             )
     model.load_state_dict(weights.tensors)
 
@@ -163,7 +165,7 @@ def infer_config(tensors: dict[str, Tensor], norm_pix_loss: bool = False, heads:
                  decoder_heads: int | None = None) -> ModelConfig | None:  # fmt: skip
     """The config of a full state dict from its shapes, for square images; None if they fit no known width.
 
-    Heads cannot be seen in shapes: if not given, the encoder's follow from its width, the decoder's are 32 channels each.
+    Shapes do not show the heads: by default the encoder's follow from its width, and the decoder's have 32 channels each.
     Raises InputError on heads that do not divide the width.
     """
     if tensors["patch_embed.proj.weight"].ndim != 4 or tensors["pos_embed"].ndim != 3:
@@ -195,12 +197,12 @@ def infer_config(tensors: dict[str, Tensor], norm_pix_loss: bool = False, heads:
 
 
 def _with_heads(weights: Weights, heads: int | None, decoder_heads: int | None) -> ModelConfig | None:
-    """The config of ``weights`` if its heads are those given. Raises InputError where they cannot be."""
+    """The config of ``weights`` with the given heads. Raises InputError if they contradict the file or do not fit."""
     given = {n: h for n, h in (("num_heads", heads), ("decoder_num_heads", decoder_heads)) if h is not None}
     if weights.knows_config:
         for name, number in given.items():
             if number != (own := getattr(weights.config, name)):
-                raise InputError(f"{weights.path}: states {name} {own}, got {number}; leave it to the file")
+                raise InputError(f"{weights.path}: states {name} {own}, got {number}; do not give it")
     elif given:
         try:
             return infer_config(weights.tensors, weights.norm_pix_loss, heads, decoder_heads)
@@ -219,14 +221,14 @@ def _read_safetensors(path: Path) -> Weights:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: damaged or no safetensors file, {error}") from error
+        raise DataError(f"{path}: damaged, or not a safetensors file, {error}") from error
     if _CONFIG in metadata:
         return Weights(path, tensors, ModelConfig.from_json(metadata[_CONFIG]), knows_target=True, knows_config=True)
     return _without_config(path, tensors, None)
 
 
 def _in_utf8(path: Path, handle: int) -> str:
-    """``path``, or if that is no UTF-8, which safetensors asks for, the name of its open file."""
+    """``path``, or the name of its open file in /proc if ``path`` is not UTF-8, which safetensors requires."""
     name = os.fspath(path)
     return f"/proc/self/fd/{handle}" if re.search("[\udc80-\udcff]", name) else name
 
@@ -235,7 +237,7 @@ def _read_pth(path: Path) -> Weights:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             document = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles raise anything; none of it is ours to tell apart
+    except Exception as error:  # damaged pickles raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{path}: damaged, or holds more than tensors; nothing in it was run ({reason})") from error
     tensors = document.get("model", document) if isinstance(document, dict) else None
@@ -251,6 +253,6 @@ def _read_pth(path: Path) -> Weights:
 def _without_config(path: Path, tensors: dict[str, Tensor], norm_pix_loss: bool | None) -> Weights:
     missing = [n for n in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight") if n not in tensors]
     if missing:
-        raise DataError(f"{path}: no masked autoencoder, {missing[0]} is missing")
+        raise DataError(f"{path}: not a masked autoencoder, {missing[0]} is missing")
     config = infer_config(tensors, bool(norm_pix_loss))
     return Weights(path, tensors, config, knows_target=norm_pix_loss is not None, norm_pix_loss=bool(norm_pix_loss))

@@ -1,8 +1,8 @@
-"""The plan of an unfinished build: what is built, which shards are finished, and which process builds.
+"""The journal of an unfinished build: its settings, its finished shards, and the lock of the process that builds.
 
-``.unfinished`` stands in a folder of shards for as long as it is being built. It holds ``plan.json`` (the settings, and a hash
-of the list of images), ``shard-000000.json`` for each finished shard (rows of the index, length and hash of the tar, bad
-images), and the folder's lock. A build that was killed goes on from there, and its result is that of one that was not.
+A folder of shards has a subfolder ``.unfinished`` while it is being built: ``plan.json`` (the settings, and a hash of the list
+of images), ``shard-000000.json`` for each finished shard (rows of the index, length and hash of the tar, bad images), and the
+lock. A build that was killed resumes from there, and its result is identical to that of an uninterrupted one.
 """
 
 import contextlib
@@ -24,16 +24,16 @@ from fastmae.shards.index import FORMAT, JSON_NAME, ROW, Shard
 
 UNFINISHED = ".unfinished"
 _PLAN, _REMOVED = "plan.json", f"{UNFINISHED}.removed"
-_STALE = (".shard-*.partial", ".index.*.partial", ".plan.*.partial", ".writable-*")  # what a killed build leaves
-_PATIENCE = 1.0  # seconds until a held lock is believed: a build that was killed just now drops it in a moment
+_STALE = (".shard-*.partial", ".index.*.partial", ".plan.*.partial", ".writable-*")  # temporary files of a killed build
+_PATIENCE = 1.0  # seconds to wait for the lock: a build that was killed just now releases it in a moment
 
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """What is known of a finished shard."""
+    """A finished shard."""
 
     shard: Shard
-    """Without samples if none of its images can be read; it has no tar then."""
+    """Without samples, and without a tar, if none of its images can be read."""
     table: np.ndarray
     """(samples,) of ``ROW``; its shard column is not set."""
     bad: list[str]
@@ -42,24 +42,24 @@ class Built:
 
 @dataclass(frozen=True)
 class Plan:
-    """The unfinished build in ``out``, which this process holds."""
+    """The unfinished build in ``out``, locked by this process."""
 
     out: Path
 
     @property
     def folder(self) -> Path:
-        """Where the plan lies."""
+        """The folder of the journal."""
         return self.out / UNFINISHED
 
     def finish(self, number: int, built: Built) -> None:
-        """Note that shard ``number`` stands in the folder, whole."""
+        """Record that shard ``number`` is complete."""
         document = {"shard": vars(built.shard), "rows": built.table.tolist(), "bad": built.bad}
-        _write(self._note(number), document)
+        _write(self._record(number), document)
 
     def finished(self, number: int) -> Built | None:
-        """What was noted of shard ``number``, if its tar is there with all its bytes as they were."""
+        """The record of shard ``number``, if its tar is there and its bytes have not changed."""
         try:
-            document = _read(self._note(number))
+            document = _read(self._record(number))
             table = np.array([tuple(row) for row in document["rows"]], dtype=ROW)
             built = Built(shard=Shard(**document["shard"]), table=table, bad=document["bad"])
             if built.shard.samples:
@@ -74,17 +74,17 @@ class Plan:
         return built
 
     def remove(self) -> None:
-        """Forget the plan: the build is finished, or has nothing to go on from."""
-        self.folder.rename(self.out / _REMOVED)  # in one step: whoever looks sees a finished build or one to go on with
+        """Remove the journal: the build is finished, or cannot be resumed."""
+        self.folder.rename(self.out / _REMOVED)  # atomic: a reader sees a finished build or a resumable one
         shutil.rmtree(self.out / _REMOVED, ignore_errors=True)
 
-    def _note(self, number: int) -> Path:
+    def _record(self, number: int) -> Path:
         return self.folder / f"shard-{number:06d}.json"
 
 
 @contextlib.contextmanager
 def hold_plan(out: Path, settings: dict, listing: Listing) -> Iterator[Plan]:
-    """The plan of building ``listing`` into the folder ``out``, begun or gone on with; nobody else can hold it meanwhile.
+    """The plan of building ``listing`` into the folder ``out``, new or resumed, under the lock of its journal.
 
     Raises InputError if the folder holds shards but no unfinished build, or one of other settings or images, or if another
     process is building there.
@@ -93,7 +93,7 @@ def hold_plan(out: Path, settings: dict, listing: Listing) -> Iterator[Plan]:
     with _locked(out):
         plan = Plan(out)
         try:
-            _refuse_shards(out)  # the one that held the lock before may have finished
+            _refuse_shards(out)  # the process that held the lock before may have finished
         except InputError:
             plan.remove()
             raise
@@ -109,7 +109,7 @@ def hold_plan(out: Path, settings: dict, listing: Listing) -> Iterator[Plan]:
 
 
 def _refuse_shards(out: Path) -> None:
-    shutil.rmtree(out / _REMOVED, ignore_errors=True)  # of a build that was killed in its last moment
+    shutil.rmtree(out / _REMOVED, ignore_errors=True)  # of a build that was killed while it removed its journal
     if not (out / UNFINISHED / _PLAN).exists() and ((out / JSON_NAME).exists() or any(out.glob("*.tar"))):
         raise InputError(f"{out}: holds shards already; choose an empty folder, or remove it first")
 
@@ -118,21 +118,21 @@ def _refuse_other(out: Path, path: Path, now: dict) -> None:
     try:
         then = _read(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged, {error}; remove the folder {out} and build anew") from error
+        raise InputError(f"{path}: damaged, {error}; remove the folder {out} and build again") from error
     was, is_now = then["settings"], now["settings"]
     changed = [f"{n} was {was.get(n)!r}, now {is_now.get(n)!r}" for n in {**was, **is_now} if was.get(n) != is_now.get(n)]
     if changed:
         raise InputError(
-            f"{out}: holds an unfinished build of other settings: {'; '.join(changed)}; give the same settings to go on with "
-            "it, or remove the folder to build anew"
+            f"{out}: holds an unfinished build with other settings: {'; '.join(changed)}; give the same settings to resume it, "
+            "or remove the folder to build again"
         )
     if then != now:
-        what = f"there were {then['images']}, now {now['images']}"
+        what = f"it had {then['images']} images, now {now['images']}"
         if then["images"] == now["images"]:
-            what = "the path, length or time of change of one is another now"
+            what = "the path, length or time of change of at least one has changed"
         raise InputError(
-            f"{out}: holds an unfinished build of other images: {what}; restore them to go on with it, or remove the folder "
-            "to build anew"
+            f"{out}: holds an unfinished build of other images: {what}; restore them to resume it, or remove the folder to "
+            "build again"
         )
 
 
@@ -140,11 +140,7 @@ def _refuse_other(out: Path, path: Path, now: dict) -> None:
 def _locked(out: Path) -> Iterator[None]:
     """Hold the lock of the unfinished build in ``out``. Raises InputError that names its holder."""
     lock = FolderLock(out / UNFINISHED, "build", "choose another folder")
-    try:
-        warning = lock.acquire(_PATIENCE)
-    except NotADirectoryError as error:
-        raise InputError(f"{out / UNFINISHED}: left by an older fastmae; remove {out} and build again") from error
-    if warning:
+    if warning := lock.acquire(_PATIENCE):
         warnings.warn(warning, stacklevel=4)
     try:
         yield
@@ -159,7 +155,7 @@ def _write(path: Path, content: dict) -> None:
 
 
 def _read(path: Path) -> dict:
-    """The content that was written. Raises OSError, ValueError, KeyError or TypeError if it is not there as it was."""
+    """The content that was written. Raises OSError, ValueError, KeyError or TypeError if it is missing or damaged."""
     document = json.loads(path.read_bytes())
     if document["xxh3"] != _hash(document["content"]):
         raise ValueError("its contents do not match their own hash")

@@ -7,19 +7,19 @@ from collections import OrderedDict
 
 from fastmae.errors import DataError, SampleError
 from fastmae.shards.index import Index, checksum
-
-_BLOCK = 512  # bytes of a tar header
+from fastmae.shards.samples import states_size
+from fastmae.shards.tar import BLOCK
 
 
 class ShardReader:
-    """Random access to the images of an index. Safe to carry into a worker process: each opens its own files."""
+    """Random access to the images of an index. May be sent to worker processes: each opens its own files."""
 
     def __init__(self, index: Index):
         self.index = index
         self._files: OrderedDict[int, int] = OrderedDict()
         weakref.finalize(self, _close, self._files)
         self._memory = bytearray()
-        self._most = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._max_files = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
     def __getstate__(self):
         return {**self.__dict__, "_files": OrderedDict(), "_memory": bytearray()}
@@ -31,42 +31,38 @@ class ShardReader:
     def view(self, sample: int) -> memoryview:
         """The image bytes of ``sample``, in memory that the next read overwrites.
 
-        Raises DataError naming path and offset if the tar has no such image there, SampleError if the image's own bytes are
-        not those that were indexed.
+        Raises DataError naming path and offset if the tar has no such image there, SampleError if the image's bytes do not
+        match their checksum.
         """
         shard, size, offset, _, check = self.index.table[sample].item()
-        if len(self._memory) < _BLOCK + size:  # kept, because fresh memory costs a fault for each page
-            self._memory = bytearray(_BLOCK + size)
-        data = memoryview(self._memory)[: _BLOCK + size]
+        if len(self._memory) < BLOCK + size:  # reused, because fresh memory costs a page fault each 4 KiB
+            self._memory = bytearray(BLOCK + size)
+        data = memoryview(self._memory)[: BLOCK + size]
         try:
-            found = os.preadv(self._file(shard), [data], offset - _BLOCK)
+            found = os.preadv(self._file(shard), [data], offset - BLOCK)
         except OSError as error:
-            raise DataError(f"{self.place(sample)}: cannot be read, {error.strerror}") from error
-        try:
-            stated = int(bytes(data[124:136]).rstrip(b" \0"), 8)
-        except ValueError:
-            stated = -1
-        if stated != size or found != _BLOCK + size:
+            raise DataError(f"{self.location(sample)}: cannot be read, {error.strerror}") from error
+        if found != BLOCK + size or not states_size(data, size):
             raise DataError(
-                f"{self.path(sample)}: the index does not match the tar at offset {offset}: it lists an image of {size} "
-                "bytes there; restore the shard, build it again, or index it anew"
+                f"{self.path(sample)}: the index does not match the tar at offset {offset}, where it lists an image of {size} "
+                "bytes; restore the shard, build it again, or index it again"
             )
-        image = data[_BLOCK:]
+        image = data[BLOCK:]
         if checksum(image) != check:
-            raise SampleError(f"its {size} bytes at offset {offset} are not those that were indexed (checksum)")
+            raise SampleError(f"its {size} bytes at offset {offset} do not match their checksum in the index")
         return image
 
     def name(self, sample: int) -> str:
-        """Shard and key of ``sample``, for messages; its place if the shard cannot be read."""
+        """Shard and key of ``sample``, for messages; shard and offset if the shard cannot be read."""
         shard, _, offset, _, _ = self.index.table[sample].item()
         try:
-            header = os.pread(self._file(shard), 100, offset - _BLOCK)
+            header = os.pread(self._file(shard), 100, offset - BLOCK)
         except (OSError, DataError):
-            return self.place(sample)
+            return self.location(sample)
         return f"{self.path(sample)}: {header.rstrip(bytes(1)).decode(errors='surrogateescape')}"
 
-    def place(self, sample: int) -> str:
-        """Shard and offset of ``sample``, for messages: nothing is read."""
+    def location(self, sample: int) -> str:
+        """Shard and offset of ``sample``, for messages, without reading anything."""
         return f"{self.path(sample)}: offset {int(self.index.table[sample]['offset'])}"
 
     def path(self, sample: int) -> str:
@@ -74,14 +70,14 @@ class ShardReader:
         return str(self.index.folder / self.index.shards[int(self.index.table[sample]["shard"])].name)
 
     def _file(self, shard: int) -> int:
-        """A file handle of ``shard``; the ones used longest ago are closed."""
+        """A file handle of ``shard``; the least recently used ones are closed."""
         if shard not in self._files:
             path = self.index.folder / self.index.shards[shard].name
             try:
                 self._files[shard] = os.open(path, os.O_RDONLY)
             except OSError as error:
                 raise DataError(f"{path}: cannot be read, {error.strerror}") from error
-            if len(self._files) > self._most:
+            if len(self._files) > self._max_files:
                 os.close(self._files.popitem(last=False)[1])
         self._files.move_to_end(shard)
         return self._files[shard]

@@ -1,4 +1,4 @@
-"""What a folder holds of a copy of shards. Complete ones are known by their length, time of change and a note of their hash."""
+"""What a folder holds of a copy of shards: complete ones have the size, time of change and hash that its manifest records."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ from fastmae.errors import DataError
 from fastmae.files import digest
 from fastmae.shards.index import JSON_NAME, TABLE_NAME, Index, Shard
 
-NOTES = ".staged"
+MANIFEST = ".staged"
 
 
 def staged_folder(root: str | Path, index: Index) -> Path:
@@ -17,7 +17,7 @@ def staged_folder(root: str | Path, index: Index) -> Path:
 
 
 def is_complete(folder: Path, index: Index) -> bool:
-    """Whether ``folder`` is a finished copy whose shards are as they were noted."""
+    """Whether ``folder`` is a finished copy whose shards have not changed since."""
     if not (folder / JSON_NAME).is_file() or not (folder / TABLE_NAME).is_file():
         return False
     try:
@@ -26,12 +26,12 @@ def is_complete(folder: Path, index: Index) -> bool:
         return False
     if (copy.fingerprint, copy.classes, copy.build) != (index.fingerprint, index.classes, index.build):
         return False
-    noted = read_notes(folder / NOTES)
-    return all(noted.get(shard.name) == note_of(folder / shard.name, shard) for shard in copy.shards)
+    records = read_manifest(folder / MANIFEST)
+    return all(records.get(shard.name) == record_of(folder / shard.name, shard) for shard in copy.shards)
 
 
 def names_in_copy(index: Index) -> list[str]:
-    """The shards' names in the copy: their own, unless some lie elsewhere than beside their index."""
+    """The shards' names in the copy: their own, unless some are in other folders than their index."""
     names = [shard.name for shard in index.shards]
     if all(name == Path(name).name and not name.startswith(".") for name in names) and len({*names}) == len(names):
         return names
@@ -39,7 +39,7 @@ def names_in_copy(index: Index) -> list[str]:
 
 
 def lacking_bytes(index: Index, folder: Path) -> int:
-    """Bytes that a copy still needs; 0 if no shard lacks. What is of the right length is taken for good."""
+    """Bytes that a copy still needs, 0 if all shards are there; those of the right size count as complete."""
     lacking = [
         shard.bytes
         for name, shard in zip(names_in_copy(index), index.shards, strict=True)
@@ -48,12 +48,12 @@ def lacking_bytes(index: Index, folder: Path) -> int:
     return sum(lacking) + index.table.nbytes if lacking else 0
 
 
-def is_there(path: Path, shard: Shard, note: list | None) -> bool:
-    """Whether ``path`` is the whole shard: as it was noted, or by its hash. One that is not is removed."""
+def is_complete_shard(path: Path, shard: Shard, record: list | None) -> bool:
+    """Whether ``path`` is all of the shard, by its ``record`` or its hash. One that is not is removed."""
     if size_of(path) is None:
         return False
     if size_of(path) == shard.bytes:
-        if note == note_of(path, shard):
+        if record == record_of(path, shard):
             return True
         with path.open("rb") as file:
             if digest(file) == shard.xxh3:
@@ -69,17 +69,38 @@ def size_of(path: Path) -> int | None:
         return None
 
 
-def note_of(path: Path, shard: Shard) -> list:
+def record_of(path: Path, shard: Shard) -> list:
+    """A shard's line of the manifest: name, bytes, time of change in ns, hash."""
     found = path.stat()
     return [path.name, found.st_size, found.st_mtime_ns, shard.xxh3]
 
 
-def read_notes(path: Path) -> dict[str, list]:
-    """The last note of each shard; lines that are none are passed over: their shards are hashed again."""
-    noted = {}
+def read_manifest(path: Path) -> dict[str, list]:
+    """The last record of each shard by its name; damaged lines are skipped, and their shards hashed again."""
+    records = {}
     with contextlib.suppress(OSError):
         for line in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError, IndexError):
-                note = json.loads(line)
-                noted[note[0]] = note
-    return noted
+                record = json.loads(line)
+                records[record[0]] = record
+    return records
+
+
+class Manifest:
+    """The manifest of a folder, appended to while it is copied. A full disk costs records, so that their shards are hashed by
+    the next start. Raises OSError if it cannot be opened."""
+
+    def __init__(self, folder: Path):
+        self.records = read_manifest(folder / MANIFEST)
+        self._file = (folder / MANIFEST).open("ab", buffering=0)
+        self._write("\n")  # ends a line that a killed copy left incomplete
+
+    def add(self, record: list) -> None:
+        self._write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._file.write(text.encode())

@@ -1,4 +1,4 @@
-"""Which shards a text names, and how one is opened: local files, http, s3 and gs through fsspec, commands only if asked for."""
+"""Shards by folder, path pattern or URL: found, and opened; http, s3 and gs through fsspec, ``pipe:`` only if allowed."""
 
 import contextlib
 import gzip
@@ -9,30 +9,32 @@ from typing import BinaryIO
 from fastmae.errors import DataError, InputError
 from fastmae.optional import require
 from fastmae.shards.journal import UNFINISHED
+from fastmae.shards.tar import COMPRESSED
 
-_EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gs"}  # scheme -> extra of fsspec that reads it
+_EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gs"}  # scheme -> the extra of fsspec for it
 _PIPE = "pipe:"
-_PACKED = (b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # bzip2, xz, zstd
-_END = 1024  # zero bytes that end a tar
+_END = 1024  # zero bytes of the end marker of a tar
 
 
 def find_shards(data: str | Path, world_size: int, *, allow_pipe: bool = False) -> list[str]:
     """The shards that ``data`` names: a folder of tars, or paths or URLs with {000..999} expanded.
 
-    Raises InputError if there are none, or fewer than ranks, or if they cannot be read, or on ``pipe:`` unless it is allowed.
+    Raises InputError if there are none, fewer than ranks, or if they cannot be read, and on ``pipe:`` unless it is allowed.
     """
     text = str(data)
     shards = _of_folder(Path(text)) if Path(text).is_dir() else _of_pattern(text, allow_pipe)
     if len(shards) < world_size:
-        raise InputError(f"{text}: {len(shards)} shards cannot feed {world_size} ranks; write smaller shards, or index them")
+        raise InputError(
+            f"{text}: {len(shards)} shards for {world_size} ranks, each needs one; write smaller shards, or index them"
+        )
     return shards
 
 
 def open_shards(urls: list[str], opened: list[str]) -> Iterator[dict]:
     """webdataset's first stage: ``{"url", "stream"}`` of each, decompressed; those opened are appended to ``opened``.
 
-    webdataset stops without a word at a damaged header, and takes a tar that is cut between two members for a whole one. So
-    what it left unread of each is looked at here: DataError if that is more than the zeros that end a tar, or if they lack.
+    webdataset stops silently at a damaged header, and takes a tar that is truncated between two members for a complete one. So
+    what it left unread is checked here: DataError unless that is the end marker, zeros alone.
     """
     for url in urls:
         with contextlib.ExitStack() as stack:
@@ -40,8 +42,8 @@ def open_shards(urls: list[str], opened: list[str]) -> Iterator[dict]:
             file = _Peeked(stack.enter_context(_open(url)))
             if file.head.startswith(b"\x1f\x8b"):
                 file = stack.enter_context(gzip.GzipFile(fileobj=file))
-            elif file.head.startswith(_PACKED):
-                raise DataError(f"{url}: of compressed tars only gzip is read; unpack it")
+            elif file.head.startswith(COMPRESSED):
+                raise DataError(f"{url}: compressed, and only gzip can be read; decompress it")
             watched = _Watched(file)
             yield {"url": url, "stream": watched}
             watched.check_rest(url)
@@ -49,9 +51,7 @@ def open_shards(urls: list[str], opened: list[str]) -> Iterator[dict]:
 
 def _of_folder(folder: Path) -> list[str]:
     if (folder / UNFINISHED).exists():
-        raise InputError(
-            f"{folder}: the build of these shards was not finished; the same `fastmae shards build` goes on with it"
-        )
+        raise InputError(f"{folder}: the build of these shards was not finished; the same `fastmae shards build` resumes it")
     shards = sorted(str(p) for p in folder.iterdir() if p.name.endswith((".tar", ".tar.gz", ".tgz")) and p.name[0] != ".")
     if not shards:
         raise InputError(f"{folder}: no shards; give a folder with index.json or tars, as `fastmae shards build` writes")
@@ -67,14 +67,14 @@ def _of_pattern(text: str, allow_pipe: bool) -> list[str]:
         scheme, colon, _ = shard.partition(":")
         if shard.startswith(_PIPE):
             if not allow_pipe:
-                raise InputError(f"{shard}: pipe: runs shell commands and is refused; --allow-pipe lets it run")
+                raise InputError(f"{shard}: pipe: runs shell commands and is refused; --allow-pipe allows it")
         elif not colon or scheme == "file" or "/" in scheme or Path(shard).exists():
             if not _local(shard).is_file():
                 raise InputError(
                     f"{shard}: no such shard or folder; give a folder of shards, or a pattern like a-{{000..099}}.tar"
                 )
         elif scheme not in _EXTRAS:
-            raise InputError(f"{shard}: URLs of {', '.join(_EXTRAS)} and file are read, not {scheme!r}")
+            raise InputError(f"{shard}: a URL must be of {', '.join(_EXTRAS)} or file, got {scheme!r}")
         else:
             _check_scheme(shard, scheme)
     return shards
@@ -101,7 +101,7 @@ def _open(url: str) -> BinaryIO:
 
 
 class _Peeked:
-    """A file whose first bytes were looked at."""
+    """A file whose first bytes have been read ahead."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -115,7 +115,7 @@ class _Peeked:
 
 
 class _Watched:
-    """A file whose reader is watched: how far it got, and whether it ended with the zeros that end a tar."""
+    """A file that knows how far it was read, and its last bytes."""
 
     def __init__(self, file: BinaryIO):
         self._file, self._position, self._last = file, 0, b""
@@ -127,12 +127,14 @@ class _Watched:
         return data
 
     def check_rest(self, url: str) -> None:
-        """Raise DataError if the tar goes on, or does not end as a tar does."""
+        """Raise DataError if more than zeros follow, or the end marker is missing."""
         stopped = self._position
         while block := self.read(1 << 20):
             if block.strip(b"\0"):
                 raise DataError(
-                    f"{url}: damaged: its reader stopped before offset {stopped} and data follow; restore the shard"
+                    f"{url}: damaged before offset {stopped}, where reading stopped although data follow; restore the shard"
                 )
         if self._last.strip(b"\0") or len(self._last) < _END:
-            raise DataError(f"{url}: cut at offset {self._position}: the end of a tar is missing; restore the shard")
+            raise DataError(
+                f"{url}: truncated at offset {self._position}: the end marker of a tar is missing; restore the shard"
+            )

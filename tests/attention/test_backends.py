@@ -1,4 +1,4 @@
-"""What is known against a backend before it is tried."""
+"""The known faults of backends."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_an_old_cudnn_is_refused_for_lengths_that_128_does_not_divide(number, qu
     assert refusal("cudnn", "cuda", Shape(queries, keys, 16, 32)) is None
 
 
-def test_a_torch_without_cudnn_or_with_one_that_it_refuses_has_none(monkeypatch):
+def test_a_cudnn_that_is_missing_or_refused_by_torch_is_refused(monkeypatch):
     def refuse():
         raise RuntimeError("cuDNN version incompatibility: PyTorch was compiled against\n (9, 15, 1)")
 
@@ -42,7 +42,7 @@ def test_a_torch_without_cudnn_or_with_one_that_it_refuses_has_none(monkeypatch)
     )
 
 
-def test_nothing_is_known_against_other_backends_and_devices(monkeypatch):
+def test_other_backends_and_devices_have_no_known_fault(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
     monkeypatch.setattr(backends, "load_runtime", lambda cuda: f"no runtime for {cuda}")
     monkeypatch.setattr(torch.version, "cuda", "13.0")

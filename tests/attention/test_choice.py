@@ -7,8 +7,8 @@ import torch
 
 from fastmae.model.attention import choice
 from fastmae.model.attention.backends import Shape
+from fastmae.model.attention.cache import cache_file
 from fastmae.model.attention.choice import adopt, fastest, measure, unmeasured
-from fastmae.model.attention.choice_file import cache_file
 from fastmae.model.attention.probe import probe, why_not
 from fastmae.model.config import BACKENDS
 
@@ -44,7 +44,7 @@ def test_the_fastest_is_chosen_once_and_kept_in_a_file(monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"choices": 3}', '{"choices": {"torch.float32: %s": {"backend": "abacus"}}}'])
-def test_a_damaged_file_is_measured_anew_and_mended(content, monkeypatch):
+def test_a_damaged_file_is_measured_again_and_replaced(content, monkeypatch):
     monkeypatch.setattr(choice, "measure", lambda *_: {"math": 1.0})
     cache_file("cpu").parent.mkdir()
     cache_file("cpu").write_text(content.replace("%s", str(SHAPE)))
@@ -67,7 +67,7 @@ def test_a_kept_backend_that_no_longer_works_is_not_used(monkeypatch):
     assert fastest("cpu", torch.float32, SHAPE) == "math"  # xformers works on no CPU
 
 
-def test_another_processs_choice_is_taken_over():
+def test_the_choice_of_another_process_is_used():
     adopt("cpu", torch.float32, {SHAPE: "math"})
     assert fastest("cpu", torch.float32, SHAPE) == "math"
     assert not cache_file("cpu").exists()
@@ -97,7 +97,7 @@ def test_no_home_and_no_user_name_cost_only_the_file(monkeypatch):
     assert fastest("cpu", torch.float32, SHAPE) == "math"
 
 
-def test_measuring_leaves_torchs_generator_alone():
+def test_measuring_does_not_use_torchs_generator():
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
@@ -112,4 +112,4 @@ def test_auto_is_never_much_slower_than_the_best():
     for shape in shapes:
         chosen = fastest("cuda", torch.bfloat16, shape)
         times = measure("cuda", torch.bfloat16, shape)
-        assert times[chosen] <= 1.1 * min(times.values())  # two measurements of a shared machine; the benchmark says it finer
+        assert times[chosen] <= 1.1 * min(times.values())  # two measurements of a shared machine; the benchmark is finer

@@ -1,4 +1,4 @@
-"""xformers beside a torch of another CUDA: its runtime is found where its package lies, or the package is named."""
+"""xformers with a torch for another CUDA: its runtime is found in its package, or the package is named."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def load(folder, cuda):
 
 @pytest.fixture
 def site(tmp_path):
-    """A folder of packages in which xformers 0.0.35 is installed, as far as its wheel says what it was built for."""
+    """A folder of packages in which xformers 0.0.35 is installed, as far as its wheel states its CUDA."""
     built = {"version": {"cuda": 1208, "hip": None, "torch": "2.10.0+cu128"}}
     install(tmp_path, "xformers", "0.0.35", {"xformers/cpp_lib.json": json.dumps(built).encode()})
     return tmp_path
@@ -55,10 +55,10 @@ def library(tmp_path_factory):
     return (folder / "a.so").read_bytes()
 
 
-def test_the_library_of_an_installed_package_is_loaded_for_all(site, library):
+def test_the_library_of_an_installed_package_is_loaded_globally(site, library):
     install(site, PACKAGE, "12.8.90", {f"nvidia/cuda_runtime/lib/{NAME}": library, "nvidia/cuda_runtime/include/a.h": b""})
     assert load(site, "13.0") == ["None", "True False False"]
-    assert load(site, "12.6") == ["None", "False False False"]  # torch brings it
+    assert load(site, "12.6") == ["None", "False False False"]  # torch includes it
     assert load(site, "") == ["None", "False False False"]  # no CUDA
 
 
@@ -70,13 +70,13 @@ def test_without_it_the_package_and_the_torch_that_fits_are_named(damage, site, 
         install(site, PACKAGE, "12.8.90", {f"nvidia/cuda_runtime/lib/{NAME}": b"\x7fELF"})
     reason, loaded = load(site, "13.0")
     assert reason == (
-        f"xformers 0.0.35 needs {NAME}, which a torch of CUDA 13.0 does not bring: pip install nvidia-cuda-runtime-cu12, or "
-        "use a torch of CUDA 12.8, for which it is built"
+        f"xformers 0.0.35 needs {NAME}, which a torch for CUDA 13.0 does not include: pip install nvidia-cuda-runtime-cu12, or "
+        "use a torch for CUDA 12.8, for which it is built"
     )
     assert loaded == "False False False"
 
 
 @pytest.mark.parametrize("stated", [{"version": {"cuda": 1300}}, {"version": {"cuda": None}}, {}, None])
-def test_an_xformers_that_is_not_built_for_cuda_12_lacks_nothing(stated, tmp_path):
+def test_an_xformers_that_is_not_built_for_cuda_12_needs_nothing(stated, tmp_path):
     install(tmp_path, "xformers", "0.0.99", {} if stated is None else {"xformers/cpp_lib.json": json.dumps(stated).encode()})
     assert load(tmp_path, "13.0")[0] == "None"

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fastmae.model.attention import choice_file, probe, trial
+from fastmae.model.attention import cache, probe, trial
 from fastmae.model.attention.backends import Shape
 from fastmae.model.attention.probe import notes, why_not
 from fastmae.model.attention.probe_process import ProbeError
@@ -52,24 +52,24 @@ def another_process(monkeypatch):
     monkeypatch.setattr(probe, "_found", {})
 
 
-def test_one_other_process_tries_all_backends_on_all_shapes_and_they_are_tried_once(gpu, monkeypatch):
-    gpu.verdicts = {"xformers": Verdict("it crashes"), "flash": Verdict("out of memory", lasts=False)}
+def test_one_child_tries_all_backends_on_all_shapes_once(gpu, monkeypatch):
+    gpu.verdicts = {"xformers": Verdict("crashed"), "flash": Verdict("out of memory", lasts=False)}
     probe.probe("cuda", DTYPE, SHAPES, index=2)
     # cuDNN 9.10.2 is not even tried on 50 tokens.
     wanted = [(b, s) for s in SHAPES for b in BACKENDS if (b, s) != ("cudnn", SHAPES[0])]
     assert gpu == [("cuda", 2, DTYPE, wanted)]
-    assert why_not("xformers", "cuda", DTYPE, SHAPES[0]) == "it crashes" and why_not("math", "cuda", DTYPE, SHAPES[1]) is None
-    assert "cuDNN 9.10.2 reads past the end" in why_not("cudnn", "cuda", DTYPE, SHAPES[0])
+    assert why_not("xformers", "cuda", DTYPE, SHAPES[0]) == "crashed" and why_not("math", "cuda", DTYPE, SHAPES[1]) is None
+    assert "cuDNN 9.10.2 reads out of bounds" in why_not("cudnn", "cuda", DTYPE, SHAPES[0])
     assert why_not("cudnn", "cuda", DTYPE, SHAPES[1]) is None
     assert len(gpu) == 1
     another_process(monkeypatch)
     probe.probe("cuda", DTYPE, SHAPES)
-    # What was remembered is not tried again; what says nothing of the backend was not remembered.
+    # What was cached is not tried again; what is no fault of the backend was not cached.
     assert gpu[1:] == [("cuda", 0, DTYPE, [("flash", s) for s in SHAPES])]
-    assert why_not("xformers", "cuda", DTYPE, SHAPES[0]) == "it crashes"
-    kept = json.loads(choice_file.cache_file("cuda").read_text())
+    assert why_not("xformers", "cuda", DTYPE, SHAPES[0]) == "crashed"
+    kept = json.loads(cache.cache_file("cuda").read_text())
     assert (kept["device"], kept["cudnn"]) == ("Described GPU", "(9, 10, 2)")
-    assert kept["probes"][f"torch.bfloat16: {SHAPES[0]}"] == {"xformers": "it crashes", "sdpa": None, "efficient": None,
+    assert kept["probes"][f"torch.bfloat16: {SHAPES[0]}"] == {"xformers": "crashed", "sdpa": None, "efficient": None,
                                                               "math": None}  # fmt: skip
 
 
@@ -82,29 +82,29 @@ def test_another_cudnn_is_probed_again(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("probes", [3, {"torch.bfloat16: %s": 7}, {"torch.bfloat16: %s": {"math": 1, "sdpa": ["x"]}}])
-def test_a_damaged_memory_is_probed_again(probes, gpu):
-    path = choice_file.cache_file("cuda")
+def test_a_damaged_cache_is_probed_again(probes, gpu):
+    path = cache.cache_file("cuda")
     path.write_text(json.dumps({"probes": probes}).replace("%s", str(SHAPES[1])))
     probe.probe("cuda", DTYPE, SHAPES[1:], ("math", "sdpa"))
     assert gpu == [("cuda", 0, DTYPE, [("math", SHAPES[1]), ("sdpa", SHAPES[1])])]
     assert json.loads(path.read_text())["probes"][f"torch.bfloat16: {SHAPES[1]}"] == {"math": None, "sdpa": None}
 
 
-def test_where_no_other_process_can_open_the_gpu_this_one_tries_what_is_left_and_that_is_said(gpu, monkeypatch):
+def test_where_no_child_can_open_the_gpu_this_process_tries_the_rest_and_notes_it(gpu, monkeypatch):
     tried = []
 
     def refuse(*_):
-        error = ProbeError("another process cannot open the GPU, it is busy")
-        error.found = {("sdpa", SHAPES[1]): Verdict("it crashes")}
+        error = ProbeError("the probe process cannot open the GPU, it is busy")
+        error.found = {("sdpa", SHAPES[1]): Verdict("crashed")}
         raise error
 
     monkeypatch.setattr(probe, "probe_in_child", refuse)
     monkeypatch.setattr(probe, "try_out", lambda *place: tried.append(place) or Verdict(None))
     probe.probe("cuda", DTYPE, SHAPES[1:], ("sdpa", "math"))
     assert tried == [("math", "cuda", DTYPE, SHAPES[1])]
-    assert why_not("sdpa", "cuda", DTYPE, SHAPES[1]) == "it crashes"
-    assert notes() == ["attention backends were probed in this process: another process cannot open the GPU, it is busy"]
-    assert set(json.loads(choice_file.cache_file("cuda").read_text())["probes"][f"torch.bfloat16: {SHAPES[1]}"]) == {"sdpa"}
+    assert why_not("sdpa", "cuda", DTYPE, SHAPES[1]) == "crashed"
+    assert notes() == ["attention backends were probed in this process: the probe process cannot open the GPU, it is busy"]
+    assert set(json.loads(cache.cache_file("cuda").read_text())["probes"][f"torch.bfloat16: {SHAPES[1]}"]) == {"sdpa"}
 
 
 def test_on_the_cpu_no_process_is_started(monkeypatch):
@@ -121,7 +121,7 @@ def test_a_backend_that_computes_something_else_does_not_work(factor, reason, mo
     monkeypatch.setattr(trial, "attend", lambda *a: genuine(*a) * (factor if a[3] == "sdpa" else 1))
     for shape in (Shape(7, 9, 2, 16), Shape(5, 5, 2, 8)):
         found = try_out("sdpa", "cpu", torch.float32, shape)
-        assert found == Verdict(reason and f"it differs from math attention, {reason}")
+        assert found == Verdict(reason and f"differs from math attention {reason}")
 
 
 def test_wrong_gradients_are_found_too(monkeypatch):
@@ -160,17 +160,17 @@ def test_long_sequences_are_compared_on_the_heads_that_fit(monkeypatch):
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED\n when calling `cublasCreate(handle)`"),
     ],
 )
-def test_short_memory_is_no_fault_that_lasts(error, monkeypatch):
+def test_a_lack_of_memory_is_not_cached(error, monkeypatch):
     def run_out(*_):
         raise error
 
     monkeypatch.setattr(trial, "attend", run_out)
-    said = f"{type(error).__name__}: {error}".replace("\n", "")
-    assert try_out("sdpa", "cpu", torch.float32, SHAPES[0]) == Verdict(said, lasts=False)
+    reason = f"{type(error).__name__}: {error}".replace("\n", "")
+    assert try_out("sdpa", "cpu", torch.float32, SHAPES[0]) == Verdict(reason, lasts=False)
 
 
-def test_where_nothing_works_nothing_is_remembered_for_other_machines(gpu):
+def test_where_nothing_works_nothing_is_cached_for_other_machines(gpu):
     gpu.verdicts = {b: Verdict("CUDA error: uncorrectable ECC error encountered") for b in BACKENDS}
     probe.probe("cuda", DTYPE, SHAPES[1:])
     assert "ECC" in why_not("sdpa", "cuda", DTYPE, SHAPES[1])
-    assert json.loads(choice_file.cache_file("cuda").read_text())["probes"] == {}
+    assert json.loads(cache.cache_file("cuda").read_text())["probes"] == {}

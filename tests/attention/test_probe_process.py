@@ -1,4 +1,4 @@
-"""Backends are tried in another process: whatever they do to it, this one goes on and knows which did it."""
+"""Backends are tried in another process: whatever they do to it, this one continues and knows which did it."""
 
 import contextlib
 import os
@@ -30,29 +30,29 @@ def child(monkeypatch):
 
     def use(*arguments, answers=20.0):
         monkeypatch.setattr(probe_process, "_PROGRAM", ("-m", "tests.support.probed", *arguments))
-        monkeypatch.setattr(probe_process, "_ANSWERS", answers)
+        monkeypatch.setattr(probe_process, "_TRIAL_TIMEOUT", answers)
         return started
 
     return use
 
 
-def test_what_ends_a_child_is_named_and_the_others_are_still_tried(child):
+def test_what_ends_a_child_is_named_and_the_rest_is_still_tried(child):
     started = child()
     names = ["works", "aborts", "refuses", "segfaults", "breaks", "is short of memory", "exits", "is killed", "works too"]
     found = probe_in_child("cpu", None, torch.float32, pairs := [(name, SHAPE) for name in names])
     assert list(found) == pairs and len(started) == 6
     assert {name: reason for (name, _), (reason, _) in found.items()} == {
         "works": None,
-        "aborts": "it crashes: its process ended with SIGABRT, a library talks of aborts",
+        "aborts": "crashed: the probe process ended with SIGABRT, a library talks of aborts",
         "refuses": "not here",
-        "segfaults": "it crashes: its process ended with SIGSEGV, a library talks of segfaults",
+        "segfaults": "crashed: the probe process ended with SIGSEGV, a library talks of segfaults",
         "breaks": "illegal memory access",
         "is short of memory": None,
-        "exits": "it crashes: its process ended with exit code 3, a library talks of exits",
-        "is killed": "it crashes: its process ended with SIGKILL, a library talks of is killed",
+        "exits": "crashed: the probe process ended with exit code 3, a library talks of exits",
+        "is killed": "crashed: the probe process ended with SIGKILL, a library talks of is killed",
         "works too": None,
     }
-    # Short memory, and who kills processes for it, say nothing of the backend.
+    # A lack of memory, and the OOM killer, are no fault of the backend.
     assert [name for (name, _), (_, lasts) in found.items() if not lasts] == ["is short of memory", "is killed"]
 
 
@@ -60,7 +60,7 @@ def test_a_backend_that_hangs_is_given_up_at_all_its_shapes_and_leaves_no_proces
     started = child(answers=0.5)
     shapes = [(n, 9, 1, 8) for n in (2, 1, 3)]
     found = probe_in_child("cpu", None, torch.float32, [(b, s) for b in ("hangs", "works") for s in shapes])
-    hung = "it does not end within 0 s"
+    hung = "timed out after 0 s"
     assert [found["hangs", s].reason for s in shapes] == [None, hung, hung] and not found["hangs", shapes[1]].lasts
     assert [found["works", s].reason for s in shapes] == [None] * 3
     assert len(started) == 2 and not any(is_alive(process.pid) for process in started)
@@ -69,8 +69,8 @@ def test_a_backend_that_hangs_is_given_up_at_all_its_shapes_and_leaves_no_proces
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("taken", r"another process cannot open the GPU, RuntimeError: CUDA-capable device\(s\) is/are busy or unavailable$"),
-        ("vanishes", "its process ended with exit code 7"),
+        ("taken", r"the probe process cannot open the GPU, RuntimeError: CUDA-capable device\(s\) is/are busy or unavailable$"),
+        ("vanishes", "the probe process ended with exit code 7"),
     ],
 )
 def test_a_gpu_that_another_process_cannot_open_is_no_backends_fault(device, message, child):
@@ -80,9 +80,9 @@ def test_a_gpu_that_another_process_cannot_open_is_no_backends_fault(device, mes
     assert error.value.found == {}
 
 
-def test_where_no_process_can_be_started_the_reason_is_told(monkeypatch):
+def test_a_process_that_cannot_be_started_is_an_error_with_the_reason(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(ProbeError, match=r"no process for it can be started, .*/nowhere/python"):
+    with pytest.raises(ProbeError, match=r"the probe process cannot be started, .*/nowhere/python"):
         probe_in_child("cpu", None, torch.float32, [("works", SHAPE)])
 
 
@@ -122,8 +122,8 @@ def test_torchs_own_backends_in_a_child_that_one_of_them_aborts(child):
     pairs = [(name, Shape(7, 9, 2, 16)) for name in ("math", "flash", "sdpa", "cudnn")]
     found = [verdict.reason for verdict in probe_in_child("cpu", None, torch.float32, pairs).values()]
     assert found[0] is None and len(started) == 2
-    assert found[1].startswith("it crashes: its process ended with SIGABRT")
-    assert found[2] == "it differs from math attention, by 0.1 of its norm"
+    assert found[1].startswith("crashed: the probe process ended with SIGABRT")
+    assert found[2] == "differs from math attention by 0.1 of its norm"
     assert found[3].startswith("RuntimeError: No viable backend for scaled_dot_product_attention")
 
 
@@ -141,9 +141,9 @@ def test_an_illegal_access_in_a_child_leaves_this_process_its_gpu(child):
 def test_backends_are_probed_before_this_process_opens_the_gpu(tmp_path):
     """As it must be where a GPU takes one process only."""
     code = f"""import torch
-from fastmae.model.attention import choice_file, probe
+from fastmae.model.attention import cache, probe
 from fastmae.model.attention.backends import Shape
-assert choice_file.cache_file("cuda")
+assert cache.cache_file("cuda")
 probe.probe("cuda", torch.bfloat16, [Shape(50, 50, 12, 64), Shape(147, 197, 16, 32)], index=0)
 assert not torch._C._cuda_hasPrimaryContext(0), "the GPU has been opened"
 assert not probe.notes(), probe.notes()

@@ -91,5 +91,5 @@ def test_the_bytes_are_those_of_a_real_checkpoint_and_the_warning_stands_in_the_
 
 def test_a_folder_that_is_a_file_is_called_one(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file: it is a file and no folder; choose another output folder"):
+    with pytest.raises(InputError, match="file: is a file, not a folder; choose another output folder"):
         make_folder(tmp_path / "file")

@@ -51,7 +51,7 @@ def test_a_bad_sample_is_named_and_replaced_by_the_next_in_order(shard_folder, c
     damage_samples(copy, 1)
     good, found = (take(f, 7) for f in (shard_folder, copy))
     (line,) = {line for b in found for line in b.replaced}
-    assert "shard-000000.tar: " in line and "photo_" in line and "are not those that were indexed" in line
+    assert "shard-000000.tar: " in line and "photo_" in line and "do not match their checksum in the index" in line
     good_ids, ids = (joined(b, "sample_ids") for b in (good, found))
     place = good_ids.tolist().index(0)
     assert ids[place] == Order(N, 0).at(np.array([place + 1]))[0][0]
@@ -63,7 +63,7 @@ def test_more_bad_samples_than_the_budget_end_the_run(copy):
     damage_samples(copy, 20)
     with pytest.raises(DataError, match=r"17 of 37 samples cannot be used, more than the budget of 0\.10%") as caught:
         take(copy, 20)
-    assert len(caught.value.__notes__) == 17 and all("(checksum)" in line for line in caught.value.__notes__)
+    assert len(caught.value.__notes__) == 17 and all("do not match their checksum" in line for line in caught.value.__notes__)
 
 
 def test_a_bad_sample_counts_once_however_often_it_comes_and_whoever_it_would_replace(copy):

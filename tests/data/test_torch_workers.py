@@ -55,8 +55,8 @@ def wait_for_end(pid):
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
-def test_a_killed_worker_of_a_stream_ends_the_run_with_a_reason(foreign, loaders_before):
-    with stream(foreign) as (source, workers):
+def test_a_killed_worker_of_a_stream_ends_the_run_with_a_reason(tar_folder, loaders_before):
+    with stream(tar_folder) as (source, workers):
         next(source)
         os.kill(workers[0], signal.SIGKILL)
         wait_for_end(workers[0])
@@ -74,8 +74,8 @@ def test_a_source_that_does_not_answer_is_an_error_in_time(loaders_before):
 
 
 @pytest.mark.parametrize("damage", [None, signal.SIGKILL, signal.SIGSTOP])
-def test_a_stream_that_is_closed_early_leaves_no_worker_whatever_became_of_it(foreign, loaders_before, damage):
-    with stream(foreign) as (source, workers):
+def test_a_stream_that_is_closed_early_leaves_no_worker_whatever_became_of_it(tar_folder, loaders_before, damage):
+    with stream(tar_folder) as (source, workers):
         next(source)
         if damage:
             os.kill(workers[0], damage)
@@ -83,13 +83,13 @@ def test_a_stream_that_is_closed_early_leaves_no_worker_whatever_became_of_it(fo
             wait_for_end(workers[0])
 
 
-def test_an_error_of_whoever_takes_the_batches_leaves_no_worker(foreign, loaders_before):
-    with stream(foreign) as (source, workers), pytest.raises(KeyError):
+def test_an_error_of_whoever_takes_the_batches_leaves_no_worker(tar_folder, loaders_before):
+    with stream(tar_folder) as (source, workers), pytest.raises(KeyError):
         for _ in source:
             raise KeyError(*workers)
 
 
-def test_a_program_that_ends_in_the_middle_of_a_stream_ends(foreign):
+def test_a_program_that_ends_in_the_middle_of_a_stream_ends(tar_folder):
     """Its workers ignore SIGTERM, so that what multiprocessing does at the end would wait for them for ever."""
     code = """
 import sys
@@ -98,5 +98,5 @@ from fastmae.data.loader import Loader
 source = iter(Loader(sys.argv[1], LoaderConfig(image_size=(16, 16), workers=2), batch_size=4))
 next(source)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(foreign)], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tar_folder)], capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr == ""

@@ -24,7 +24,7 @@ def chunk(kind, data):
 
 
 def png(size, depth, colour, rows, extra=b""):
-    """A PNG made by hand: what Pillow cannot write."""
+    """A PNG made by hand, as Pillow cannot write it."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
@@ -102,7 +102,7 @@ def test_every_kind_of_image_becomes_an_rgb_jpeg(name, write, expected, tmp_path
     assert abs(np.asarray(image, np.int64) - np.array(expected)).max() <= 4
 
 
-def test_of_a_multi_picture_jpeg_the_first_is_taken(tmp_path):
+def test_a_multi_picture_jpeg_gives_its_first(tmp_path):
     FRAMES[0].save(tmp_path / "two.jpg", format="MPO", **MOVING)
     kept = recode(tmp_path / "two.jpg", KEEP)
     assert kept == (tmp_path / "two.jpg").read_bytes()
@@ -134,7 +134,7 @@ def test_exif_orientation_is_ignored_when_asked(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_a_damaged_exif_block_costs_no_image(suffix, tmp_path):
+def test_an_image_with_damaged_exif_is_kept(suffix, tmp_path):
     upright = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
     text = struct.pack(">HHI4s", 0x011A, 2, 4, b"abc\0")  # where a fraction should be
     header = b"MM\0*\0\0\0\x08"
@@ -142,14 +142,14 @@ def test_a_damaged_exif_block_costs_no_image(suffix, tmp_path):
         b"nonsense": (40, 20),
         header: (40, 20),
         header + struct.pack(">H", 2) + upright + text + bytes(4): (20, 40),
-        header + struct.pack(">H", 900) + upright: (20, 40),  # claims 900 entries
+        header + struct.pack(">H", 900) + upright: (20, 40),  # states 900 entries
     }
     for block, size in blocks.items():
         make_picture(0, (20, 40)).save(tmp_path / f"odd.{suffix}", exif=b"Exif\0\0" + block)
         assert decode(recode(tmp_path / f"odd.{suffix}", KEEP)).shape == (*size[::-1], 3)
 
 
-def test_a_jpeg_that_only_pillow_can_read_is_encoded_anew(tmp_path):
+def test_a_jpeg_that_only_pillow_can_read_is_encoded_again(tmp_path):
     make_picture(0).save(tmp_path / "good.jpg")
     data = (tmp_path / "good.jpg").read_bytes()
     (tmp_path / "odd.jpg").write_bytes(data[:-2] + bytes(100) + data[-2:])
@@ -159,7 +159,7 @@ def test_a_jpeg_that_only_pillow_can_read_is_encoded_anew(tmp_path):
 
 
 def huge(suffix):
-    """A file of a few hundred bytes whose header claims 65500 x 65500 pixels."""
+    """A file of a few hundred bytes whose header states 65500 x 65500 pixels."""
     out = io.BytesIO()
     make_picture(0).save(out, {"jpg": "JPEG", "gif": "GIF"}.get(suffix))
     data = bytearray(out.getvalue())
@@ -175,7 +175,7 @@ TEXT = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50 << 20)))
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "message"),
     [
         (b"", "the file is empty"),
         (b"<html></html>", "not an image of a known format"),
@@ -189,16 +189,16 @@ TEXT = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50 << 20)))
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "not an image of a known format"),
     ],
 )
-def test_what_cannot_be_an_image_is_refused_at_once_without_memory(data, says, tmp_path):
+def test_what_cannot_be_an_image_is_refused_at_once_without_memory(data, message, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(data)
     start, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises((OSError, ValueError), match=says):
+    with pytest.raises((OSError, ValueError), match=message):
         recode(tmp_path / "bad.jpg", KEEP)
     assert time.perf_counter() - start < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 64 << 10  # KiB
 
 
-def test_neither_pipes_nor_enormous_files_are_read(tmp_path):
+def test_pipes_and_enormous_files_are_refused_unread(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(ValueError, match="not a regular file"):
         recode(tmp_path / "pipe.jpg", KEEP)

@@ -1,4 +1,4 @@
-"""Every kernel compiles for A100, H100 and B200 as it is launched, within its limits, and as the committed table says."""
+"""Every kernel compiles for A100, H100 and B200 as it is launched, within its limits, as the committed table states."""
 
 import importlib
 import json

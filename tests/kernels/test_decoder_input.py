@@ -65,7 +65,7 @@ def test_gradients_are_the_rows_and_their_sum(shape, x_dtype, dtype, device):
 
 
 def test_gradients_are_made_in_the_dtypes_asked_for(device):
-    """Asked of the op itself: autograd would change another dtype without a word, after it has taken its memory."""
+    """Of the op itself: autograd would silently convert another dtype, after it has taken its memory."""
     grad = torch.randn(2, 8, 33, device=device)
     for x_dtype, token_dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
         found = torch.ops.fastmae.decoder_input_bwd(grad, 4, x_dtype, token_dtype)

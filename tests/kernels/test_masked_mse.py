@@ -90,7 +90,7 @@ def test_channels_last_images_give_the_same_loss_and_gradient(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_gradient_is_made_in_the_predictions_dtype(dtype, device):
-    """Asked of the op itself: autograd would change another dtype without a word, after it has taken its memory."""
+    """Of the op itself: autograd would silently convert another dtype, after it has taken its memory."""
     images, ids, mean, std = inputs(2, 3, 8, 12, 4, 2, torch.uint8, device)
     rows = [torch.rand(2, 2, device=device) for _ in range(3)]
     pred = torch.randn(2, 2, 48, device=device).to(dtype)

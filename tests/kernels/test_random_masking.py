@@ -31,7 +31,7 @@ def test_ids_are_the_argsort_of_the_keys(B, L, K, Q, seed, device):
         assert [ids_shuffle[i] for i in ids_restore[b].tolist()] == list(range(L))
 
 
-def test_kernel_and_twin_agree_to_the_bit(device):
+def test_kernel_and_twin_are_bitwise_identical(device):
     epochs, samples = counters(2, device)
     for L in (1024, 4097):  # the second is past what the kernel sorts
         found = random_masking(7, epochs, samples, L, L // 4, L // 2)
@@ -51,7 +51,7 @@ def test_op_passes_opcheck(device):
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_draws_anew_at_each_replay():
+def test_a_cuda_graph_draws_new_masks_at_each_replay():
     epochs, samples = counters(3, "cuda")
     random_masking(5, epochs, samples, 196, 49, 147)  # compiled before the capture
     graph = torch.cuda.CUDAGraph()

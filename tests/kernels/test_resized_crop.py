@@ -1,4 +1,4 @@
-"""resized_crop: every byte against the formula in float64 and against torch's filter, and patches against whole crops."""
+"""resized_crop: every byte against the formula in float64 and against torch's filter, and patches against full crops."""
 
 import mmap
 
@@ -28,9 +28,9 @@ def batch(images, boxes, flips, device):
     number = [b[0] for b in boxes]
     offsets = torch.tensor([starts[i] for i in number], dtype=torch.int64)
     widths = torch.tensor([images[i].shape[1] for i in number], dtype=torch.int32)
-    places = torch.tensor([b[1:] for b in boxes], dtype=torch.int32)
+    sides = torch.tensor([b[1:] for b in boxes], dtype=torch.int32)
     pixels = torch.cat([*parts, torch.full((3 * C,), POISON, dtype=torch.uint8)])
-    return tuple(t.to(device) for t in (pixels, offsets, widths, places, torch.tensor(flips)))
+    return tuple(t.to(device) for t in (pixels, offsets, widths, sides, torch.tensor(flips)))
 
 
 def noise(*shape):
@@ -47,7 +47,7 @@ def random_boxes(images, count):
     return boxes
 
 
-def cut(images, box):
+def crop_box(images, box):
     number, top, left, height, width = box
     return images[number][top : top + height, left : left + width]
 
@@ -55,7 +55,7 @@ def cut(images, box):
 def by_torch(images, boxes, flips, size):
     crops = []
     for box, flip in zip(boxes, flips, strict=True):
-        crop = F.interpolate(cut(images, box).permute(2, 0, 1)[None].float(), size, mode="bicubic", antialias=True)[0]
+        crop = F.interpolate(crop_box(images, box).permute(2, 0, 1)[None].float(), size, mode="bicubic", antialias=True)[0]
         crops.append(crop.round().clamp(0, 255).to(torch.uint8).flip(2 if flip else ()))
     return torch.stack(crops)
 
@@ -74,7 +74,7 @@ def by_formula(images, boxes, flips, size):
     """Not rounded, (B, C, h, w) float64."""
     crops = []
     for box, flip in zip(boxes, flips, strict=True):
-        image = cut(images, box).numpy().astype(np.float64)
+        image = crop_box(images, box).numpy().astype(np.float64)
         crop = np.einsum(
             "yi,xj,ijc->cyx", weights(image.shape[0], size[0]), weights(image.shape[1], size[1]), image, optimize=True
         )
@@ -91,19 +91,19 @@ def assert_is_the_filter(images, boxes, flips, size, device):
     assert levels.max() <= 1 and levels.mean() <= 0.1  # ties may fall either way
 
 
-# Crops of one tile and of several, whole and not; together 200 boxes, longer and shorter than their crops.
+# Crops of one tile and of several, divisible and not; together 200 boxes, longer and shorter than their crops.
 @pytest.mark.parametrize(
     ("C", "size", "count"),
     [(3, (9, 13), 25), (1, (16, 16), 8), twin(1, (16, 16), 148), (1, (20, 37), 10), (1, (1, 5), 6), (13, (7, 8), 2)],
 )
-def test_random_boxes_are_filtered_as_the_formula_says(C, size, count, device):
+def test_random_boxes_are_filtered_by_the_formula(C, size, count, device):
     images = [noise(24, 31, C), noise(40, 17, C), noise(11, 52, C)]
     flips = [i % 3 == 0 for i in range(count)]
     assert_is_the_filter(images, random_boxes(images, count), flips, size, device)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3000), twin((3000, 1)), (2, 2), (150, 3)], ids=str)
-def test_images_of_any_shape_are_filtered_as_the_formula_says(shape, device):
+def test_images_of_any_shape_are_filtered_by_the_formula(shape, device):
     assert_is_the_filter([noise(*shape, 1)], [(0, 0, 0, *shape)], [True], (6, 10), device)
 
 
@@ -116,7 +116,7 @@ def test_edges_of_black_and_white_do_not_wrap_around(device):
 def test_a_box_of_the_crops_size_is_copied(device):
     images = [noise(19, 33, 3)]
     found = resized_crop(*batch(images, [(0, 2, 5, 17, 21)], [False], device), (17, 21))
-    assert torch.equal(found[0].cpu(), cut(images, (0, 2, 5, 17, 21)).permute(2, 0, 1))
+    assert torch.equal(found[0].cpu(), crop_box(images, (0, 2, 5, 17, 21)).permute(2, 0, 1))
 
 
 def test_a_flip_mirrors_the_crop_from_left_to_right(device):
@@ -129,7 +129,7 @@ def test_a_flip_mirrors_the_crop_from_left_to_right(device):
 def test_bytes_outside_the_box_are_never_used(device):
     image = torch.full((20, 23, 3), POISON, dtype=torch.uint8)
     boxes = [(0, 4, 5, 7, 6), (1, 0, 0, 1, 1), (0, 4, 5, 7, 6)]
-    cut([image], boxes[0]).zero_()
+    crop_box([image], boxes[0]).zero_()
     found = resized_crop(*batch([image, torch.zeros(1, 1, 3, dtype=torch.uint8)], boxes, [False, True, True], device), (10, 5))
     assert not found.any()
 
@@ -138,7 +138,7 @@ def test_bytes_outside_the_box_are_never_used(device):
 @pytest.mark.parametrize(
     ("C", "p", "size", "K"), [(3, 4, (8, 12), 5), (1, 16, (32, 48), 3), (3, 14, (14, 28), 2), (1, 40, (40, 80), 1)]
 )
-def test_patches_are_those_of_the_whole_crop_byte_for_byte(C, p, size, K, device):
+def test_patches_are_those_of_the_full_crop_byte_for_byte(C, p, size, K, device):
     images = [noise(14, 31, C), noise(35, 40, C)]
     boxes = [(0, 1, 2, 12, 25), (1, 0, 0, 35, 40), (1, 20, 7, 9, 11)]
     arguments = (*batch(images, boxes, [True, False, True], device), size)

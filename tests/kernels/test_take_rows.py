@@ -102,7 +102,7 @@ def test_op_passes_opcheck(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_fills_gradient_is_made_in_the_dtype_of_what_comes_back(dtype, device):
-    """Asked of the op itself: autograd would change another dtype without a word, after it has taken its memory."""
+    """Of the op itself: autograd would silently convert another dtype, after it has taken its memory."""
     _, ids_restore = indices(2, 3, 7, device)
     assert torch.ops.fastmae.sum_holes(torch.randn(2, 7, 4, device=device).to(dtype), ids_restore, 3).dtype == dtype
 

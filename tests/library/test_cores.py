@@ -60,7 +60,7 @@ def test_a_system_without_cgroups_sets_no_quota(tmp_path):
 
 @pytest.fixture
 def quota(monkeypatch):
-    """A machine of 64 cores whose container may use as many as the test says."""
+    """A machine of 64 cores whose container may use fewer."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
 
     def allow(count):

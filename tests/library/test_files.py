@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and on the disk when they are."""
+"""Files that are complete or absent, and flushed to the disk."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from fastmae.errors import InputError
 from fastmae.files import digest, write_atomically
 
 
-def test_bytes_are_flushed_before_the_name_is_there_and_the_name_after_it(tmp_path, monkeypatch):
+def test_bytes_are_flushed_before_the_rename_and_the_folder_after_it(tmp_path, monkeypatch):
     steps, fsync, replace = [], os.fsync, Path.replace
 
     def note_fsync(handle):
@@ -29,7 +29,7 @@ def test_bytes_are_flushed_before_the_name_is_there_and_the_name_after_it(tmp_pa
     assert (tmp_path / "a").read_bytes() == b"bytes"
 
 
-def test_what_fails_leaves_the_file_of_before_and_no_other(tmp_path):
+def test_a_failed_write_leaves_the_previous_file_and_no_other(tmp_path):
     (tmp_path / "a").write_bytes(b"before")
     with pytest.raises(KeyboardInterrupt), write_atomically(tmp_path / "a") as file:
         file.write(b"half")
@@ -37,7 +37,7 @@ def test_what_fails_leaves_the_file_of_before_and_no_other(tmp_path):
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"before")]
 
 
-def test_a_file_that_cannot_be_opened_is_named_and_what_stands_in_its_way_stays(tmp_path):
+def test_a_file_that_cannot_be_opened_is_named_and_nothing_is_removed(tmp_path):
     (tmp_path / ".a.partial").mkdir()
     with pytest.raises(InputError, match="a: cannot be written, Is a directory"), write_atomically(tmp_path / "a"):
         pass

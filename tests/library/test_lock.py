@@ -72,7 +72,7 @@ def test_a_second_run_is_refused_with_the_process_and_host_of_the_first(hold, tm
     lock.release()
 
 
-def test_a_lock_that_is_given_back_while_somebody_waits_is_taken(hold, tmp_path):
+def test_a_lock_that_is_released_while_another_process_waits_is_taken(hold, tmp_path):
     holder, lock = hold(), FolderLock(tmp_path)
     with pytest.raises(InputError):
         lock.acquire(patience=0)
@@ -94,7 +94,7 @@ def test_a_killed_process_leaves_no_lock_even_if_its_children_live(hold, tmp_pat
     lock.release()
 
 
-def test_a_process_excludes_itself_and_asking_loses_no_lock(tmp_path):
+def test_a_process_excludes_itself_and_asking_for_the_holder_keeps_the_lock(tmp_path):
     us, link = f"process {os.getpid()} on {socket.gethostname()}", tmp_path / "link"
     (folder := tmp_path / "folder").mkdir()
     link.symlink_to(folder)
@@ -129,7 +129,7 @@ def test_a_lock_whose_folder_was_removed_by_its_holder_is_not_taken(tmp_path, mo
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_told_and_the_run_goes_on(error, shard_folder, tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_warned_of_and_the_run_starts(error, shard_folder, tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(error, os.strerror(error))
 
@@ -137,13 +137,15 @@ def test_a_file_system_without_locks_is_told_and_the_run_goes_on(error, shard_fo
         patch.setattr(fcntl, "lockf", refuse)
         warning = (lock := FolderLock(tmp_path)).acquire()
         lock.release()
-        assert warning == (f"{tmp_path}/.lock: this file system has no locks ({os.strerror(error)}); start no second run here")
+        assert warning == (
+            f"{tmp_path}/.lock: this file system has no locks ({os.strerror(error)}); do not start a second run here"
+        )
         if error == errno.ENOLCK:
             pretrain(RECIPE, run_of(shard_folder, tmp_path))
             assert warning in capsys.readouterr().out
 
 
-def test_a_full_disk_keeps_nobody_from_the_lock(tmp_path):
+def test_a_full_disk_does_not_prevent_locking(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     lock = FolderLock(tmp_path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
@@ -156,7 +158,7 @@ def test_a_full_disk_keeps_nobody_from_the_lock(tmp_path):
     lock.release()
 
 
-def test_the_lock_of_a_run_is_given_back_at_its_end(shard_folder, tmp_path, hold):
+def test_the_lock_of_a_run_is_released_at_its_end(shard_folder, tmp_path, hold):
     pretrain(RECIPE, run_of(shard_folder, tmp_path))
     hold()
 
@@ -189,7 +191,7 @@ def workers_of(process) -> list[int]:
 
 
 @pytest.mark.cluster
-def test_a_second_start_is_refused_until_the_first_is_killed_and_then_goes_on(shard_folder, tmp_path):
+def test_a_second_start_is_refused_until_the_first_is_killed_and_then_resumes(shard_folder, tmp_path):
     program = ("-c", PROGRAM)
     flags = ["--data", shard_folder, *FLAGS, "--batch-size", "8", "--save-every", "2", "--out", tmp_path]
     first = start([*flags, "--steps", "100000"], program=program)
@@ -198,7 +200,7 @@ def test_a_second_start_is_refused_until_the_first_is_killed_and_then_goes_on(sh
     assert code == 2, text
     line = next(line for line in text.splitlines() if line.startswith("fastmae: "))
     assert f"{tmp_path}: another run writes here, process {first.pid} on {socket.gethostname()}" in line
-    assert first.poll() is None  # and goes on
+    assert first.poll() is None  # and continues
     assert lock_holder(tmp_path) == f"process {first.pid} on {socket.gethostname()}"
     workers = workers_of(first)
     for worker in workers:
@@ -218,7 +220,7 @@ def test_a_second_start_is_refused_until_the_first_is_killed_and_then_goes_on(sh
 
 @pytest.mark.all  # test_survival kills the other process of such a run
 @pytest.mark.cluster
-def test_torchrun_starts_killed_processes_again_and_they_go_on(shard_folder, tmp_path):
+def test_torchrun_restarts_killed_processes_and_they_resume(shard_folder, tmp_path):
     script = tmp_path.with_suffix(".py")
     script.write_text(PROGRAM)
     flags = ["--data", shard_folder, *FLAGS, "--steps", "8", "--batch-size", "4", "--save-every", "1", "--out", tmp_path]

@@ -24,7 +24,7 @@ def test_one_number_is_a_square():
         ({"img_size": (32, 0)}, "image size"),
         ({"embed_dim": 100}, r"embed_dim must be a multiple of num_heads \(12\)"),
         ({"decoder_embed_dim": 30, "decoder_num_heads": 3}, "decoder_embed_dim must be a multiple"),
-        ({"decoder_depth": 0}, "decoder_depth must be positive"),
+        ({"decoder_depth": 0}, "decoder_depth must be a positive integer, got 0"),
         ({"pixel_mean": (0.5,)}, "pixel_mean must have 3 values"),
         ({"pixel_std": (0.1, 0.0, 0.1)}, "pixel_std must be positive"),
         ({"attention": "flsh"}, "attention must be one of auto, xformers, .* got 'flsh'"),

@@ -8,7 +8,7 @@ from fastmae.model.positions import sincos_positions
 from tests.support.models import make
 
 
-def test_any_size_is_encoded_with_the_positions_of_the_same_places():
+def test_any_size_is_encoded_with_the_same_relative_positions():
     large, small = make(3, 32, 8), make(3, (16, 24), 8)
     with torch.inference_mode():
         features = large.encode(torch.ones(2, 3, 16, 24, dtype=torch.float64))
@@ -24,7 +24,7 @@ def test_any_size_is_encoded_with_the_positions_of_the_same_places():
     assert "pos_embed_16x24" not in large.state_dict()
 
 
-def test_positions_that_were_trained_are_interpolated_and_follow_loaded_weights():
+def test_trained_positions_are_interpolated_and_follow_loaded_weights():
     model = make(3, 32, 8)
     model.encode(torch.zeros(1, 3, 64, 32, dtype=torch.float64))
     state = model.state_dict()
@@ -39,7 +39,7 @@ def test_positions_that_were_trained_are_interpolated_and_follow_loaded_weights(
     torch.testing.assert_close(found + found.flip(0), torch.full_like(found, 3))  # the same places: as far from both ends
 
 
-def test_a_new_size_inside_torch_compile_names_what_makes_it_known():
+def test_a_new_size_inside_torch_compile_names_add_size():
     model = make(3, 32, 8, depth=1).float()
     encode = torch.compile(model.encode, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"call add_size\(\(16, 16\)\) before torch.compile"):

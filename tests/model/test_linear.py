@@ -89,7 +89,7 @@ def test_a_hook_on_a_layer_is_called():
     assert seen == ["norm", "layer"]
 
 
-def test_everything_else_gets_torchs_own():
+def test_everything_else_uses_torchs_layers():
     def name(x, weight, bias, *_):
         return type(linear(x, weight, bias).grad_fn).__name__
 
@@ -104,7 +104,7 @@ def test_everything_else_gets_torchs_own():
         torch.backends.mkldnn.set_flags(_enabled=before[0])
 
 
-def test_a_compiled_graph_holds_torchs_own():
+def test_a_compiled_graph_holds_torchs_layers():
     x, weight, bias, _, _ = tensors((2, 3, 4), 5)
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, weight, bias), F.linear(x, weight, bias))

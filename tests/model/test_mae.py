@@ -73,13 +73,13 @@ def test_bytes_give_the_loss_of_normalised_floats():
     torch.testing.assert_close(model(images, 0.75, noise)[0], model(floats, 0.75, noise)[0], rtol=1e-6, atol=0)
 
 
-def test_partial_prediction_of_everything_is_the_whole():
+def test_predicting_all_masked_patches_partially_equals_full_prediction():
     model = make(3, 32, 8)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    whole, all_twelve = (random_masking(2, 16, 0.75, seed=0, num_predict=q) for q in (None, 12))
-    assert model.training_loss(images, whole) == model.training_loss(images, all_twelve)
+    full, all_twelve = (random_masking(2, 16, 0.75, seed=0, num_predict=q) for q in (None, 12))
+    assert model.training_loss(images, full) == model.training_loss(images, all_twelve)
     few = model.training_loss(images, random_masking(2, 16, 0.75, seed=0, num_predict=3))
-    assert few.isfinite() and few != model.training_loss(images, whole)
+    assert few.isfinite() and few != model.training_loss(images, full)
 
 
 def test_masked_patches_do_not_reach_the_encoder():
@@ -242,7 +242,7 @@ def test_images_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"images must be \(B, 3, 32, 32\), got \(1, 3, 32, 40\)"):
         model(torch.zeros(1, 3, 32, 40))  # the reference's call
     with pytest.raises(ValueError, match=r"images must be \(B, 3, 32, 32\), got \(1, 3, 16, 64\)"):
-        model.forward_encoder(torch.zeros(1, 3, 16, 64), 0.75)  # as many patches, at other places
+        model.forward_encoder(torch.zeros(1, 3, 16, 64), 0.75)  # as many patches, at other positions
     for call in (model.encode, lambda images: model.training_loss(images, random_masking(1, 16, 0.75, seed=0))):
         with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got \(1, 1, 32, 32\)"):
             call(torch.zeros(1, 1, 32, 32))
@@ -254,5 +254,5 @@ def test_images_of_another_shape_are_refused():
 def test_a_masking_of_another_grid_than_the_images_is_refused(masks):
     model = make(3, 32, 8).float()
     masking = random_masking(*masks, 0.75, seed=0)
-    with pytest.raises(ValueError, match=rf"2 images of 4 x 4 = 16 patches .* got one of {masks[0]} images of {masks[1]}"):
+    with pytest.raises(ValueError, match=rf"2 images of 4 x 4 = 16 patches .* got {masks[0]} images of {masks[1]}"):
         model.training_loss(torch.zeros(2, 3, 32, 32), masking)

@@ -52,12 +52,12 @@ def test_every_patch_is_kept_equally_often():
 
 
 def test_partial_prediction_takes_the_first_masked_patches():
-    whole, part = (random_masking(2, 16, 0.75, seed=0, num_predict=q) for q in (None, 4))
-    assert torch.equal(part.ids_predict, whole.ids_predict[:, :4])
-    assert torch.equal(part.ids_keep, whole.ids_keep)
+    full, part = (random_masking(2, 16, 0.75, seed=0, num_predict=q) for q in (None, 4))
+    assert torch.equal(part.ids_predict, full.ids_predict[:, :4])
+    assert torch.equal(part.ids_keep, full.ids_keep)
 
 
-def test_without_a_seed_every_call_draws_anew():
+def test_without_a_seed_every_call_draws_again():
     assert not torch.equal(random_masking(1, 196, 0.75).ids_keep, random_masking(1, 196, 0.75).ids_keep)
 
 

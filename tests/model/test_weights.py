@@ -29,7 +29,7 @@ from fastmae.model.weights import (
 from tests.support.fuzz import MUTATION, every_draw, fuzz, mutate
 from tests.support.hostile import Bomb
 
-# A width of the presets, so that heads can be told; everything else small.
+# A width of the presets, so that heads are known; everything else small.
 CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=192, depth=1, num_heads=3, norm_pix_loss=True,
                      decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2)  # fmt: skip
 
@@ -43,14 +43,14 @@ def test_safetensors_come_back_bit_for_bit_with_their_config(tmp_path):
     assert all(torch.equal(t, back.state_dict()[n]) for n, t in model.state_dict().items())
 
 
-def test_others_may_read_what_is_written(tmp_path):
+def test_written_files_are_readable_by_other_users(tmp_path):
     (tmp_path / "plain").touch()
     save_model(MAE(CONFIG), tmp_path / "m.safetensors")
     assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m.pth"])
-def test_what_the_disk_refuses_is_an_oserror_and_leaves_the_file_before(name, tmp_path):
+def test_a_failed_write_is_an_oserror_and_keeps_the_previous_file(name, tmp_path):
     save_weights(Weights(tmp_path, {"a": torch.ones(3)}, None, False), tmp_path / name)
     before, (soft, hard) = (tmp_path / name).read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
@@ -71,9 +71,9 @@ def test_the_references_files_are_read_with_their_target(norm_pix, tmp_path):
     assert all(torch.equal(t, back.state_dict()[n]) for n, t in model.state_dict().items())
 
 
-def test_a_published_file_must_be_told_its_target(tmp_path):
+def test_a_published_file_needs_its_target(tmp_path):
     torch.save({"model": MAE(CONFIG).state_dict()}, tmp_path / "m.pth")
-    with pytest.raises(InputError, match="does not say what it predicts; add --norm-pix-loss"):
+    with pytest.raises(InputError, match="does not state its norm_pix_loss; add --norm-pix-loss"):
         load_model(tmp_path / "m.pth")
     assert load_model(tmp_path / "m.pth", norm_pix_loss=True).config == CONFIG
 
@@ -87,7 +87,7 @@ def test_the_reference_can_load_what_is_written_for_it(tmp_path):
     assert document["args"].norm_pix_loss is True
 
 
-def test_a_pth_carries_the_whole_config_back(tmp_path):
+def test_a_pth_keeps_the_full_config(tmp_path):
     """Shapes do not show heads: 192 channels are three heads in the presets and four here."""
     config = replace(CONFIG, num_heads=4, img_size=(16, 32), pixel_mean=(0.1, 0.2, 0.3))
     model = MAE(config)
@@ -99,18 +99,18 @@ def test_a_pth_carries_the_whole_config_back(tmp_path):
     assert torch.equal(load_model(tmp_path / "m.pth").encode(images), model.encode(images))
 
 
-def test_heads_are_told_where_shapes_cannot_show_them(tmp_path):
+def test_heads_are_given_where_shapes_do_not_show_them(tmp_path):
     config = replace(CONFIG, embed_dim=40, num_heads=5, decoder_embed_dim=24, decoder_num_heads=3)
     model = MAE(config)
     torch.save({"model": model.state_dict()}, tmp_path / "m.pth")
-    with pytest.raises(InputError, match=r"m\.pth: cannot tell the architecture .* give fastmae.load_model heads"):
+    with pytest.raises(InputError, match=r"m\.pth: unknown architecture, .* pass heads, decoder_heads to"):
         fastmae.load_model(tmp_path / "m.pth", norm_pix_loss=True)
     back = fastmae.load_model(tmp_path / "m.pth", 5, 3, True)
     assert back.config == config
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(back.encode(images), model.encode(images))
-    torch.save({"model": model.state_dict(), "args": argparse.Namespace(norm_pix_loss=True)}, tmp_path / "told.pth")
-    assert fastmae.load_model(tmp_path / "told.pth", 5, 3).config == config
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(norm_pix_loss=True)}, tmp_path / "stated.pth")
+    assert fastmae.load_model(tmp_path / "stated.pth", 5, 3).config == config
     for heads, decoder_heads in ((3, 3), (5, 5), (0, 3)):
         with pytest.raises(InputError, match=r"m\.pth: .*num_heads"):
             fastmae.load_model(tmp_path / "m.pth", heads=heads, decoder_heads=decoder_heads, norm_pix_loss=True)
@@ -130,7 +130,7 @@ def test_heads_override_a_guess_and_never_what_a_file_states(tmp_path):
             fastmae.load_model(tmp_path / name, decoder_heads=1)
 
 
-def test_a_folder_is_no_file_of_weights(tmp_path):
+def test_a_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="is a folder; give a"):
         fastmae.load_model(tmp_path)
 
@@ -148,7 +148,7 @@ def test_an_encoder_only_file_is_refused_with_the_reason(tmp_path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_told_from_their_shapes(name):
+def test_presets_follow_from_their_shapes(name):
     config = preset(name, norm_pix_loss=True)
     with torch.device("meta"):
         assert infer_config(MAE(config).state_dict(), norm_pix_loss=True) == config
@@ -228,7 +228,7 @@ def test_no_damage_of_a_file_causes_another_error(draw, suffix, tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("m.safetensors", b"garbage", "damaged or no safetensors file"),
+        ("m.safetensors", b"garbage", "damaged, or not a safetensors file"),
         ("m.pth", b"garbage", "damaged, or holds more than tensors"),
         ("m.pth", None, "no such file"),
     ],
@@ -246,7 +246,7 @@ def test_another_architecture_is_named_by_its_first_difference(tmp_path):
     with pytest.raises(DataError, match=r"another architecture, blocks.1.norm1.weight is not in the model"):
         load_strictly(model, Weights(tmp_path, deeper, None, True))
     wider = dict(model.state_dict(), cls_token=torch.zeros(1, 1, 8))
-    with pytest.raises(DataError, match=r"another architecture, cls_token is \(1, 1, 8\) there and \(1, 1, 192\)"):
+    with pytest.raises(DataError, match=r"another architecture, cls_token is \(1, 1, 8\) in the file and \(1, 1, 192\)"):
         load_strictly(model, Weights(tmp_path, wider, None, True))
     with pytest.raises(DataError, match="holds no state dict"):
         torch.save({"model": [1, 2]}, tmp_path / "m.pth")

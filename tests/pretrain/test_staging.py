@@ -61,9 +61,9 @@ def test_the_copy_is_read_and_not_the_original(shard_folder, tmp_path):
     assert stage_once(shard_folder, tmp_path)[0][1] == [f"data: staged in {data}, copied before"]
 
 
-def test_what_is_no_folder_of_indexed_shards_is_refused_with_what_to_do(foreign, tmp_path):
+def test_what_is_no_folder_of_indexed_shards_is_refused_with_what_to_do(tar_folder, tmp_path):
     with pytest.raises(InputError, match=r"has no index\.json: `fastmae shards index` makes one"):
-        stage_once(foreign, tmp_path)
+        stage_once(tar_folder, tmp_path)
     with pytest.raises(InputError, match="streams are read where they are, without --stage"):
         stage_once("https://example.org/{000..009}.tar", tmp_path)
 
@@ -101,7 +101,7 @@ def test_a_line_is_written_while_it_goes_on(shard_folder, tmp_path, monkeypatch,
 
 def test_a_fault_of_the_copy_reaches_the_main_thread(copy, tmp_path, monkeypatch):
     (copy / Index.load(copy).shards[0].name).write_bytes(bytes((copy / Index.load(copy).shards[0].name).stat().st_size))
-    with pytest.raises(DataError, match="not those that were indexed"):
+    with pytest.raises(DataError, match="does not match its index"):
         stage_once(copy, tmp_path)
     monkeypatch.setattr(stage.Copy, "run", lambda self: 1 // 0)
     with pytest.raises(ZeroDivisionError):

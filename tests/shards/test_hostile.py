@@ -67,7 +67,7 @@ def first(folder, crop):
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held, in bytes; writing 5 to clear_refs starts it anew."""
+    """The most memory that this process has held, in bytes; writing 5 to clear_refs resets it."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
@@ -95,5 +95,5 @@ def test_one_flipped_bit_after_indexing_is_always_noticed(offset, tmp_path):
     data[data.index(GOOD) + SCAN + offset] ^= 1
     (folder / "a.tar").write_bytes(data)
     (batch,) = first(folder, "cpu")
-    assert len(batch.replaced) == 1 and "are not those that were indexed (checksum)" in batch.replaced[0]
+    assert len(batch.replaced) == 1 and "do not match their checksum in the index" in batch.replaced[0]
     assert not torch.equal(batch.sample_ids.sort()[0], torch.arange(11))

@@ -1,9 +1,10 @@
-"""A copy of shards on another disk: whole or not there, whatever happens while it is made."""
+"""A copy of shards on another disk: complete or not there, whatever happens while it is made."""
 
 import errno
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from fastmae.shards import stage
 from fastmae.shards.index import Index
 from fastmae.shards.index_tars import index_shards
 from fastmae.shards.stage import Copy
-from fastmae.shards.staged import NOTES, staged_folder
+from fastmae.shards.staged import MANIFEST, staged_folder
 from fastmae.shards.verify import verify_shards
 from tests.support.shards import contents
 
@@ -50,18 +51,18 @@ def test_a_copy_is_the_same_data_byte_for_byte_under_the_same_fingerprint(shard_
     assert again.skipped == again.total and {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 
-def test_shards_that_lie_elsewhere_than_their_index_are_copied_beside_it(foreign, tmp_path):
+def test_shards_of_another_folder_than_their_index_are_copied_beside_it(tar_folder, tmp_path):
     (tmp_path / "index").mkdir()
-    index_shards(foreign, tmp_path / "index")
+    index_shards(tar_folder, tmp_path / "index")
     folder, _ = run_copy(tmp_path / "index", tmp_path / "disk")
     copy = Index.load(folder)
     assert [s.name for s in copy.shards] == [f"shard-{n:06d}.tar" for n in range(4)]
-    assert list(tars(folder).values()) == list(tars(foreign).values())
+    assert list(tars(folder).values()) == list(tars(tar_folder).values())
     assert copy.fingerprint == Index.load(tmp_path / "index").fingerprint
 
 
 @pytest.mark.parametrize("root", ["", "disk"])
-def test_only_what_lacks_is_copied_and_what_was_changed_is_copied_again(root, copy, tmp_path, monkeypatch):
+def test_only_missing_and_changed_shards_are_copied(root, copy, tmp_path, monkeypatch):
     folder, _ = run_copy(copy, tmp_path / root)
     names = sorted(tars(folder))
     flip_a_bit(folder / names[0])  # another time of change, so its bytes are hashed
@@ -80,19 +81,21 @@ def test_what_was_touched_but_not_changed_is_hashed_and_kept(copy, tmp_path, mon
     folder, _ = run_copy(copy, tmp_path / "disk")
     for path in folder.glob("*.tar"):
         os.utime(path)
-    (folder / NOTES).write_text('no note\n["half a no')
+    (folder / MANIFEST).write_text('no record\n["half a reco')
     monkeypatch.setattr(stage, "_blocks", None)
     assert run_copy(copy, tmp_path / "disk")[1].skipped == sum(map(len, tars(copy).values()))
     hashed = []
     monkeypatch.setattr("fastmae.shards.staged.digest", hashed.append)
     run_copy(copy, tmp_path / "disk")
-    assert hashed == []  # noted by now
+    assert hashed == []  # recorded by now
 
 
 def test_a_damaged_source_is_an_error_that_names_the_shard_and_the_others_are_kept(copy, tmp_path):
     names = sorted(tars(copy))
     flip_a_bit(copy / names[1])
-    with pytest.raises(DataError, match=rf"{names[1]}: its \d+ bytes are not those that were indexed \(hash .* restore it"):
+    with pytest.raises(
+        DataError, match=rf"{names[1]}: does not match its index: \d+ bytes of hash .* restore it, or index again"
+    ):
         run_copy(copy, tmp_path / "disk", threads=1)
     folder = staged_folder(tmp_path / "disk", Index.load(copy))
     kept = tars(folder)
@@ -134,7 +137,7 @@ def start_copy():
         process.stdout.close()
 
 
-def test_a_copy_that_is_killed_goes_on_and_ends_with_the_same_bytes(start_copy, shard_folder, tmp_path):
+def test_a_killed_copy_resumes_and_ends_with_the_same_bytes(start_copy, shard_folder, tmp_path):
     folder = staged_folder(tmp_path, Index.load(shard_folder))
     process = start_copy(shard_folder, tmp_path)
     while not list(folder.glob("*.tar")):
@@ -143,15 +146,15 @@ def test_a_copy_that_is_killed_goes_on_and_ends_with_the_same_bytes(start_copy, 
         assert process.stdout.readline() == "block\n"
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    whole = tars(folder)
-    assert list(folder.glob(".*.tar.partial")) and whole.items() < tars(shard_folder).items()
+    complete = tars(folder)
+    assert list(folder.glob(".*.tar.partial")) and complete.items() < tars(shard_folder).items()
     assert not (folder / "index.json").exists()
     _, copy = run_copy(shard_folder, tmp_path)
-    assert copy.skipped >= sum(map(len, whole.values())) > 0
+    assert copy.skipped >= sum(map(len, complete.values())) > 0
     assert tars(folder) == tars(shard_folder) and verify_shards(folder) == [] and not list(folder.glob(".*.partial"))
 
 
-def test_a_copy_is_stopped_between_two_blocks_and_goes_on(shard_folder, tmp_path, monkeypatch):
+def test_a_copy_is_stopped_between_two_blocks_and_resumes(shard_folder, tmp_path, monkeypatch):
     copy, blocks = Copy(shard_folder, tmp_path, threads=1), stage._blocks
 
     def stopping(source):
@@ -178,7 +181,7 @@ def test_two_copies_at_once_are_made_by_one_process_and_the_other_waits(start_co
     until = time.monotonic() + 30
     while waiting.waits_for is None and time.monotonic() < until:
         time.sleep(0.005)
-    assert waiting.waits_for == f"process {process.pid}"
+    assert waiting.waits_for == f"process {process.pid} on {socket.gethostname()}"
     text, _ = process.communicate()
     thread.join()
     assert text.endswith(f"{staged_folder(tmp_path, Index.load(shard_folder))}\n")
@@ -219,28 +222,28 @@ def large(shard_folder, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("lies", [False, True], ids=["told beforehand", "found while copying"])
-def test_a_disk_that_is_full_is_told_with_the_bytes_that_lack(lies, large, small_disk, monkeypatch):
+@pytest.mark.parametrize("is_late", [False, True], ids=["before copying", "while copying"])
+def test_a_full_disk_is_an_error_that_states_the_missing_bytes(is_late, large, small_disk, monkeypatch):
     other = small_disk / "0123456789abcdef"
     other.mkdir()
-    (other / NOTES).touch()
-    if lies:
+    (other / MANIFEST).touch()
+    if is_late:
         monkeypatch.setattr(Copy, "_check_space", lambda *_: None)
     with pytest.raises(InputError) as full:
         run_copy(large, small_disk)
     index = Index.load(large)
     folder = staged_folder(small_disk, index)
     needed = sum(s.bytes for s in index.shards) + index.table.nbytes
-    expected = "no space left for its " if lies else f"{needed} bytes are needed"
+    expected = "no space left on the disk for its " if is_late else f"{needed} bytes are needed"
     assert expected in str(full.value) and "bytes are free" in str(full.value) and str(folder) in str(full.value)
-    assert ("no room" in str(full.value)) != lies and (str(other) in str(full.value)) != lies
-    assert not list(folder.glob(".*.partial")) and bool(list(folder.glob("*.tar"))) in (lies, False)
+    assert ("not enough disk space" in str(full.value)) != is_late and (str(other) in str(full.value)) != is_late
+    assert not list(folder.glob(".*.partial")) and bool(list(folder.glob("*.tar"))) in (is_late, False)
 
 
 @pytest.mark.parametrize(("error", "expected"), [("no index", "shards index"), ("no folder", "No such file")])
-def test_what_has_no_index_is_refused(error, expected, foreign, tmp_path):
+def test_what_has_no_index_is_refused(error, expected, tar_folder, tmp_path):
     with pytest.raises(DataError, match=expected):
-        run_copy(foreign if error == "no index" else Path("/nowhere"), tmp_path)
+        run_copy(tar_folder if error == "no index" else Path("/nowhere"), tmp_path)
 
 
 def test_a_root_that_cannot_be_written_is_refused(shard_folder, tmp_path):
@@ -250,9 +253,9 @@ def test_a_root_that_cannot_be_written_is_refused(shard_folder, tmp_path):
 
 
 def test_a_file_system_without_locks_is_refused_with_what_to_do(shard_folder, tmp_path, monkeypatch):
-    def flock(handle, how):
+    def lockf(handle, how):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.raises(InputError, match=r"\.lock: cannot be locked, No locks available; give a --stage on the machine's own"):
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    with pytest.raises(InputError, match=r"\.lock: this file system has no locks .*; give a --stage on the machine's own disk"):
         Copy(shard_folder, tmp_path).run()

@@ -1,4 +1,4 @@
-"""The strict listing of tars: whole ones as any reader lists them, everything else refused with path, offset and reason."""
+"""The strict listing of tars: complete ones as any reader lists them, everything else refused with path, offset and reason."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from tests.support.tars import END, FORMATS, HOSTILE, MEMBERS, WHOLE, base_256, 
 
 
 @pytest.mark.parametrize("tar_format", FORMATS)
-def test_members_are_listed_where_their_bytes_are(tar_format, tmp_path):
+def test_members_are_listed_with_their_offsets(tar_format, tmp_path):
     long = {"ustar": [], "gnu": [101, 300, 5000], "pax": [101, 300, 5000]}[tar_format]
     members = [*MEMBERS, *((f"{'x' * (n - 4)}.jpg", b"%d" % n) for n in long), ("späte/ü.jpg", b"u"), ("empty.txt", b"")]
     path = tmp_path / "a.tar"
@@ -27,13 +27,13 @@ def test_members_are_listed_where_their_bytes_are(tar_format, tmp_path):
     assert [(m.name, data[m.offset : m.offset + m.size]) for m in list_members(path)] == members
 
 
-def test_headers_for_the_whole_tar_are_read(tmp_path):
+def test_global_headers_are_read(tmp_path):
     path = tmp_path / "a.tar"
     path.write_bytes(make_tar(MEMBERS, "pax", pax_headers={"comment": "0123456789abcdef"}))
     assert [m.name for m in list_members(path)] == [name for name, _ in MEMBERS]
 
 
-def test_headers_for_the_whole_tar_are_not_kept_for_every_member(tmp_path):
+def test_global_headers_are_not_copied_for_every_member(tmp_path):
     path = tmp_path / "a.tar"
     path.write_bytes(pax(b"".join(b"9 %05d=\n" % i for i in range(900)), b"g") + make_tar([(f"{i}", b"") for i in range(2000)]))
     tracemalloc.start()
@@ -55,26 +55,26 @@ def test_a_tar_without_members_is_an_empty_list(tmp_path):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_tar_that_is_not_whole_and_harmless_is_refused_with_its_place(name, tmp_path):
+def test_a_damaged_or_hostile_tar_is_refused_with_the_offset(name, tmp_path):
     tracemalloc.start()
     with refused(tmp_path / "a.tar", *HOSTILE[name]):
         list_members(tmp_path / "a.tar")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 32 << 20  # bytes; the file's own length at most, whatever it claims
+    assert peak < 32 << 20  # bytes; the file's own length at most, whatever its headers state
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere"), lambda path: None])
-def test_what_is_no_file_is_refused(make, tmp_path):
+def test_other_than_regular_files_are_refused(make, tmp_path):
     make(tmp_path / "a.tar")
     with pytest.raises(DataError, match=re.escape(f"{tmp_path}/a.tar: not a file")):
         list_members(tmp_path / "a.tar")
 
 
-def test_a_tar_cut_anywhere_is_refused(tmp_path):
+def test_a_tar_truncated_anywhere_is_refused(tmp_path):
     path = tmp_path / "a.tar"
-    for cut in [*range(0, END + 1024, 37), *range(0, END + 1024, 512)]:
-        path.write_bytes(WHOLE[:cut])
+    for length in [*range(0, END + 1024, 37), *range(0, END + 1024, 512)]:
+        path.write_bytes(WHOLE[:length])
         with pytest.raises(DataError):
             list_members(path)
     path.write_bytes(WHOLE[: END + 1024])
@@ -134,12 +134,12 @@ def test_no_mutation_of_headers_with_right_checksums_causes_another_error(draw, 
     def check(seed, edits):
         data = SEEDS[seed]
         blocks = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"]
-        for number, place, new in edits:
+        for number, field, new in edits:
             at = blocks[number % len(blocks)]
             # The fields that mean something, kind and size above all, more often than their share of the header.
-            place = {0: 124, 1: 156, 2: 0, 3: 345}.get(place % 8, place)
-            data = with_header(data, at, place, new[: 512 - place])
-            if place % 3 == 0:  # what an extended header holds
+            field = {0: 124, 1: 156, 2: 0, 3: 345}.get(field % 8, field)
+            data = with_header(data, at, field, new[: 512 - field])
+            if field % 3 == 0:  # what an extended header holds
                 data = put(data, at + 512, new)
         with bounded_memory(10 << 20):
             listed.append(check_listing(tmp_path / "a.tar", data))

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from fastmae import DataError
-from fastmae.shards.describe import describe
 from fastmae.shards.index import Index
 from fastmae.shards.index_tars import index_shards
 from fastmae.shards.verify import verify_shards
+from fastmae.train.cli.shards import info
 from tests.support.shards import write_json
 from tests.support.tars import make_tar
 
@@ -96,7 +96,7 @@ def double(folder):
         (flip_in(".jpg", 30), [r"{shard}: '{jpg}' at offset {at}: its \d+ bytes are not those that were indexed \(checksum\)"]),
         (flip_in(".jpg", -512), [r"{shard}: damaged header at offset {header}"]),
         (flip_in(".cls"), [r"{shard}: '{jpg}' at offset {at}: class \d in the tar, \d in the index"]),
-        (flip_in(".cls", 0, 64), [r"{shard}: member '{cls}' at offset \d+: a class is a whole number"]),
+        (flip_in(".cls", 0, 64), [r"{shard}: member '{cls}' at offset \d+: a class must be an integer"]),
         (flip_in(".cls", 20), [r"{shard}: its bytes are not those that were indexed \(hash\), though all images are intact"]),
         (lambda f: flip(f / SHARD, 10, 1), [r"{shard}: not a tar, or damaged at offset 0"]),
         (lambda f: (f / SHARD).unlink(), [r"{shard}: missing; restore it"]),
@@ -262,18 +262,21 @@ def test_a_name_that_no_file_can_have_is_refused(copy):
         Index.load(copy)
 
 
-def test_a_folder_is_described(shard_folder, tmp_path):
-    text = "\n".join(describe(shard_folder))
+def test_info_describes_a_folder(shard_folder, tmp_path, capsys):
+    info(shard_folder)
+    text = capsys.readouterr().out
     total = sum(p.stat().st_size for p in shard_folder.glob("*.tar"))
-    for part in ("shards: 4", "samples: 37", f"bytes: {total} ", "classes: 3 (ant 13, bee 12, cat 12)", "made by: building",
-                 "samples_per_shard=10", f"fingerprint: {Index.load(shard_folder).fingerprint}"):  # fmt: skip
+    for part in ("shards: 4", "samples: 37", f"bytes: {total} ", "classes: 3 (ant 13, bee 12, cat 12)",
+                 "made by: fastmae shards build", "samples_per_shard=10",
+                 f"fingerprint: {Index.load(shard_folder).fingerprint}"):  # fmt: skip
         assert part in text
     (tmp_path / "a.tar").write_bytes(make_tar([(f"{i}.{e}", b"%d" % i) for i in range(1, 9) for e in ("jpg", "cls")]
                                               + [("x.jpg", b"x")]))  # fmt: skip
     index_shards(tmp_path)
-    text = "\n".join(describe(tmp_path))
-    for part in ("classes: 8 (1 1, 2 1, 3 1, 4 1, 5 1, ...), 1 samples without one", "made by: indexing tars of others"):
+    info(tmp_path)
+    text = capsys.readouterr().out
+    for part in ("classes: 8 (1 1, 2 1, 3 1, 4 1, 5 1, ...), 1 samples without one", "made by: fastmae shards index"):
         assert part in text
     (tmp_path / "a.tar").unlink()
     with pytest.raises(DataError, match=r"a.tar: missing"):
-        describe(tmp_path)
+        info(tmp_path)

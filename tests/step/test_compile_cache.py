@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmae.cache import cache_folder
+from fastmae.files import cache_folder
 from fastmae.train.distributed.world import World
 from fastmae.train.pretrain.pretrain import pretrain
 from fastmae.train.step import compile_cache
@@ -96,7 +96,7 @@ import getpass, os, pwd, sys
 def nobody(_): raise KeyError("no such user")
 pwd.getpwuid = nobody
 import torch
-from fastmae.cache import cache_folder
+from fastmae.files import cache_folder
 from fastmae.train.step.compile_cache import use_local_folders
 assert cache_folder() is None
 os.environ["FASTMAE_CACHE"] = "~/cache"

@@ -61,7 +61,7 @@ def bounded_memory(limit: int):
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
 
     ctypes.CDLL(None).malloc_trim(0)  # or what it holds in stock could be taken unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, at what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     before = peak()
     yield
     taken = peak() - before

@@ -1,4 +1,4 @@
-"""Files that lie, are cut, or would run code: images in the place of JPEGs, and pickles."""
+"""Files that are inconsistent, truncated, or would run code: images in place of JPEGs, and pickles."""
 
 import io
 import struct
@@ -20,7 +20,7 @@ def encode(image, kind="JPEG", **options):
 
 
 def png_of(width=48, height=48):
-    """A PNG whose header claims so many pixels, and that has none."""
+    """A PNG whose header states so many pixels, and that has none."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -48,7 +48,7 @@ FRAME = GOOD.index(b"\xff\xc0") + 5  # height and width stand here
 SCAN = GOOD.index(b"\xff\xda") + 20
 
 
-def claiming(height, width):
+def jpeg_header(height, width):
     return GOOD[:FRAME] + struct.pack(">HH", height, width) + GOOD[FRAME + 4 :]
 
 
@@ -59,14 +59,14 @@ def with_exif():
 
 
 REPLACED = {  # what cannot be used, and a word of the reason
-    "a JPEG cut in half": (GOOD[: len(GOOD) // 2], "cannot be decoded"),
-    "a JPEG cut in its header": (GOOD[:100], "cannot be decoded"),
+    "a JPEG truncated in its data": (GOOD[: len(GOOD) // 2], "cannot be decoded"),
+    "a JPEG truncated in its header": (GOOD[:100], "cannot be decoded"),
     "a JPEG without its last bytes": (GOOD[:-20], "cannot be decoded"),
     "a JPEG with a damaged scan": (GOOD[:SCAN] + bytes(300) + GOOD[SCAN + 300 :], "cannot be decoded"),
     "a JPEG with a flipped marker": (GOOD[:FRAME - 4] + b"\x01" + GOOD[FRAME - 3 :], "cannot be decoded"),
-    "a header of 65500 x 65500": (claiming(65500, 65500), "claims 65500 x 65500 pixels"),
-    "a header of 12000 x 12000": (claiming(12000, 12000), "claims 12000 x 12000 pixels"),
-    "a header of no height": (claiming(0, 64), "cannot be decoded"),
+    "a header of 65500 x 65500": (jpeg_header(65500, 65500), "states 65500 x 65500 pixels"),
+    "a header of 12000 x 12000": (jpeg_header(12000, 12000), "states 12000 x 12000 pixels"),
+    "a header of no height": (jpeg_header(0, 64), "cannot be decoded"),
     "a PNG header of 60000 x 60000": (png_of(width=60000, height=60000), "Image size (3600000000 pixels)"),
     "a PNG without pixels": (png_of(), "cannot be decoded"),
     "a page of HTML": (b"<!doctype html><html><body>404</body></html>", "cannot be decoded"),
@@ -76,7 +76,7 @@ REPLACED = {  # what cannot be used, and a word of the reason
     "noise": (np.random.default_rng(0).bytes(4000), "cannot be decoded"),
     "two bytes": (b"\xff\xd8", "cannot be decoded"),
     "a pickle": (b"\x80\x04cos\nsystem\n(S'true'\ntR.", "cannot be decoded"),
-    "a WebP cut in half": (encode(make_picture(1), "WEBP")[:300], "cannot be decoded"),
+    "a truncated WebP": (encode(make_picture(1), "WEBP")[:300], "cannot be decoded"),
 }  # fmt: skip
 
 

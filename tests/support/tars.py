@@ -1,4 +1,4 @@
-"""Tars made byte by byte: whole ones, and all kinds that are damaged, cut or hostile."""
+"""Tars made byte by byte: complete ones, and all kinds that are damaged, truncated or hostile."""
 
 import bz2
 import gzip
@@ -75,20 +75,20 @@ def link(kind, **fields):
 
 
 HOSTILE = {
-    "cut inside the first header": (WHOLE[:300], "not a tar, or damaged at offset 0"),
-    "cut inside a header": (WHOLE[:2700], "cut inside the header at offset 2560"),
-    "cut between members": (WHOLE[:2560], "cut at offset 2560, between two members: the end marker of two zero blocks is miss"),
-    "cut before the end": (WHOLE[:END], "cut at offset 4608, between two members"),
-    "cut inside the end": (WHOLE[: END + 512], "cut at offset 5120, inside the end marker"),
-    "cut inside data": (WHOLE[:600], "member 'a.jpg' at offset 0 states 700 bytes, the file of 600 bytes holds 88 of them"),
-    "cut after data": (WHOLE[:1300], "cut at offset 1300, inside the padding after member 'a.jpg' at offset 0"),
+    "truncated inside the first header": (WHOLE[:300], "not a tar, or damaged at offset 0"),
+    "truncated inside a header": (WHOLE[:2700], "truncated inside the header at offset 2560"),
+    "truncated between members": (WHOLE[:2560], "truncated at offset 2560, between two members: the end marker of two"),
+    "truncated before the end": (WHOLE[:END], "truncated at offset 4608, between two members"),
+    "truncated inside the end": (WHOLE[: END + 512], "truncated at offset 5120, inside the end marker"),
+    "truncated inside data": (WHOLE[:600], "member 'a.jpg' at offset 0 states 700 bytes, the file of 600 bytes holds 88 of"),
+    "truncated after data": (WHOLE[:1300], "truncated at offset 1300, inside the padding after member 'a.jpg' at offset 0"),
     "damaged first header": (put(WHOLE, 10, b"x"), "not a tar, or damaged at offset 0"),
     "damaged second header": (put(WHOLE, 1540, b"x"), "damaged header at offset 1536"),
     "damaged last header": (put(WHOLE, 3590, b"x"), "damaged header at offset 3584"),
-    "zeroed header": (put(WHOLE, 1536, bytes(512)), "zeroed block at offset 1536, with data after it from offset 2048 on"),
+    "zeroed header": (put(WHOLE, 1536, bytes(512)), "zeroed block at offset 1536, with data after it from offset 2048"),
     "zeroed headers and data": (put(WHOLE, 1536, bytes(1024)), "zeroed block at offset 1536, with data after it"),
-    "two tars": (WHOLE + WHOLE, "zeroed block at offset 4608, with data after it from offset 10240 on"),
-    "data after the end": (WHOLE + b"x", "zeroed block at offset 4608, with data after it from offset 10240 on"),
+    "two tars": (WHOLE + WHOLE, "zeroed block at offset 4608, with data after it from offset 10240"),
+    "data after the end": (WHOLE + b"x", "zeroed block at offset 4608, with data after it from offset 10240"),
     "50 GiB": (with_header(WHOLE, 2560, 124, base_256(50 << 30)), "'folder/b.jpg' at offset 2560 states 53687091200 bytes"),
     "50 GiB first": (with_header(WHOLE, 0, 124, base_256(50 << 30)), "member 'a.jpg' at offset 0 states 53687091200 bytes"),
     "50 GiB in PAX": (
@@ -108,15 +108,15 @@ HOSTILE = {
     "sparse": (link(tarfile.GNUTYPE_SPARSE), "member 'evil.jpg' at offset 2560 is a sparse file"),
     "sparse in PAX": (
         make_tar([("a.jpg", b"A" * 600, {"pax_headers": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}})], "pax"),
-        "extended header at offset 0 announces a sparse file",
+        "extended header at offset 0 describes a sparse file",
     ),
     "absolute name": (make_tar([("/etc/passwd.jpg", b"x")]), "member '/etc/passwd.jpg' at offset 0: its name is"),
     "name upwards": (make_tar([("a/../../b.jpg", b"x")]), "member 'a/../../b.jpg' at offset 0: its name is"),
     "name upwards in PAX": (make_tar([("a.jpg", b"", {"pax_headers": {"path": "../b"}})], "pax"), "'../b' at offset 0: its"),
     "empty name": (make_tar([*MEMBERS, ("", b"x")]), "member '' at offset 4608: its name is empty"),
-    "the same name twice": (make_tar([*MEMBERS, MEMBERS[0]]), "member 'a.jpg' at offset 4608 comes a second time"),
-    "one name for all": (pax(b"14 path=a.jpg\n", b"g") + WHOLE, "member 'a.jpg' at offset 2560 comes a second time"),
-    "long name cut": (make_tar([("x" * 300, b"")], "gnu")[:700], "extended header at offset 0 is cut"),
+    "the same name twice": (make_tar([*MEMBERS, MEMBERS[0]]), "member 'a.jpg' at offset 4608 is a duplicate name"),
+    "one name for all": (pax(b"14 path=a.jpg\n", b"g") + WHOLE, "member 'a.jpg' at offset 2560 is a duplicate name"),
+    "long name truncated": (make_tar([("x" * 300, b"")], "gnu")[:700], "extended header at offset 0 is truncated"),
     "long name of 50 GiB": (
         with_header(make_tar([("x" * 300, b"")], "gnu"), 0, 124, base_256(50 << 30)),
         "extended headers at offset 0 of more than 1048576 bytes",
@@ -125,28 +125,28 @@ HOSTILE = {
     "a record past its header": (pax(b"99 path=x\n") + WHOLE, "extended header at offset 0 is damaged"),
     "a record of no length": (pax(b"0 path=x\n") + WHOLE, "extended header at offset 0 is damaged"),
     "records that overlap": (pax(b"2 " * 200_000 + b"x=\n") + WHOLE, "extended header at offset 0 is damaged"),
-    "digits without end": (pax(b"1" * 900_000) + WHOLE, "extended header at offset 0 holds a number of more than 255 digits"),
-    "headers without end": (pax(b"7 a=bc\n") * 900 + WHOLE, "damaged at offset 0"),
-    "large headers without end": (
+    "endless digits": (pax(b"1" * 900_000) + WHOLE, "extended header at offset 0 holds a number of more than 255 digits"),
+    "endless headers": (pax(b"7 a=bc\n") * 900 + WHOLE, "damaged at offset 0"),
+    "large endless headers": (
         pax(b"7007 a=%s\n" % (b"b" * 6999) * 70) * 3 + WHOLE, "extended headers at offset 0 of more than 1048576 bytes"
     ),
-    "a thousand records for all": (
+    "a thousand global records": (
         pax(b"".join(b"9 %05d=\n" % i for i in range(600)), b"g") + pax(b"".join(b"9 %05d=\n" % i for i in range(600)), b"g")
         + WHOLE,
-        "more than 1000 records for the whole tar",
+        "more than 1000 global records",
     ),
     "a page": (b"<html><body>404 not found</body></html>", "not a tar, or damaged at offset 0: its 39 bytes begin with"),
-    "empty": (b"", "empty, at offset 0 a tar has a header"),
-    "gzip": (gzip.compress(WHOLE), "compressed: cannot be read at random; gunzip it, or stream it"),
-    "bzip2": (bz2.compress(WHOLE), "compressed: cannot be read at random; gunzip it, or stream it"),
-    "xz": (lzma.compress(WHOLE), "compressed: cannot be read at random; gunzip it, or stream it"),
-    "zstd": (b"\x28\xb5\x2f\xfd" + os.urandom(600), "compressed: cannot be read at random; gunzip it, or stream it"),
+    "empty": (b"", "empty, at offset 0 a tar must have a header"),
+    "gzip": (gzip.compress(WHOLE), "compressed, which allows no random access; decompress it, or"),
+    "bzip2": (bz2.compress(WHOLE), "compressed, which allows no random access; decompress it, or"),
+    "xz": (lzma.compress(WHOLE), "compressed, which allows no random access; decompress it, or"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + os.urandom(600), "compressed, which allows no random access; decompress it, or"),
 }  # fmt: skip
 
 
 @contextmanager
 def refused(path: Path, data: bytes, message: str):
-    """``data`` stands at ``path``; what is done with it raises a DataError that begins with the path and holds ``message``."""
+    """``data`` at ``path``: reading it raises a DataError that begins with the path and holds ``message``."""
     path.write_bytes(data)
     with pytest.raises(DataError) as caught:
         yield

@@ -1,10 +1,11 @@
 """The commands of ``fastmae shards``: build, verify, info, index. Each imports what it runs, after arguments are parsed."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tqdm import tqdm
@@ -13,8 +14,12 @@ from fastmae.cores import usable_cores
 from fastmae.errors import DataError, InputError
 from fastmae.train.config.run import optional
 
+if TYPE_CHECKING:
+    from fastmae.shards.index import Index
+
 Images = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
 Shards = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
+_NAMED_CLASSES = 5  # in ``info``
 
 
 def build(
@@ -94,9 +99,7 @@ def info(folder: Shards) -> None:
     Args:
         folder: Folder with index.json.
     """
-    from fastmae.shards.describe import describe
-
-    print("\n".join(describe(folder)))
+    print("\n".join(_describe(folder)))
 
 
 def index(
@@ -142,3 +145,36 @@ def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield progress
+
+
+def _describe(folder: str | Path) -> list[str]:
+    """Shards, samples, bytes, mean image, classes with their counts, settings and fingerprint of ``folder``, a line each.
+
+    Raises DataError if the index is damaged or a shard is missing or truncated.
+    """
+    from fastmae.shards.index import Index
+
+    index = Index.load(folder)
+    total = sum(shard.bytes for shard in index.shards)
+    return [
+        f"folder: {index.folder}",
+        f"shards: {len(index.shards)}",
+        f"samples: {len(index)}",
+        f"bytes: {total} ({total / 2**30:.2f} GiB)",
+        f"mean image: {index.table['size'].mean() / 2**10:.1f} KiB",
+        f"classes: {_classes(index)}",
+        "made by: " + ("fastmae shards index" if index.build.get("indexed") else "fastmae shards build"),
+        "settings: " + (", ".join(f"{name}={value}" for name, value in index.build.items()) or "none"),
+        f"fingerprint: {index.fingerprint}",
+    ]
+
+
+def _classes(index: "Index") -> str:
+    """How many classes, and the largest by name or number, with their counts."""
+    counts = Counter(index.table["label"].tolist())
+    unlabelled = sum(count for label, count in counts.items() if label < 0)
+    labelled = sorted(((-count, label) for label, count in counts.items() if label >= 0))
+    named = [f"{index.classes[n] if n < len(index.classes) else n} {-count}" for count, n in labelled[:_NAMED_CLASSES]]
+    shown = ", ".join(named + ["..."] * (len(labelled) > _NAMED_CLASSES))
+    parts = [f"{max(len(index.classes), len(labelled))} ({shown})" if labelled else "none"]
+    return ", ".join(parts + ([f"{unlabelled} samples without one"] if unlabelled else []))

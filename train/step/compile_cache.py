@@ -26,10 +26,9 @@ import triton
 import xxhash
 
 import fastmae.model
-from fastmae.cache import cache_folder
 from fastmae.devices import device_name
 from fastmae.errors import InputError
-from fastmae.files import write_atomically
+from fastmae.files import cache_folder, write_atomically
 from fastmae.kernels import dispatch
 from fastmae.train.config.recipes import Recipe
 from fastmae.train.config.run import Run

@@ -1,1 +1,1 @@
-"""Attention by whoever computes it fastest: backends by name, tried and measured on the shapes of the run."""
+"""Attention by its fastest backend: probed, and timed, on the shapes of the run."""

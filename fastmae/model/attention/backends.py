@@ -1,4 +1,4 @@
-"""Attention backends by name: xformers and torch's SDPA kernels behind one call, and what is known against some of them."""
+"""Attention backends by name: xformers and torch's SDPA kernels behind one call, and the known faults of some."""
 
 import contextlib
 import logging
@@ -19,11 +19,13 @@ _SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-_CUDNN_TILE, _CUDNN_BROKEN = 128, (9, 15, 0)  # up to this version lengths that the tile does not divide are read past their end
+_CUDNN_TILE, _CUDNN_BROKEN = 128, (9, 15, 0)  # up to this version, lengths that are no multiple of the tile are overrun
+
+_memory_efficient_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # xformers', once it is imported
 
 
 class Shape(NamedTuple):
-    """What decides, besides device and dtype, which backends work and how fast they are."""
+    """Sizes on which it depends, besides device and dtype, which backends work and how fast they are."""
 
     queries: int
     keys: int
@@ -48,12 +50,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
 
 def prepare(backend: str) -> None:
     """Import what ``backend`` needs. Raises InputError, with the install command, if it is missing."""
-    if backend == "xformers":
-        _import_xformers()
+    # xformers late, because it is slow, and warns at import if its extension does not load with this torch, although attention
+    # needs nothing from it. A plain global, because torch.compile can trace one and not an import.
+    global _memory_efficient_attention
+    if backend == "xformers" and _memory_efficient_attention is None:
+        load_runtime(torch.version.cuda)
+        logging.getLogger("xformers").setLevel(logging.ERROR)
+        _memory_efficient_attention = require("xformers.ops", "attention xformers").memory_efficient_attention
 
 
 def refusal(backend: str, device_type: str, shape: Shape) -> str | None:
-    """Why ``backend`` must not even be tried on tensors of ``shape``, in one line; None if nothing is known against it."""
+    """Why ``backend`` must not even be tried on tensors of ``shape``, in one line; None if no fault is known."""
     if device_type != "cuda":
         return None
     if backend == "xformers":
@@ -62,22 +69,22 @@ def refusal(backend: str, device_type: str, shape: Shape) -> str | None:
         return None
     try:
         version = cudnn_version()
-    except RuntimeError as error:  # torch refuses a cuDNN older than the one that it was built with
+    except RuntimeError as error:  # torch refuses a cuDNN older than the one it was built with
         return f"cuDNN cannot be used, {' '.join(str(error).split())[:300]}"
     if version is None:
         return "this torch has no cuDNN"
     if version <= _CUDNN_BROKEN and (shape.queries % _CUDNN_TILE or shape.keys % _CUDNN_TILE):
         return (
-            f"cuDNN {_dotted(version)} reads past the end of tokens whose number {_CUDNN_TILE} does not divide: a cuDNN newer "
-            f"than {_dotted(_CUDNN_BROKEN)} is needed"
+            f"cuDNN {_dotted(version)} reads out of bounds for sequence lengths that are no multiple of {_CUDNN_TILE}: "
+            f"install a cuDNN newer than {_dotted(_CUDNN_BROKEN)}"
         )
     return None
 
 
 def cudnn_version() -> tuple[int, int, int] | None:
-    """The cuDNN that torch has loaded, which need not be the one that a package manager lists; None without any.
+    """The cuDNN that torch has loaded, which may differ from the one that a package manager lists; None without any.
 
-    One number: 91501 is 9.15.1; up to version 8, 8902 is 8.9.2 (``CUDNN_VERSION`` of cuDNN's header).
+    torch gives one number: 91501 is 9.15.1; up to version 8, 8902 is 8.9.2 (``CUDNN_VERSION`` of cuDNN's header).
     """
     number = torch.backends.cudnn.version()
     if number is None:
@@ -88,16 +95,3 @@ def cudnn_version() -> tuple[int, int, int] | None:
 
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
-
-
-_memory_efficient_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # xformers', once it is imported
-
-
-def _import_xformers() -> None:
-    # Late, because it is slow, and because its extension may not load beside this torch: it warns about that at import
-    # although attention needs nothing from it. A plain global, because torch.compile can trace one and not an import.
-    global _memory_efficient_attention
-    if _memory_efficient_attention is None:
-        load_runtime(torch.version.cuda)
-        logging.getLogger("xformers").setLevel(logging.ERROR)
-        _memory_efficient_attention = require("xformers.ops", "attention xformers").memory_efficient_attention

@@ -1,7 +1,7 @@
 """The fastest attention backend for a shape, found by a short measurement on this device.
 
-Each backend that works (``probe.py``) is timed forward and backward; the fastest is kept in this process and in
-``choice_file.py``, so that it is measured once.
+Each backend that works (``probe.py``) is timed forward and backward; the fastest is cached in this process and on disk
+(``cache.py``).
 """
 
 import contextlib
@@ -13,13 +13,13 @@ from functools import partial
 import torch
 
 from fastmae.model.attention.backends import Shape, prepare
-from fastmae.model.attention.choice_file import CHOICES, entry_key, read_entries, write_entries
+from fastmae.model.attention.cache import CHOICES, entry_key, read_entries, write_entries
 from fastmae.model.attention.probe import probe, why_not
 from fastmae.model.attention.trial import Inputs, forward_backward
 from fastmae.model.config import BACKENDS
 
-_TOKENS = 131_072  # keys in a measured batch: enough work that launches do not hide differences
-_ROUNDS, _CALLS = 5, 8  # interleaved rounds of so many calls each
+_TOKENS = 131_072  # keys of a timed batch: enough work to hide launch overhead
+_ROUNDS, _CALLS = 5, 8  # interleaved rounds, and calls in each
 _UNMEASURED = "sdpa"
 
 _chosen: dict[tuple[str, torch.dtype, Shape], str] = {}
@@ -27,7 +27,7 @@ _measures = True
 
 
 def fastest(device_type: str, dtype: torch.dtype, shape: Shape) -> str:
-    """The backend to use: from this process, from the file, or measured now."""
+    """The backend to use: cached in this process, on disk, or measured now."""
     key = (device_type, dtype, shape)
     if key not in _chosen and not _measures:
         return _UNMEASURED
@@ -38,13 +38,13 @@ def fastest(device_type: str, dtype: torch.dtype, shape: Shape) -> str:
 
 
 def adopt(device_type: str, dtype: torch.dtype, choices: dict[Shape, str]) -> None:
-    """Take over what another process chose, so that all processes of a run compute alike."""
+    """Use what another process chose, so that all ranks of a run compute identically."""
     _chosen.update({(device_type, dtype, shape): backend for shape, backend in choices.items()})
 
 
 @contextlib.contextmanager
 def unmeasured() -> Iterator[None]:
-    """Within it nothing is measured: a shape for which no backend has been chosen is computed by torch's own choice."""
+    """A context in which nothing is measured: torch chooses for shapes whose backend has not been chosen yet."""
     global _measures
     before, _measures = _measures, False
     try:
@@ -59,7 +59,9 @@ def measure(device_type: str, dtype: torch.dtype, shape: Shape, tokens: int = _T
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
         inputs, runs = Inputs.draw(device_type, dtype, shape, max(1, tokens // shape.keys)), {}
         for backend in [b for b in BACKENDS if why_not(b, device_type, dtype, shape) is None]:
-            with contextlib.suppress(Exception):  # what works on the probe's few images may still refuse these, math above all
+            with contextlib.suppress(
+                Exception
+            ):  # what works on the probe's small batch may run out of memory here, math above all
                 prepare(backend)
                 run = partial(forward_backward, backend, inputs)
                 _seconds(run, device_type, 2)
@@ -87,7 +89,7 @@ def _seconds(run: Callable[[], object], device_type: str, calls: int) -> float:
 def _measure_once(device_type: str, dtype: torch.dtype, shape: Shape) -> str:
     times = measure(device_type, dtype, shape)
     if device_type == "cuda":
-        torch.cuda.empty_cache()  # math attention alone takes gigabytes, which a step's tensors would not fit into
+        torch.cuda.empty_cache()  # math attention alone takes gigabytes, which a step needs
     backend = next(iter(times), _UNMEASURED)
     entry = {"backend": backend, "microseconds": {b: round(t, 1) for b, t in times.items()}}
     write_entries(device_type, CHOICES, {entry_key(dtype, shape): entry})

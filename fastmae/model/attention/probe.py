@@ -1,13 +1,13 @@
-"""Which attention backends work here, on a run's own shapes: tried out before one is measured or trained with.
+"""Which attention backends work here, on a run's own shapes: probed before one is measured or trained with.
 
-On a GPU they are tried in processes of their own, since a process cannot go on after an illegal memory access
-(``fastmae.model.attention.probe_process``); on the CPU in this one. What was found is remembered in ``choice_file.py``.
+On a GPU they are tried in child processes, since a process cannot use its GPU after an illegal memory access
+(``fastmae.model.attention.probe_process``); on the CPU in this one. Results are cached on disk (``cache.py``).
 """
 
 import torch
 
 from fastmae.model.attention.backends import Shape, refusal
-from fastmae.model.attention.choice_file import PROBES, entry_key, read_entries, write_entries
+from fastmae.model.attention.cache import PROBES, entry_key, read_entries, write_entries
 from fastmae.model.attention.probe_process import Pair, ProbeError, probe_in_child
 from fastmae.model.attention.trial import Verdict, try_out
 from fastmae.model.config import BACKENDS
@@ -28,9 +28,9 @@ def why_not(backend: str, device_type: str, dtype: torch.dtype, shape: Shape) ->
 
 def probe(device_type: str, dtype: torch.dtype, shapes: list[Shape], backends: tuple[str, ...] = BACKENDS,
           index: int | None = None) -> None:  # fmt: skip
-    """Try ``backends`` on all ``shapes``, unless that was done: on a GPU in one other process, or a few if some crash.
+    """Try ``backends`` on all ``shapes``, unless they were: on a GPU in one child process, or several if some crash.
 
-    ``index``: the GPU's number, by default this process's own. This process need not have opened it, and does not.
+    ``index``: the GPU's number, by default this process's own, which is not initialised for it.
     """
     pairs = [(b, s) for s in shapes for b in backends if refusal(b, device_type, s) is None]
     pairs = [pair for pair in pairs if (device_type, dtype, pair) not in _found]
@@ -43,9 +43,9 @@ def probe(device_type: str, dtype: torch.dtype, shapes: list[Shape], backends: t
         if reason is None or isinstance(reason, str):
             _keep(device_type, dtype, {(backend, shape): Verdict(reason)})
     if rest := [pair for pair in pairs if (device_type, dtype, pair) not in _found]:
-        verdicts = _probe_apart(dtype, rest, index)
+        verdicts = _probe_in_child(dtype, rest, index)
         _keep(device_type, dtype, verdicts)
-        # Where nothing works the fault is this machine's, and the file may be other machines' too.
+        # If nothing works, the machine is at fault, and other machines may share the cache.
         is_sound = any(verdict.reason is None for verdict in verdicts.values())
         for (backend, shape), (reason, lasts) in verdicts.items():
             if lasts and is_sound:
@@ -54,11 +54,11 @@ def probe(device_type: str, dtype: torch.dtype, shapes: list[Shape], backends: t
 
 
 def notes() -> list[str]:
-    """A line for people if backends had to be tried in this process, as on a GPU that takes one process only."""
+    """A log line if backends had to be tried in this process, as on a GPU in exclusive mode."""
     return [f"attention backends were probed in this process: {reason}" for reason in sorted(_in_process)]
 
 
-def _probe_apart(dtype: torch.dtype, pairs: list[Pair], index: int | None) -> dict[Pair, Verdict]:
+def _probe_in_child(dtype: torch.dtype, pairs: list[Pair], index: int | None) -> dict[Pair, Verdict]:
     if index is None:
         index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
     try:

@@ -1,8 +1,8 @@
-"""Try attention backends in a process of its own, which may crash or hang: both sides of it.
+"""Try attention backends in a child process, which may crash or hang: the parent's side and the child's.
 
-The child, a fresh interpreter because a GPU cannot be used after a fork, tries one (backend, shape) after the other and writes
-when each begins and ends, so that what was begun when it ended is what ended it. Another child goes on with the rest.
-Messages are lines of JSON after the control character RS (RFC 7464); what libraries print comes between them.
+The child, a new interpreter because a GPU cannot be used after a fork, tries one (backend, shape) after the other and reports
+when each begins and ends: the one that was running when the child ended has ended it. Another child continues with the rest.
+Messages are lines of JSON after the control character RS (RFC 7464); output of libraries may come between them.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # torch takes the child seconds to import, and this file is also its program
+if TYPE_CHECKING:  # imported by the child's program alone, below
     import torch
 
     from fastmae.model.attention.trial import Verdict
@@ -25,24 +25,24 @@ if TYPE_CHECKING:  # torch takes the child seconds to import, and this file is a
 Pair = tuple[str, tuple[int, int, int, int]]
 """A backend and a ``Shape``."""
 _MARK = "\x1e"
-_OPENS = 300.0  # seconds for a child to import torch, from a slow network disk say, and to open the GPU
-_ANSWERS = 120.0  # seconds for a trial; the first of a backend imports or compiles what it needs
-_ENDS = 10.0  # seconds for a killed child to be gone; one that hangs inside a driver goes later
+_START_TIMEOUT = 300.0  # seconds for a child to import torch, perhaps from a slow network disk, and to open the GPU
+_TRIAL_TIMEOUT = 120.0  # seconds; the first trial of a backend may import or compile it
+_EXIT_TIMEOUT = 10.0  # seconds for a killed child to end; one that hangs inside a driver may take longer
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _PROGRAM = ("-m", "fastmae.model.attention.probe_process")
-_OF_OTHERS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # these come from outside, short memory's too
+_EXTERNAL = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # not a backend's fault: the OOM killer's, say
 
 
 class ProbeError(RuntimeError):
-    """No other process can be started or open the GPU; ``found`` is what others have found before."""
+    """No child process can be started or open the GPU; ``found`` is what earlier ones have found."""
 
     found: "dict[Pair, Verdict]"
 
 
 def probe_in_child(device_type: str, index: int | None, dtype: "torch.dtype", pairs: list[Pair]) -> "dict[Pair, Verdict]":
-    """What trials of ``pairs`` show, each on the device of number ``index``; a crash or hang is a verdict like any other.
+    """The verdict on each of ``pairs``, tried on the device of number ``index``; a crash or hang is one too.
 
-    Raises ProbeError if none can be made.
+    Raises ProbeError if nothing can be tried.
     """
     found: dict[Pair, Verdict] = {}
     try:
@@ -56,51 +56,51 @@ def probe_in_child(device_type: str, index: int | None, dtype: "torch.dtype", pa
 
 
 def _results(task: dict, pairs: list[Pair]) -> "dict[Pair, Verdict]":
-    """What one child finds until it ends or has to be ended; at least one result."""
+    """What one child finds until it ends or is killed; at least one verdict."""
     from fastmae.model.attention.trial import Verdict
 
     found: dict[Pair, Verdict] = {}
     current: Pair | None = None
     with _Child(task) as child:
         try:
-            is_open = child.message(_OPENS)
+            is_open = child.message(_START_TIMEOUT)
             if is_open is None or "closed" in is_open:
                 raise ProbeError(is_open["closed"] if is_open else child.ending())
-            while message := child.message(_ANSWERS):
+            while message := child.message(_TRIAL_TIMEOUT):
                 pair = pairs[message.get("begin", message.get("end"))]
                 current = pair if "begin" in message else None
                 if current is None:
                     found[pair] = Verdict(message["reason"], message["lasts"])
         except TimeoutError:
-            if current is None and found:  # a GPU that is gone does not even refuse
+            if current is None and found:  # a lost GPU does not even raise
                 return found
             if current is None:
-                raise ProbeError(f"a process for it does not start within {_OPENS:.0f} s") from None
-            # Its other shapes would take as long.
-            hung = Verdict(f"it does not end within {_ANSWERS:.0f} s", lasts=False)
+                raise ProbeError(f"the probe process did not start within {_START_TIMEOUT:.0f} s") from None
+            # Its other shapes would hang too.
+            hung = Verdict(f"timed out after {_TRIAL_TIMEOUT:.0f} s", lasts=False)
             return found | {p: hung for p in pairs if p[0] == current[0] and p not in found}
         if current is not None:
-            found[current] = Verdict(f"it crashes: {child.ending()}", lasts=child.code() not in [-s for s in _OF_OTHERS])
+            found[current] = Verdict(f"crashed: {child.ending()}", lasts=child.code() not in [-s for s in _EXTERNAL])
         if not found:
             raise ProbeError(child.ending())
     return found
 
 
 class _Child:
-    """A running child, read from. Used with ``with``: it is gone afterwards, with all that it has started."""
+    """A running child. As a context: it and all that it has started are killed at the end."""
 
     def __init__(self, task: dict):
         self._rest, self._last = b"", ""
-        path = os.pathsep.join(os.path.abspath(p) for p in sys.path)  # noqa: PTH100 - "" is this folder
+        path = os.pathsep.join(os.path.abspath(p) for p in sys.path)  # noqa: PTH100 - "" is the current folder
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", *_PROGRAM, json.dumps({**task, "parent": os.getpid()})],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONPATH": path},
-                start_new_session=True,  # Ctrl-C is this process's to handle
+                start_new_session=True,  # Ctrl-C must not reach it
             )  # fmt: skip
         except OSError as error:
-            raise ProbeError(f"no process for it can be started, {error}") from error
+            raise ProbeError(f"the probe process cannot be started, {error}") from error
 
     def __enter__(self) -> "_Child":
         return self
@@ -109,7 +109,7 @@ class _Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_ENDS)
+            self._process.wait(_EXIT_TIMEOUT)
         self._process.stdout.close()
 
     def message(self, seconds: float) -> dict | None:
@@ -117,23 +117,23 @@ class _Child:
         until = time.monotonic() + seconds
         while (line := self._line(until)) is not None:
             if line.startswith(_MARK):
-                self._last = ""  # of another trial
+                self._last = ""  # output of another trial
                 return json.loads(line[1:])
             self._last = line.strip() or self._last
         self._last = self._rest.decode(errors="replace").strip() or self._last
         return None
 
     def code(self) -> int | None:
-        """Its exit code, minus the signal that ended it; None if it does not end."""
+        """Its exit code, or minus the signal that ended it; None if it does not end."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(_ENDS)
+            return self._process.wait(_EXIT_TIMEOUT)
         return None
 
     def ending(self) -> str:
-        """How it has ended, in one line."""
+        """How it ended, with its last output, in one line."""
         code = self.code()
         how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        return f"its process ended with {how}{', ' if self._last else ''}{self._last[:200]}"
+        return f"the probe process ended with {how}{', ' if self._last else ''}{self._last[:200]}"
 
     def _line(self, until: float) -> str | None:
         with selectors.DefaultSelector() as selector:
@@ -150,15 +150,15 @@ class _Child:
 
 def main(task: dict, open_device: Callable[[str, int | None], None], try_out: "Callable[..., Verdict]",
          answers: Callable[[str], bool]) -> int:  # fmt: skip
-    """The child: try the pairs of ``task`` by the functions of ``trial.py``; ends once the device answers no more."""
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)  # a kernel that hangs must not keep the GPU after its parent
+    """The child: try the pairs of ``task`` by the functions of ``trial.py``, until the device does not compute any more."""
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)  # a hanging kernel must not outlive the parent and keep the GPU
     if os.getppid() != task["parent"]:
         return 1
     device, pairs = task["device"], task["pairs"]
     try:
         open_device(device, task["index"])
-    except Exception as error:  # taken by another process, full, or gone
-        _send(closed=f"another process cannot open the GPU, {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    except Exception as error:  # in use by another process, out of memory, or lost
+        _send(closed=f"the probe process cannot open the GPU, {type(error).__name__}: {str(error).partition(chr(10))[0]}")
         return 1
     _send(opened=True)
     for number, (backend, shape) in enumerate(pairs):

@@ -1,4 +1,4 @@
-"""Attention forward and backward on random tensors, as a block makes them: what a backend is tried out and timed with."""
+"""Attention forward and backward on random tensors of a block's shapes: how a backend is tried and timed."""
 
 import math
 import re
@@ -11,25 +11,25 @@ from torch import Tensor
 from fastmae.model.attention.backends import Shape, attend, prepare
 
 _BATCH = 2  # images of a trial
-_COMPARED = 1 << 28  # elements of the attention matrices that math attention stores for a comparison: 1 GiB in fp32
-_NO_MEMORY = re.compile("out of memory|ALLOC_FAILED", re.I)  # of the driver and of cuBLAS and cuDNN, which take their own
-_TOLERANCE = 2e-2  # relative, against SDPA's math: several times what bf16 rounding gives, far below any mistake
+_COMPARED = 1 << 28  # elements of attention matrices that math stores for a comparison: 1 GiB in fp32
+_NO_MEMORY = re.compile("out of memory|ALLOC_FAILED", re.I)  # of the driver, and of cuBLAS and cuDNN
+_TOLERANCE = 2e-2  # relative, against SDPA's math: several times the rounding of bf16, far below any mistake
 
 
 class Verdict(NamedTuple):
-    """What a trial of a backend has shown."""
+    """The outcome of a trial of a backend."""
 
     reason: str | None
     """Why the backend does not work, in one line; None if it does."""
     lasts: bool = True
-    """Whether another process would find the same: not where memory was short, say."""
+    """Whether another process would find the same, as it might not after a lack of memory."""
 
 
 class Inputs(NamedTuple):
-    """What attention and its gradients are computed from."""
+    """Inputs of attention and its gradients."""
 
     q: Tensor
-    """Queries (B, N, 1, H, d), unless they stand in ``packed``."""
+    """Queries (B, N, 1, H, d), unless they are in ``packed``."""
     packed: Tensor
     """Keys and values (B, M, 2, H, d), or, where N = M, queries, keys and values (B, M, 3, H, d)."""
     weight: Tensor
@@ -37,15 +37,15 @@ class Inputs(NamedTuple):
 
     @classmethod
     def draw(cls, device_type: str, dtype: torch.dtype, shape: Shape, B: int) -> "Inputs":
-        """Normally distributed ones for ``B`` images."""
+        """Normally distributed inputs for ``B`` images."""
         N, M, H, d = shape
-        generator = torch.Generator(device_type).manual_seed(0)  # its own: who draws later must not see this
+        generator = torch.Generator(device_type).manual_seed(0)  # its own, so that later draws do not change
         draw = partial(torch.randn, device=device_type, dtype=dtype, generator=generator)
         q, packed = draw(B, N, 1, H, d).requires_grad_(), draw(B, M, 3 if N == M else 2, H, d).requires_grad_()
         return cls(q, packed, draw(B, N, H, d))
 
     def first_heads(self, H: int) -> "Inputs":
-        """Those of the first ``H`` heads alone."""
+        """The first ``H`` heads."""
         q, packed = (x.detach()[..., :H, :].requires_grad_() for x in (self.q, self.packed))
         return Inputs(q, packed, self.weight[..., :H, :])
 
@@ -60,29 +60,29 @@ def forward_backward(backend: str, inputs: Inputs) -> list[Tensor]:
 
 
 def try_out(backend: str, device_type: str, dtype: torch.dtype, shape: Shape) -> Verdict:
-    """Run ``backend`` forward and backward on ``shape``, few images but all tokens and heads, and compare it with math."""
+    """Run ``backend`` forward and backward on ``shape``, with few images but all tokens and heads, and compare it with math."""
     B, N, M, H = _BATCH, *shape[:3]
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
             prepare(backend)
             inputs = Inputs.draw(device_type, dtype, shape, B)
-            heads = max(1, min(H, _COMPARED // (B * N * M)))  # heads know nothing of each other
+            heads = max(1, min(H, _COMPARED // (B * N * M)))  # heads are independent
             found = [x[..., :heads, :] for x in forward_backward(backend, inputs)]
             error = _error(found, forward_backward("math", inputs.first_heads(heads)))
-    except Exception as error:  # whatever a third-party kernel raises is its answer
+    except Exception as error:  # whatever a third-party kernel raises is its verdict
         return Verdict(_line(error), lasts=not (isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(str(error))))
-    return Verdict(None if error <= _TOLERANCE else f"it differs from math attention, by {error:.1g} of its norm")
+    return Verdict(None if error <= _TOLERANCE else f"differs from math attention by {error:.1g} of its norm")
 
 
 def open_device(device_type: str, index: int | None) -> None:
-    """Make the device ready for trials, the one of that number if there are several. Raises RuntimeError if it cannot be."""
+    """Initialise the device, of number ``index`` if there are several. Raises RuntimeError if it cannot be."""
     if device_type == "cuda":
         torch.cuda.set_device(index or 0)
     torch.ones(1, device=device_type).item()
 
 
 def answers(device_type: str) -> bool:
-    """Whether the device still computes: after an illegal access it does so no more in the process that made it."""
+    """Whether the device still computes: after an illegal access it does not, in the process that made it."""
     try:
         return torch.ones(1, device=device_type).item() == 1
     except RuntimeError:
@@ -93,7 +93,7 @@ def _error(found: list[Tensor], exact: list[Tensor]) -> float:
     """The largest error of result and gradients in the L2 norm, relative to the result's and to the largest gradient's;
     infinity if something is not finite."""
     off = [float((f.float() - e.float()).norm()) for f, e in zip(found, exact, strict=True)]
-    norm, *gradients = [float(e.float().norm()) for e in exact]  # of a lone key the gradient of the queries is zero
+    norm, *gradients = [float(e.float().norm()) for e in exact]  # with a single key the gradient of the queries is zero
     errors = [o / scale for o, scale in zip(off, [norm] + [max(gradients)] * len(gradients), strict=True)]
     return max(error if math.isfinite(error) else math.inf for error in errors)
 

@@ -1,7 +1,7 @@
-"""What is remembered of attention backends on this device: which of them work, and which is the fastest.
+"""The disk cache of attention backends: which of them work on this device, and which is the fastest.
 
-A file for each device and set of versions, ``attention-*.json`` in ``FASTMAE_CACHE`` (default ``~/.cache/fastmae``). Deleting
-it makes the next run probe and measure again. Where no folder can be found or written nothing is remembered.
+A file for each device and set of versions, ``attention-*.json`` in ``FASTMAE_CACHE`` (default ``~/.cache/fastmae``). Delete it
+to probe and measure again. Without a folder that can be written nothing is cached.
 """
 
 import contextlib
@@ -12,28 +12,27 @@ from pathlib import Path
 
 import torch
 
-from fastmae.cache import cache_folder
 from fastmae.errors import InputError
-from fastmae.files import write_atomically
+from fastmae.files import cache_folder, write_atomically
 from fastmae.model.attention.backends import Shape, cudnn_version
 
 PROBES, CHOICES = "probes", "choices"
 
 
 def cache_file(device_type: str) -> Path | None:
-    """Where things are kept for this device and these versions; None for a user without a home folder, whom none is set for."""
+    """The file for this device and these versions; None without a cache folder."""
     folder = cache_folder()
     name = hashlib.sha256(json.dumps(_identity(device_type)).encode()).hexdigest()[:16]
     return folder and folder / f"attention-{name}.json"
 
 
 def entry_key(dtype: torch.dtype, shape: Shape) -> str:
-    """The name of an entry."""
+    """The key of an entry."""
     return f"{dtype}: {shape}"
 
 
 def read_entries(device_type: str, section: str) -> dict[str, dict]:
-    """The entries of ``section``, by ``entry_key``: none if the file is not there or damaged."""
+    """The entries of ``section`` by ``entry_key``; none if the file is missing or damaged."""
     path = cache_file(device_type)
     try:
         entries = json.loads(path.read_text())[section] if path else {}
@@ -43,22 +42,22 @@ def read_entries(device_type: str, section: str) -> dict[str, dict]:
 
 
 def write_entries(device_type: str, section: str, entries: dict[str, dict]) -> None:
-    """Put ``entries`` into ``section``, over those of the same key."""
+    """Add ``entries`` to ``section``; those of the same key are replaced."""
     path = cache_file(device_type)
     if path is None:
         return
     sections = {name: read_entries(device_type, name) for name in (PROBES, CHOICES)}
     sections[section] |= entries
-    with contextlib.suppress(OSError, InputError):  # a machine that keeps nothing measures in every process
+    with contextlib.suppress(OSError, InputError):  # then every process measures for itself
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(path) as file:
             file.write(json.dumps({**_identity(device_type), **sections}, indent=1).encode())
 
 
 def _identity(device_type: str) -> dict[str, str]:
-    """What probes and measurements are valid for. Opens no GPU: to read a name takes none of its memory."""
+    """What probes and measurements are valid for. Reading a GPU's name does not initialise it."""
     versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
-    with contextlib.suppress(RuntimeError):  # a cuDNN that torch refuses
+    with contextlib.suppress(RuntimeError):  # torch refuses this cuDNN
         versions["cudnn"] = str(cudnn_version())
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions["xformers"] = importlib.metadata.version("xformers")

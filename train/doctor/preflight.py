@@ -13,8 +13,9 @@ from fastmae.train.config.precision import AUTOCAST, precision_of
 from fastmae.train.config.recipes import Recipe
 from fastmae.train.config.run import Run
 from fastmae.train.config.settings import DoctorSettings
+from fastmae.train.distributed.join import join_world, leave_world
 from fastmae.train.distributed.launcher import read_launcher
-from fastmae.train.distributed.world import World, join_world, leave_world
+from fastmae.train.distributed.world import World
 from fastmae.train.doctor.bandwidth import Rate, kinds_of, measure_rates
 from fastmae.train.doctor.clocks import clock_offsets
 from fastmae.train.doctor.comparison import compare

@@ -18,9 +18,12 @@ import torch
 import torch.distributed as dist
 
 from fastmae.train.distributed.world import World
+from fastmae.train.doctor.findings import Report, name_ranks
+from fastmae.train.doctor.inventory import Inventory
 
 _BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}
 _ROUNDS, _WARM_UPS = 10, 2
+_SLOW = 0.5  # of the median rate of groups of one kind
 _PATIENCE = 60.0  # seconds for all rounds of one kind, the set-up of NCCL included
 
 
@@ -43,6 +46,28 @@ class Rate:
     def bus(self) -> float:
         """GB/s."""
         return self.algorithm * 2 * (len(self.ranks) - 1) / len(self.ranks)
+
+
+def check_rates(report: Report, world: World, machines: list[list[Inventory]], device: torch.device) -> bool:
+    """Measure and report all-reduces; whether they work."""
+    network = "NCCL" if device.type == "cuda" else "gloo"
+    for kind, groups in kinds_of([[one.rank for one in machine] for machine in machines]).items() if world.size > 1 else ():
+        rates = measure_rates(world, device, groups)
+        failed = [rate for rate in rates if rate.error]
+        for rate in failed:
+            debug = "NCCL_DEBUG=INFO shows why" if network == "NCCL" else "check the network between the machines"
+            report.error(f"all-reduce {kind} ({network}) fails on {name_ranks(rate.ranks)}: {rate.error}; {debug}")
+        if failed:
+            return False
+        report.line(_describe_rates(kind, network, rates))
+        median = statistics.median(rate.bus for rate in rates)
+        for rate in rates:
+            if rate.bus < _SLOW * median:
+                report.warning(
+                    f"all-reduce {kind}: {name_ranks(rate.ranks)} at {rate.bus:.2f} GB/s, the median is {median:.2f}; look for "
+                    "a slow link or GPU there"
+                )
+    return True
 
 
 def kinds_of(machines: Sequence[Sequence[int]]) -> dict[str, list[list[int]]]:
@@ -72,6 +97,15 @@ def measure_rates(world: World, device: torch.device, groups: list[list[int]]) -
         if known is None or (known.error is None and (rate.error or rate.seconds > known.seconds)):
             rates[rate.ranks] = rate
     return [*rates.values()]
+
+
+def _describe_rates(kind: str, network: str, rates: list[Rate]) -> str:
+    slowest = min(rates, key=lambda rate: rate.bus)
+    which = f", the slowest of {len(rates)} groups at once ({name_ranks(slowest.ranks)})" if len(rates) > 1 else ""
+    return (
+        f"all-reduce {kind} ({network}, {slowest.bytes >> 20} MiB, {len(slowest.ranks)} ranks, median): "
+        f"{slowest.algorithm:.2f} GB/s, bus {slowest.bus:.2f} GB/s{which}"
+    )
 
 
 def _measure(world: World, groups: list[list[int]], device: torch.device, size: int) -> float:

@@ -1,4 +1,4 @@
-"""What a look before the start has found: lines that rank 0 writes as they come, and how many of them are errors."""
+"""What the preflight check finds: lines that rank 0 prints at once, and how many of them are errors."""
 
 import sys
 from collections.abc import Hashable, Iterable, Mapping

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from fastmae import kernels
-from fastmae.benchmarks.equality import LossesDiffer
 from fastmae.benchmarks.machine import copy_bytes
-from fastmae.benchmarks.timing import device_seconds
+from fastmae.benchmarks.timing import LossesDiffer, device_seconds
 from fastmae.kernels.dispatch import use_triton
 from fastmae.model.config import ModelConfig, kept_patches, preset
 from fastmae.model.masking import random_masking

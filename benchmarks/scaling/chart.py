@@ -5,8 +5,6 @@ import json
 import math
 from pathlib import Path
 
-from fastmae.optional import require
-
 # (key of a row, how it is shared, label, colour, style)
 _LINES = (
     ("gpu_milliseconds", ("ddp", "fp32"), "DDP, fp32", "#c8501e", "-"),
@@ -16,31 +14,28 @@ _LINES = (
 )
 _NAMES = {"base": "ViT-B/16", "large": "ViT-L/16", "huge": "ViT-H/14"}
 _INK, _GRID = "#333333", "#e6e6e6"
-_APART = 1.42  # ratio of two labels' places on the logarithmic axis, at least
+_APART = 1.42  # ratio of two labels' positions on the logarithmic axis, at least
 
 
 def digest(section: dict) -> str:
-    """Of the numbers that are drawn; written into the picture, so that a test can tell an old one."""
+    """Of the numbers that are drawn; written into the picture, so that a test recognises an old one."""
     drawn = [[round(_value(r, key), 6) for r in section["strong"] + section["weak"]] for key in sorted({x[0] for x in _LINES})]
     return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16]
 
 
 def draw(section: dict, path: Path) -> None:
-    """Write the chart, a PNG. Raises InputError where matplotlib is missing."""
-    agg = require("matplotlib.backends.backend_agg", "a plot", "matplotlib")
-    require("matplotlib.figure", "a plot", "matplotlib")
-    from matplotlib.figure import Figure
+    """Write the chart, a PNG."""
+    from matplotlib.figure import Figure  # slow to import
 
     models = list(dict.fromkeys(r["model"] for r in section["strong"]))
     figure = Figure(figsize=(1.6 + 3.2 * len(models), 6.6), layout="constrained", dpi=130, facecolor="white")
-    agg.FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(models), squeeze=False, sharex=True, sharey="row")
-    kinds = (("strong", f"{section['effective_batch']} images a step"), ("weak", f"{section['micro_batch']} images a GPU"))
+    kinds = (("strong", f"{section['effective_batch']} images per step"), ("weak", f"{section['micro_batch']} images per GPU"))
     for (kind, title), row in zip(kinds, panels, strict=True):
         for model, panel in zip(models, row, strict=True):
             _panel(panel, [r for r in section[kind] if r["model"] == model])
             panel.set_title(f"{_NAMES.get(model, model)}, {title}", fontsize=9.5, color=_INK, loc="left")
-        row[0].set_ylabel("a step, ms", fontsize=9, color=_INK)
+        row[0].set_ylabel("step, ms", fontsize=9, color=_INK)
     for panel in panels[1]:
         panel.set_xlabel("GPUs", fontsize=9, color=_INK)
     _label(panels[0][-1])
@@ -48,6 +43,8 @@ def draw(section: dict, path: Path) -> None:
 
 
 def _panel(panel, rows: list[dict]) -> None:
+    from matplotlib.ticker import LogLocator
+
     for key, way, label, color, style in _LINES:
         points = sorted((r["gpus"], _value(r, key)) for r in rows if (r["parallel"], r["reduce"]) == way)
         panel.plot(*zip(*points, strict=True), color=color, linestyle=style, linewidth=1.8, label=label)
@@ -55,7 +52,7 @@ def _panel(panel, rows: list[dict]) -> None:
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.set_xticks(gpus, [str(g) for g in gpus])
-    panel.yaxis.set_major_locator(require("matplotlib.ticker", "a plot", "matplotlib").LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panel.minorticks_off()
     panel.grid(color=_GRID, linewidth=0.8)
@@ -65,7 +62,7 @@ def _panel(panel, rows: list[dict]) -> None:
 
 
 def _label(panel) -> None:
-    """Each line's name behind its end, moved down where two would meet."""
+    """Each line's name behind its end, moved down where two would overlap."""
     above = math.inf
     for line in sorted(panel.get_lines(), key=lambda x: -x.get_ydata()[-1]):
         x, y = line.get_xdata()[-1], line.get_ydata()[-1]

@@ -1,4 +1,4 @@
-"""``scaling`` for people: its tables, its chart, and docs/scaling.md, whose numbers are written between two marks."""
+"""Output of ``scaling``: its tables, its chart, and docs/scaling.md, whose tables are written between two marks."""
 
 import json
 from pathlib import Path
@@ -20,14 +20,14 @@ def tables(section: dict) -> dict[str, list[list[str]]]:
     """Every table, by its heading."""
     batch, images = section["effective_batch"], section["micro_batch"]
     found = {
-        f"Strong scaling: {batch} images a step": scaling_table(section["strong"]),
-        f"Weak scaling: {images} images a GPU": scaling_table(section["weak"]),
+        f"Strong scaling: {batch} images per step": scaling_table(section["strong"]),
+        f"Weak scaling: {images} images per GPU": scaling_table(section["weak"]),
         "What is sent in a step, MB": sent_table(section),
         "What a GPU holds": model_table(section),
     }
     if section["loader"]:
         first = section["loader"][0]
-        name = f"What the loader must bring ({first['images_per_second_per_core']:.0f} images/s a core, {first['measured_on']})"
+        name = f"Loader throughput needed ({first['images_per_second_per_core']:.0f} images/s per core, {first['measured_on']})"
         found[name] = loader_table(section)
     found["What others reached"] = [*peers_table(), _own_share(section["cluster"])]
     found["Parameters"] = parameter_table(section)
@@ -54,13 +54,13 @@ def write_page(page: Path, section: dict) -> None:
 
 
 def body(section: dict) -> str:
-    """What stands between the marks."""
+    """The text between the marks."""
     parts = [f"## {name}\n\n{markdown(rows)}" for name, rows in tables(section).items()]
     return "\n\n".join(["\n".join(f"- {line}" for line in findings(section)), *parts])
 
 
 def findings(section: dict) -> list[str]:
-    """What the tables say, a line for each model, with DDP and float32 gradients, the default."""
+    """What the tables show, a line for each model, with DDP and float32 gradients, the default."""
     lines = []
     for model in dict.fromkeys(r["model"] for r in section["strong"]):
         strong, weak = ([r for r in section[kind] if r["model"] == model] for kind in ("strong", "weak"))
@@ -70,22 +70,22 @@ def findings(section: dict) -> list[str]:
         waits = [str(r["gpus"]) for r in plain if r["gpu_milliseconds"] < r["milliseconds"]]
         least = min(r["efficiency_without_vote"] for r in weak)
         lines.append(
-            f"**{model}**: {section['effective_batch']} images a step go fastest on {fastest['gpus']} GPUs"
+            f"**{model}**: {section['effective_batch']} images per step are fastest on {fastest['gpus']} GPUs"
             + (f" (800 epochs in {fastest['hours_of_800_epochs']:.1f} h)" if "hours_of_800_epochs" in fastest else "")
-            + (f"; less than half of a step is work from {half[0]} GPUs on" if half else "")
-            + (f"; GPUs wait for vote and launches from {waits[0]} on" if waits else "")
-            + f". With {section['micro_batch']} images a GPU at least {least:.0%} of a step is work, the vote left aside."
+            + (f"; from {half[0]} GPUs on less than half of a step is work" if half else "")
+            + (f"; from {waits[0]} GPUs on they wait for vote and launches" if waits else "")
+            + f". With {section['micro_batch']} images per GPU at least {least:.0%} of a step is work, not counting the vote."
         )
     return lines
 
 
 def scaling_table(rows: list[dict]) -> list[list[str]]:
-    """Rows of strong or weak scaling for people: a line for each model and number of GPUs."""
+    """Table of strong or weak scaling: a line for each model and number of GPUs."""
     has_hours = "hours_of_800_epochs" in rows[0]
     lines = [["model", "GPUs", "images per GPU", "work, ms", "CPU, ms", *(f"{how.upper()} {reduce}" for how, reduce in WAYS),
               "efficiency", "without vote", "images/s", *(["800 epochs, h"] if has_hours else [])]]  # fmt: skip
-    for place in dict.fromkeys((r["model"], r["gpus"]) for r in rows):
-        ways = [r for r in rows if (r["model"], r["gpus"]) == place]
+    for model, gpus in dict.fromkeys((r["model"], r["gpus"]) for r in rows):
+        ways = [r for r in rows if (r["model"], r["gpus"]) == (model, gpus)]
         first, cpu = ways[0], ways[0]["launches_milliseconds"] + ways[0]["vote_milliseconds"]
         lines.append([first["model"], str(first["gpus"]), str(first["images_per_gpu"]), f"{first['work_milliseconds']:.1f}",
                       f"{cpu:.1f}", *(f"{r['gpu_milliseconds']:.1f}" for r in ways), f"{first['efficiency']:.0%}",
@@ -95,7 +95,7 @@ def scaling_table(rows: list[dict]) -> list[list[str]]:
 
 
 def sent_table(section: dict) -> list[list[str]]:
-    """What is sent, for people, in MB."""
+    """Table of what is sent, in MB."""
     lines = [["model", "GPUs", "shared by", "collectives", "all-reduced", "gathered", "scattered", "sent by a GPU",
               "by its network card"]]  # fmt: skip
     for r in section["sent"]:
@@ -107,7 +107,7 @@ def sent_table(section: dict) -> list[list[str]]:
 
 def model_table(section: dict) -> list[list[str]]:
     """The models, and the memory that they hold on a GPU of a run on all of them; without activations."""
-    lines = [["model", "trained parameters", "GFLOP an image", *(f"held by {how.upper()}, GB" for how in ("ddp", "hsdp"))]]
+    lines = [["model", "trained parameters", "GFLOP per image", *(f"held by {how.upper()}, GB" for how in ("ddp", "hsdp"))]]
     for model in dict.fromkeys(r["model"] for r in section["weak"]):
         held = {r["parallel"]: r["held_bytes"] for r in section["weak"] if r["model"] == model and r["reduce"] == "fp32"}
         lines.append([model, f"{trained_elements(preset(model))}", f"{training_flops(preset(model), 0.75) / 1e9:.1f}",
@@ -116,8 +116,8 @@ def model_table(section: dict) -> list[list[str]]:
 
 
 def loader_table(section: dict) -> list[list[str]]:
-    """The loader's demand for people."""
-    lines = [["model", "images/s of a machine", "cores at the measured rate", "MB/s read"]]
+    """Table of the throughput that the loader needs."""
+    lines = [["model", "images/s per machine", "cores at the measured rate", "MB/s read"]]
     for r in section["loader"]:
         lines.append([r["model"], f"{r['images_per_second']:.0f}", f"{r['cores']:.1f}", f"{r['bytes_per_second'] / 1e6:.0f}"])
     return lines

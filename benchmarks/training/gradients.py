@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastmae.benchmarks.equality import LossesDiffer
+from fastmae.benchmarks.timing import LossesDiffer
 from fastmae.benchmarks.training.contenders import MASK_RATIO
 from fastmae.benchmarks.training.photographs import photographs
 from fastmae.model.config import ModelConfig, preset

@@ -12,14 +12,12 @@ from pathlib import Path
 
 import torch
 
-from fastmae.benchmarks.equality import check_losses
 from fastmae.benchmarks.machine import matmul_flops
-from fastmae.benchmarks.timing import Times
+from fastmae.benchmarks.timing import Times, check_losses
 from fastmae.benchmarks.training.contenders import MASK_RATIO, NAMES, Workload, make
 from fastmae.benchmarks.training.gradients import check_gradients
 from fastmae.benchmarks.training.worker import OutOfMemory, Worker, losses_of, take_turns
 from fastmae.devices import datasheet_flops
-from fastmae.errors import InputError
 from fastmae.model.config import preset
 from fastmae.model.flops import training_flops
 
@@ -151,11 +149,3 @@ def profiles(section: dict) -> dict[str, object]:
     """The section ``profile`` of a result, out of the rows of a ``step`` whose time has been looked into."""
     rows = [{k: r[k] for k in ("model", "batch", "contender")} | r.pop("profile") for r in section["rows"] if "profile" in r]
     return {"rows": rows, "notes": ["a kernel that does several things counts for the first of these kinds that it serves"]}
-
-
-def check_models(models: list[str], clone: Path | None) -> None:
-    """Raise InputError on a model that cannot be compared."""
-    known = ("base", "large", "huge") if clone else ("tiny", "small", "base", "large", "huge")
-    for name in models:
-        if name not in known:
-            raise InputError(f"model must be one of {', '.join(known)}, got {name!r}")

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fastmae.benchmarks.cli import main
-from fastmae.benchmarks.equality import LossesDiffer
-from fastmae.benchmarks.timing import Times
+from fastmae.benchmarks.timing import LossesDiffer, Times
 from fastmae.benchmarks.training import gradients, step
 from fastmae.benchmarks.training.gradients import measure_gradients, wrong_parameters
 from fastmae.benchmarks.training.photographs import generated, photographs

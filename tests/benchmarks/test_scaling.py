@@ -160,7 +160,7 @@ def test_the_loaders_speed_is_the_committed_one(section):
 
 def test_without_a_result_of_the_loader_that_is_said(tmp_path):
     found = scaling.predict_scaling(["tiny"], [8], Cluster(), tmp_path)
-    assert found["loader"] == [] and any("no result of the loader" in note for note in found["notes"])
+    assert found["loader"] == [] and any("has no loader result" in note for note in found["notes"])
 
 
 def test_the_committed_page_and_chart_are_what_the_command_writes(section, tmp_path):
@@ -197,7 +197,7 @@ def test_the_last_line_is_one_json_document(capsys):
     ("arguments", "message"),
     [
         (["--gpus", "24"], "effective batch 4096 must be a multiple of the number of GPUs, got 24"),
-        (["--gpus", "12", "--effective-batch", "96"], "GPUs must come in whole machines of 8, got 12"),
+        (["--gpus", "12", "--effective-batch", "96"], "the number of GPUs must be a multiple of gpus_per_machine (8), got 12"),
         (["--utilisation", "2"], "utilisation is a share and must be at most 1, got 2.0"),
         (["--launch", "nan"], "launch must be positive, got nan"),
         (["--models", "giant"], "model must be one of tiny, small, base, large, huge, got 'giant'"),

@@ -20,8 +20,8 @@ from fastmae.data.batch import LoaderConfig
 from fastmae.data.loader import Loader
 from fastmae.model.config import preset
 from fastmae.model.mae import MAE
-from fastmae.train.step.loss_module import LossModule, compiled
-from fastmae.train.step.optimizer import make_optimizer
+from fastmae.train.step.loss_module import LossModule, MaskedLoss, compiled
+from fastmae.train.step.optimizer import make_optimizer, parameter_groups
 from fastmae.train.step.step import MicroBatch, Step
 
 _BATCHES = 6  # in a turn
@@ -109,8 +109,10 @@ def measure_fed_step(model: str, data: Path, batch: int, workers: int, device: t
     """The section ``fed step``: a training step with batches from shards, beside the same step with one batch in memory."""
     config = preset(model, norm_pix_loss=True, img_size=image_size)
     network = MAE(config).to(device)
-    step = Step(compiled(LossModule(network), "auto"), make_optimizer(network, 0.05, (0.9, 0.95)), patch_size=config.patch_size,
-                mask_ratio=0.75, seed=0, autocast=torch.bfloat16 if device.type == "cuda" else None)  # fmt: skip
+    optimizer = make_optimizer(parameter_groups(network, 0.05), (0.9, 0.95))
+    loss = MaskedLoss(patch_size=config.patch_size, mask_ratio=0.75, seed=0)
+    autocast = torch.bfloat16 if device.type == "cuda" else None
+    step = Step(compiled(LossModule(network), "auto"), optimizer, loss, autocast=autocast)
     loader = Loader(data, LoaderConfig(image_size=config.img_size, workers=workers, crop=crop), batch_size=batch, device=device)
     source = iter(loader)
     waits: list[float] = []

@@ -3,8 +3,8 @@
     DDP    the gradient, in buckets, each closed by the tensor that fills it: all-reduce over all processes
     FSDP   a block's weights before its forward and before its backward pass: all-gather; its gradient: reduce-scatter
     HSDP   the same within a machine; then the shard of the gradient over machines: all-reduce
-    all    the gradient's norm, if tensors are sharded: all-reduce; the vote before the step, on the CPU: all-reduce, on several
-           machines among the processes of each, then among the first of each, and back by broadcast
+    all    the gradient's norm, if tensors are sharded, and the loss: all-reduce; the vote before the step, on the CPU:
+           all-reduce, on several nodes among the ranks of each, then among the first of each, and back by broadcast
 
 A ring of W processes sends, of S bytes, 2 (W-1)/W S from each in an all-reduce and (W-1)/W S in the other two. Shapes are read
 from the model itself, built on the meta device. Sources: Li et al. 2020 (arXiv 2006.15704) for DDP's buckets, Zhao et al. 2023
@@ -149,14 +149,15 @@ def step_collectives(config: ModelConfig, layout: Layout, accumulate: int = 1) -
     """
     if layout.processes == 1:
         return []
+    loss = Collective("all_reduce", "world", 1, 4, -1, "update", accumulate - 1)
     if layout.how == "ddp":
-        return [*_vote(layout), *_buckets(config, layout, accumulate)]
+        return [*_vote(layout), *_buckets(config, layout, accumulate), loss]
     shard = "world" if layout.how == "fsdp" else "shard"
     found = _vote(layout)
     for number in range(accumulate):
         found += _sharded_pass(config, layout, shard, number, is_last=number == accumulate - 1)
     tensors = sum(w.trained for unit in units(config) for w in unit)
-    return [*found, Collective("all_reduce", shard, tensors, 4, -1, "update", accumulate - 1)]
+    return [*found, Collective("all_reduce", shard, tensors, 4, -1, "update", accumulate - 1), loss]
 
 
 def sent_bytes(kind: str, size: int, processes: int) -> float:

@@ -28,7 +28,7 @@ from fastmae.model.mae import MAE
 from fastmae.model.masking import random_masking
 from fastmae.train.step.allocator import keep_freed_memory
 from fastmae.train.step.cuda_graph import GraphedStep
-from fastmae.train.step.loss_module import LossModule, compiled
+from fastmae.train.step.loss_module import LossModule, MaskedLoss, compiled
 from fastmae.train.step.optimizer import make_optimizer, parameter_groups
 from fastmae.train.step.step import MicroBatch, Step
 
@@ -118,13 +118,13 @@ def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, 
         fastmae.model.linear._by_onednn = lambda x: False
     model = MAE(config).to(workload.device)
     model.load_state_dict(workload.weights())
-    optimizer = make_optimizer(model, WEIGHT_DECAY, (0.9, 0.95))
+    optimizer = make_optimizer(parameter_groups(model, WEIGHT_DECAY), (0.9, 0.95))
     autocast = torch.bfloat16 if workload.device.type == "cuda" else None
     kind = step_class or (GraphedStep if graphs else Step)
     if workload.clone:
         load_reference(workload.clone)  # so that all processes hold the same packages when their memory is compared
     module = compiled(loss_module(model), compile or (workload.compile if autocast else "auto"))
-    step = kind(module, optimizer, patch_size=config.patch_size, mask_ratio=MASK_RATIO, seed=0, autocast=autocast)
+    step = kind(module, optimizer, MaskedLoss(patch_size=config.patch_size, mask_ratio=MASK_RATIO, seed=0), autocast=autocast)
     images = workload.images()
     batch = workload.batch_of(images if as_bytes else workload.normalised(images))
 

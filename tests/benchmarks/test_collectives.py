@@ -16,8 +16,8 @@ from fastmae.model.config import preset
 from fastmae.model.mae import MAE
 from fastmae.train.distributed.join import machine_groups
 from fastmae.train.distributed.world import World
-from fastmae.train.step.loss_module import LossModule
-from fastmae.train.step.optimizer import make_optimizer
+from fastmae.train.step.loss_module import LossModule, MaskedLoss
+from fastmae.train.step.optimizer import make_optimizer, parameter_groups
 from fastmae.train.step.parallelize import parallelize
 from fastmae.train.step.step import MicroBatch, Step
 from tests.support.forked import run_together
@@ -36,8 +36,9 @@ _UNTIL_SETTLED = {"ddp": 3, "fsdp": 0, "hsdp": 0}  # steps; DDP of a static grap
 def make_step(config, world, how, reduce):
     module = parallelize(LossModule(MAE(config)), world, how=how, compile="off", reduce=reduce)
     # Under autocast, as on GPUs, gradients come in the order of torch's own layers.
-    return Step(module, make_optimizer(module, 0.05, (0.9, 0.95)), patch_size=config.patch_size, mask_ratio=0.75, seed=0,
-                autocast=torch.bfloat16)  # fmt: skip
+    optimizer = make_optimizer(parameter_groups(module, 0.05), (0.9, 0.95))
+    loss = MaskedLoss(patch_size=config.patch_size, mask_ratio=0.75, seed=0)
+    return Step(module, optimizer, loss, autocast=torch.bfloat16, mean=world.mean)
 
 
 def micro_batches(config, images, count, rank=0):

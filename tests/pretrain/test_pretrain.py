@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -12,9 +13,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fastmae import DivergedError, InputError
 from fastmae.data.crops import Cropper
 from fastmae.shards.build import write_shards
+from fastmae.train.api import pretrain
 from fastmae.train.config.recipes import RECIPES
 from fastmae.train.config.run import accumulation
-from fastmae.train.pretrain.pretrain import pretrain
 from fastmae.train.step.loss_module import LossModule
 from tests.support.batches import damage_samples
 from tests.support.runs import MODEL, RECIPE, assert_same_bits, losses, records, run_of, signal_after
@@ -69,8 +70,9 @@ def test_a_worker_that_dies_is_told_and_changes_nothing(shard_folder, tmp_path, 
     assert f"(pid {mark.read_text()}) was killed by SIGKILL" in death and death in capsys.readouterr().out
 
 
-def test_two_identical_runs_have_identical_bits(shard_folder, tmp_path):
-    one, two = (pretrain(RECIPE, run_of(shard_folder, tmp_path / n, workers=w)) for n, w in (("a", 0), ("b", 3)))
+def test_neither_workers_nor_the_log_interval_change_a_bit_of_the_state(shard_folder, tmp_path):
+    one = pretrain(RECIPE, run_of(shard_folder, tmp_path / "a"))
+    two = pretrain(RECIPE, run_of(shard_folder, tmp_path / "b", workers=3, log_every=4, draw_every=None))
     assert_same_bits(one, two)
 
 
@@ -204,7 +206,7 @@ def test_a_signal_repeated_at_once_still_saves(shard_folder, tmp_path, monkeypat
     assert pretrain(RECIPE, run_of(shard_folder, tmp_path)).name == "step-0000002"
 
 
-def test_updates_left_out_now_and_then_are_said_and_the_run_goes_on(shard_folder, tmp_path, monkeypatch, capsys):
+def test_updates_skipped_now_and_then_are_logged_and_the_run_continues(shard_folder, tmp_path, monkeypatch, capsys):
     forward, calls = LossModule.forward, []
 
     def spoil_two(*arguments):
@@ -213,8 +215,20 @@ def test_updates_left_out_now_and_then_are_said_and_the_run_goes_on(shard_folder
 
     monkeypatch.setattr(LossModule, "forward", spoil_two)
     assert pretrain(RECIPE, run_of(shard_folder, tmp_path, log_every=6)).name == "step-0000006"
-    assert "step 6: 2 updates were left out" in capsys.readouterr().out
+    assert "step 6: 2 updates skipped" in capsys.readouterr().out
     assert losses(tmp_path)[6] > 0
+
+
+def test_the_first_step_of_each_start_is_logged_with_its_time_and_no_speed(shard_folder, tmp_path, monkeypatch, capsys):
+    signal_after(monkeypatch, 4)
+    pretrain(RECIPE, run_of(shard_folder, tmp_path, log_every=3))
+    monkeypatch.undo()
+    pretrain(RECIPE, run_of(shard_folder, tmp_path, log_every=3))
+    measured = [r for r in records(tmp_path) if "loss" in r]
+    assert [r["step"] for r in measured] == [1, 3, 4, 5, 6]
+    assert [r["step"] for r in measured if r.get("first_step_seconds", 0) > 0] == [1, 5]
+    assert [r["step"] for r in measured if "images_per_second" in r] == [3, 4, 6]
+    assert re.search(r"^step 1/6 .* took \d+\.\d s ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_bad_samples_are_named_in_the_log(shard_folder, tmp_path, capsys):

@@ -54,7 +54,7 @@ def test_a_second_restart_from_an_older_checkpoint_counts_from_where_the_run_was
 
 
 def test_events_of_void_steps_go_and_those_of_processes_stay(tmp_path):
-    events = ("replaced", "left_out", "spike", "reconstruction", "checkpoint", "worker_died", "checkpoint_failed")
+    events = ("replaced", "skipped", "spike", "reconstruction", "checkpoint", "worker_died", "checkpoint_failed")
     log = [start(), *({"event": name, "step": step, "time": step} for step in (10, 30) for name in events), start(20, 40.0)]
     history = read_history(write(tmp_path, *log))
     for name in events[:5]:

@@ -71,7 +71,7 @@ def rich_run(tmp_path_factory):
            start(300, time.time() - 700, resumed_from="step-0000300"),
            *[measured(s, time=time.time() - 1000 + s) for s in range(310, 400, 10)],
            *events, *[{"event": "replaced", "step": 300, "sample": f"{n % 30} {HOSTILE}"} for n in range(31)],
-           {"event": "worker_died", "step": 310, "worker": HOSTILE}, {"event": "left_out", "step": 320, "updates": 3},
+           {"event": "worker_died", "step": 310, "worker": HOSTILE}, {"event": "skipped", "step": 320, "updates": 3},
            {"event": "spike", "step": 330, "loss": 2.5, "z": 9.0, "skipped": True},
            {"event": "checkpoint_failed", "step": 340, "error": HOSTILE}]  # fmt: skip
     return write(run, *log, tail='{"step": 400, "lo')
@@ -123,7 +123,7 @@ def test_hostile_text_is_escaped_wherever_a_log_can_hold_it(tmp_path):
     recipe = {HOSTILE: HOSTILE, "deep": {HOSTILE: [HOSTILE, {HOSTILE: 1}]}, "model": dict.fromkeys(MODEL, HOSTILE)}
     hostile = dict.fromkeys(("reason", "file", "sample", "worker", "error", "folder", "updates", "loss", "z", "skipped",
                              "seconds", "bytes"), HOSTILE)  # fmt: skip
-    names = ("checkpoint", "checkpoint_failed", "replaced", "worker_died", "left_out", "spike", "reconstruction", "diverged")
+    names = ("checkpoint", "checkpoint_failed", "replaced", "worker_died", "skipped", "spike", "reconstruction", "diverged")
     begin = start(recipe=recipe, run={"a": HOSTILE}, environment={HOSTILE: HOSTILE}, world=HOSTILE, resumed_from=HOSTILE)
     log = [begin, measured(1), start(1, 2.0), {**begin, "step": 1}, *({"event": n, "step": 1, **hostile} for n in names)]
     page = page_of(write(tmp_path / HOSTILE[5:13], *log))

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from fastmae import MAE, ModelConfig
-from fastmae.train.step.optimizer import learning_rate, make_optimizer
+from fastmae.train.step.optimizer import learning_rate, make_optimizer, parameter_groups
 
 SMALL = ModelConfig(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=1,
                     decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=1)  # fmt: skip
@@ -13,7 +13,7 @@ SMALL = ModelConfig(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=1
 
 def test_biases_and_norms_are_not_decayed_and_tokens_are():
     model = MAE(SMALL)
-    plain, decayed = make_optimizer(model, 0.05, (0.9, 0.95)).param_groups
+    plain, decayed = make_optimizer(parameter_groups(model, 0.05), (0.9, 0.95)).param_groups
     name_of = {id(p): n for n, p in model.named_parameters()}
     plain_names, decayed_names = ([name_of[id(p)] for p in g["params"]] for g in (plain, decayed))
     assert all(n.endswith("bias") or "norm" in n for n in plain_names)

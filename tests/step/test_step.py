@@ -1,11 +1,10 @@
-"""The training step: accumulation, updates that are left out, and masks that follow the samples."""
+"""The training step: accumulation, updates that are skipped, and masks that follow the samples."""
 
 import pytest
 import torch
 
 from fastmae.train.step.cuda_graph import GraphedStep
 from fastmae.train.step.loss_scale import LossScale
-from fastmae.train.step.spikes import SpikeDetector
 from fastmae.train.step.step import MicroBatch, Step
 from tests.support.steps import batch, make_step, weights
 
@@ -106,7 +105,7 @@ def test_a_graph_of_the_step_has_the_bits_of_the_step(accumulate, compile):
 def test_a_step_never_waits_for_the_device(dtype):
     place = torch.device("cuda")
     scale = LossScale(place) if dtype == torch.float16 else None
-    _, step = make_step("cuda", autocast=dtype, scale=scale, spikes=SpikeDetector(8.0, place))
+    _, step = make_step("cuda", autocast=dtype, scale=scale, skip_spikes=True)
     micro = batch(device="cuda")
     for _ in range(3):
         step([micro], 1e-3)

@@ -3,8 +3,8 @@
 import torch
 
 from fastmae import MAE, ModelConfig
-from fastmae.train.step.loss_module import LossModule, compiled
-from fastmae.train.step.optimizer import make_optimizer
+from fastmae.train.step.loss_module import LossModule, MaskedLoss, compiled
+from fastmae.train.step.optimizer import make_optimizer, parameter_groups
 from fastmae.train.step.step import MicroBatch, Step
 
 CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, norm_pix_loss=True,
@@ -14,9 +14,10 @@ CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads
 def make_step(device="cpu", seed=0, kind=Step, compile="off", config=CONFIG, **options):
     torch.manual_seed(0)
     model = MAE(config).to(device)
-    optimizer = make_optimizer(model, 0.05, (0.9, 0.95))
+    optimizer = make_optimizer(parameter_groups(model, 0.05), (0.9, 0.95))
     options = {"autocast": None, **options}
-    return model, kind(compiled(LossModule(model), compile), optimizer, patch_size=8, mask_ratio=0.75, seed=seed, **options)
+    loss = MaskedLoss(patch_size=config.patch_size, mask_ratio=0.75, seed=seed)
+    return model, kind(compiled(LossModule(model), compile), optimizer, loss, **options)
 
 
 def batch(n=8, device="cpu", epoch=0):

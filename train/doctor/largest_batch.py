@@ -12,8 +12,8 @@ import torch
 from fastmae.model.config import ModelConfig
 from fastmae.model.mae import MAE
 from fastmae.train.pretrain.out_of_memory import is_out_of_memory
-from fastmae.train.step.loss_module import LossModule
-from fastmae.train.step.optimizer import make_optimizer
+from fastmae.train.step.loss_module import LossModule, MaskedLoss
+from fastmae.train.step.optimizer import make_optimizer, parameter_groups
 from fastmae.train.step.step import MicroBatch, Step
 
 MOST = 8192  # images; larger batches on one GPU are nobody's
@@ -75,8 +75,8 @@ class _Trial:
         self.config, self.device = config, device
         self.peaks: dict[int, int] = {}
         model = MAE(config).to(device)
-        optimizer = make_optimizer(model, 0.05, (0.9, 0.95))
-        self.step = Step(LossModule(model), optimizer, patch_size=config.patch_size, mask_ratio=mask_ratio, seed=0,
+        optimizer = make_optimizer(parameter_groups(model, 0.05), (0.9, 0.95))
+        self.step = Step(LossModule(model), optimizer, MaskedLoss(patch_size=config.patch_size, mask_ratio=mask_ratio, seed=0),
                          autocast=autocast)  # fmt: skip
 
     def fits(self, batch: int) -> bool:

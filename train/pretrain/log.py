@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or lines on the console, ``metrics.jsonl``, TensorBoard events, and Weights & Biases."""
+"""The log of a run: a progress bar or lines on the console, ``metrics.jsonl``, TensorBoard events, and Weights & Biases."""
 
 import contextlib
 import io
@@ -26,11 +26,11 @@ METRICS_SCHEMA = 1  # of ``METRICS``; each start states it
 
 
 class RunLog:
-    """The log of one run, kept by its main process; on other processes every call does nothing."""
+    """The log of one run, written by rank 0; on other ranks every call does nothing."""
 
     def __init__(self, out: Path, *, is_main: bool, first_step: int, total_steps: int, wandb: str | None = None):
-        """``wandb``: a project. Raises InputError, on every process, if its package is missing; without TensorBoard's the log
-        goes on, and says so."""
+        """``wandb``: a project. Raises InputError, on every rank, if its package is missing; without TensorBoard's the log
+        continues, and says so."""
         self.is_main, self.out = is_main, out
         self._has_failed = False
         self._lost: set[str] = set()
@@ -82,16 +82,16 @@ class RunLog:
 
     @contextlib.contextmanager
     def _tolerantly(self) -> Iterator[None]:
-        """A log that cannot be written, on a full disk say, is told once, and does not end the run."""
+        """A log that cannot be written, as on a full disk, is reported once, and does not end the run."""
         try:
             yield
         except OSError as error:
             if not self._has_failed:
                 self._has_failed = True
-                print(f"{self.out}: the log cannot be written, {error.strerror}; training goes on without it", file=sys.stderr)
+                print(f"{self.out}: the log cannot be written, {error.strerror}; training continues without", file=sys.stderr)
 
     def measurements(self, step: int, **values: float | None) -> None:
-        """The values of a log interval that ended with ``step`` steps done."""
+        """The values of a log interval that ended with ``step`` steps done (``Meter.read``)."""
         if not self.is_main:
             return
         self._note_console()
@@ -102,14 +102,16 @@ class RunLog:
                 self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(known, step=step)
-        mfu = "" if values["mfu"] is None else f"MFU {values['mfu']:.1%}  "
-        text = (
-            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:.1f} img/s  {mfu}"
-            f"data wait {values['data_wait']:.1%}  {values['memory_bytes'] / 2**30:.1f} GiB"
-        )
-        if self._bar.disable:
-            left = (self.total_steps - step) * values["seconds_per_step"]
-            self.say(f"step {step}/{self.total_steps}  epoch {values['epoch']:.2f}  {text}  ETA {tqdm.format_interval(left)}")
+        is_first = "first_step_seconds" in values
+        if is_first:
+            speed, eta = f"took {values['first_step_seconds']:.1f} s", ""
+        else:
+            mfu = "" if values["mfu"] is None else f"MFU {values['mfu']:.1%}  "
+            speed = f"{values['images_per_second']:.1f} img/s  {mfu}data wait {values['data_wait']:.1%}"
+            eta = f"  ETA {tqdm.format_interval((self.total_steps - step) * values['seconds_per_step'])}"
+        text = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {speed}  {values['memory_bytes'] / 2**30:.1f} GiB"
+        if is_first or self._bar.disable:
+            self.say(f"step {step}/{self.total_steps}  epoch {values['epoch']:.2f}  {text}{eta}")
         else:
             self._bar.set_postfix_str(text)
 
@@ -141,22 +143,22 @@ class RunLog:
 
 
 def _open_tensorboard(folder: Path, first_step: int):
-    """TensorBoard's writer into ``folder``, or None where its package is missing, which is said."""
+    """TensorBoard's writer into ``folder``, or None where its package is missing, which is reported."""
     try:
         events = require("torch.utils.tensorboard", "TensorBoard's log", "tensorboard")  # slow to import
     except InputError as error:
-        print(f"{error}; training goes on, with metrics.jsonl", file=sys.stderr)
+        print(f"{error}; training continues, with metrics.jsonl", file=sys.stderr)
         return None
     try:
         str(folder).encode()
     except UnicodeEncodeError:
-        print(f"{folder}: is no UTF-8, as TensorBoard's log must be; training goes on, with metrics.jsonl", file=sys.stderr)
+        print(f"{folder}: is no UTF-8, as TensorBoard's log must be; training continues, with metrics.jsonl", file=sys.stderr)
         return None
     return events.SummaryWriter(str(folder), purge_step=first_step or None)
 
 
 def _open_for_lines(path: Path) -> TextIO:
-    """``path``, to be added to; a last line that a kill has cut stays alone."""
+    """``path``, opened to append; what a kill left of a last line gets a line of its own."""
     file = path.open("a+b")
     if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
         file.write(b"\n")
@@ -164,5 +166,5 @@ def _open_for_lines(path: Path) -> TextIO:
 
 
 def _run_id(out: Path) -> str:
-    """The same for every start of the run in ``out``, so that its curves go on."""
+    """The same for every start of the run in ``out``, so that its curves continue."""
     return require("xxhash", "--wandb").xxh3_64_hexdigest(os.fsencode(out.resolve()))

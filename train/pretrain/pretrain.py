@@ -25,6 +25,7 @@ from fastmae.train.distributed.watch import Watch
 from fastmae.train.distributed.world import World, is_of_collective
 from fastmae.train.pretrain.attention_choice import probe_attention
 from fastmae.train.pretrain.out_of_memory import out_of_memory
+from fastmae.train.pretrain.setup import Setup, set_up
 from fastmae.train.pretrain.staging import stage_data
 from fastmae.train.pretrain.trainer import Trainer
 from fastmae.train.step.compile_cache import use_local_folders
@@ -35,7 +36,7 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
     """Train to the end of ``recipe`` or until a signal; return the newest checkpoint.
 
     Raises InputError or DataError on wrong settings or data, DivergedError if gradients stay non-finite, LostProcessError if
-    another process is gone, CheckpointError if none can be written, RequeueError after a signal if ``run.requeue_exit``.
+    another rank is gone, CheckpointError if none can be written, RequeueError after a signal if ``run.requeue_exit``.
     After a signal those that follow are ignored (``StopSignals``).
     """
     make_folder(run.out)
@@ -53,9 +54,10 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
             watch = Watch(world, run.out, first=run.first_timeout, later=run.timeout)
             try:
                 data, lines = stage_data(run, world, watch, signals)
-                trainer = Trainer(recipe, run, world, watch, signals, data)
-                short = world.by_main(lambda: _check_room(trainer))
-                trainer.notes += [line for line in (warning, *lines, short) if line]
+                setup = set_up(recipe, run, world, data)
+                short = world.by_main(lambda: _check_room(setup))
+                setup.notes.extend(line for line in (warning, *lines, short) if line)
+                trainer = Trainer(setup, watch, signals)
                 folder = trainer.train()
             except BaseException as error:
                 known = out_of_memory(error, recipe, run, world, watch.doing) or compiler_error(error, run, world)
@@ -68,13 +70,13 @@ def pretrain(recipe: Recipe, run: Run) -> Path:
                 raise known from error
             finally:
                 watch.end()
-            world.set_timeout(run.timeout)  # nobody watches any more
-            world.barrier()  # the main process keeps what the others' watches ask for
-            leave_world()  # not after a fault: it would wait for the lost
+            world.set_timeout(run.timeout)  # no watch any more
+            world.barrier()  # rank 0 hosts the store that the others' watches read
+            leave_world()  # not after a fault: it would wait for lost ranks
         finally:
             lock.release()
     if trainer.stopped_by and run.requeue_exit:
-        raise RequeueError(f"stopped by {trainer.stopped_by}; {folder} is saved, and the run wants to go on")
+        raise RequeueError(f"stopped by {trainer.stopped_by}; {folder} is saved; start the same command again to continue")
     return folder
 
 
@@ -87,8 +89,8 @@ def _keep_to_quota(world: World) -> None:
 
 
 def _join(recipe: Recipe, run: Run, signals: StopSignals) -> World:
-    """All processes of the run, once they have come; before that this one's attention is probed. A signal until then ends this
-    process at once: there is nothing to save."""
+    """Join the run's other ranks; before that rank 0 probes attention. A signal until then ends this process at once: there is
+    nothing to save."""
 
     def look(_: float) -> None:
         if signals.received:
@@ -99,15 +101,14 @@ def _join(recipe: Recipe, run: Run, signals: StopSignals) -> World:
         return join_world(run.device, run.first_timeout, lambda: signals.received)
     except KeyboardInterrupt as interrupt:
         if run.requeue_exit and signals.received:
-            raise RequeueError(f"{interrupt}; nothing has been trained, and the run wants to go on") from None
+            raise RequeueError(f"{interrupt}; nothing has been trained; start the same command again") from None
         raise
 
 
-def _check_room(trainer: Trainer) -> str | None:
-    """As ``check_room``, for the checkpoints of ``trainer``."""
-    needed = bytes_of_checkpoint(trainer.tensors)
-    return check_room(trainer.run, needed, world_size=trainer.world.size, first_step=trainer.first_step,
-                      total_steps=trainer.total_steps)  # fmt: skip
+def _check_room(setup: Setup) -> str | None:
+    """As ``check_room``, for the checkpoints of this run."""
+    return check_room(setup.run, bytes_of_checkpoint(setup.tensors), world_size=setup.world.size, first_step=setup.first_step,
+                      total_steps=setup.total_steps)  # fmt: skip
 
 
 def _name_the_lost(error: BaseException, watch: Watch) -> None:

@@ -15,7 +15,7 @@ from fastmae.train.report.records import MOST, read_records
 from fastmae.train.units import number
 
 _SILENCE = 900.0  # seconds; quiet for so long, and for five times its longest interval, a run is considered dead
-_OF_STEPS = ("replaced", "left_out", "spike", "reconstruction", "checkpoint")  # invalid with their steps; others stay valid
+_OF_STEPS = ("replaced", "skipped", "spike", "reconstruction", "checkpoint")  # invalid with their steps; others stay valid
 
 
 class Measurement(NamedTuple):
@@ -82,7 +82,7 @@ class History:
     measurements: list[Measurement]
     """The valid ones, by step."""
     events: dict[str, list[dict]]
-    """By name, in the log's order: ``replaced``, ``left_out``, ``spike``, ``reconstruction`` and ``checkpoint`` as far as
+    """By name, in the log's order: ``replaced``, ``skipped``, ``spike``, ``reconstruction`` and ``checkpoint`` as far as
     their steps are valid, others all. ``step`` is an int or None."""
     unreadable: int
     """Lines, or parts of lines, that are not a record."""

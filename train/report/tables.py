@@ -67,7 +67,7 @@ def restarts(history: History) -> Section:
 
 def faults(history: History) -> Section:
     """Replaced samples, skipped updates, loss spikes, dead workers, lost consoles."""
-    names = ("replaced", "left_out", "spike", "worker_died", "console_lost")
+    names = ("replaced", "skipped", "spike", "worker_died", "console_lost")
     replaced, skipped, spikes, deaths, lost = (history.events.get(name, []) for name in names)
     samples: dict[str, list[dict]] = {}
     for event in replaced:

@@ -23,12 +23,12 @@ class GraphedStep(Step):
     Raises InputError on a CPU, or for a module of several processes, whose collectives are not captured.
     """
 
-    def __init__(self, module, optimizer, **settings):
-        super().__init__(module, optimizer, **settings)
+    def __init__(self, module, optimizer, loss, **settings):
+        super().__init__(module, optimizer, loss, **settings)
         if self.device.type != "cuda":
-            raise InputError(f"cuda graphs need a CUDA device, and this run is on {self.device.type}; leave --cuda-graphs out")
+            raise InputError(f"cuda graphs need a CUDA device, and this run is on {self.device.type}; remove --cuda-graphs")
         if isinstance(module, DistributedDataParallel | FSDPModule):
-            raise InputError("cuda graphs work in a run of one process only; leave --cuda-graphs out")
+            raise InputError("cuda graphs work in a run of one process only; remove --cuda-graphs")
         self.stream = torch.cuda.Stream(self.device)  # one for all: the allocator keeps what a stream frees for that stream
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None

@@ -10,16 +10,14 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 
-def make_optimizer(model: nn.Module, weight_decay: float, betas: tuple[float, float]) -> AdamW:
-    """Fused AdamW, eps 1e-8: first the parameters that are not decayed (one-dimensional, or biases), then the rest.
-
-    Class and mask token are three-dimensional and so decayed, as in the reference. The learning rate is set at each step.
-    """
-    return AdamW(parameter_groups(model, weight_decay), lr=0.0, betas=betas, eps=1e-8, fused=True)
+def make_optimizer(groups: list[dict], betas: tuple[float, float]) -> AdamW:
+    """Fused AdamW, eps 1e-8, over ``groups``. The learning rate is set at each step."""
+    return AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The trained parameters as the reference groups them: first those that are not decayed, then those that are."""
+    """The trained parameters as the reference groups them: first those that are not decayed (one-dimensional, or biases), then
+    the rest. Class and mask token are three-dimensional and so decayed."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [p for name, p in trained if _is_plain(name, p)]
     decayed = [p for name, p in trained if not _is_plain(name, p)]

@@ -210,18 +210,6 @@ def _models(options: argparse.Namespace, on_cpu: list[str]) -> list[str]:
     return options.models or (["base", "large", "huge"] if _device(options).type == "cuda" else on_cpu)
 
 
-_PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Part]]] = {
-    "step": _step,
-    "gradients": _gradients,
-    "kernels": _kernels,
-    "attention": _attention,
-    "waterfall": _waterfall,
-    "loader": _loader,
-    "fed-step": _fed_step,
-    "all": _all,
-}
-_RUNS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "kernels": _kernels_or_resources,
-    "scaling": _scaling,
-    "readme": _readme,
-}
+_PARTS = {"step": _step, "gradients": _gradients, "kernels": _kernels, "attention": _attention, "waterfall": _waterfall,
+          "loader": _loader, "fed-step": _fed_step, "all": _all}  # fmt: skip
+_RUNS = {"kernels": _kernels_or_resources, "scaling": _scaling, "readme": _readme}

@@ -79,14 +79,14 @@ def run(monkeypatch):
 def test_from_images_to_a_report(place, run):
     shards, out = place / odd(b"s\xff"), place / odd(b"run\xff")
     text = run("shards", "build", place / "images", shards, "--workers", "1")
-    assert f"od{SEEN}d/s{SEEN}: 9 images" in text and f"left out: {place}".replace("\udcff", SEEN) in text
+    assert f"od{SEEN}d/s{SEEN}: 9 images" in text and f"skipped: {place}".replace("\udcff", SEEN) in text
     assert Index.load(shards).classes == (odd(b"cl\xffass"),)
     assert f"cl{SEEN}ass 9" in run("shards", "info", shards)
     run("shards", "verify", shards, "--decode", "--workers", "0")
     flags = ["pretrain", "tiny", "--data", shards, "--out", out, *FLAGS, "--draw-every", "2"]
     text = run(*flags, "--steps", "1", "--warmup-epochs", "0")
     assert f"done: 1 steps, {out}/step-0000001".replace("\udcff", SEEN) in text
-    assert "is no UTF-8, as TensorBoard's log must be; training goes on, with metrics.jsonl" in text
+    assert "is no UTF-8, as TensorBoard's log must be; training continues, with metrics.jsonl" in text
     assert f"resumed from {out}/step-0000001".replace("\udcff", SEEN) in run(*flags, "--steps", "2")
     assert {r["run"]["data"] for r in records(out) if r.get("event") == "start"} == {str(shards)}  # as it was given
     assert f"od{SEEN}d" in (out / "metrics.jsonl").read_text("ascii")

@@ -143,9 +143,9 @@ def trained_elements(config: ModelConfig) -> int:
 
 
 def step_collectives(config: ModelConfig, layout: Layout, accumulate: int = 1) -> list[Collective]:
-    """Everything that a process sends in a settled step of ``accumulate`` micro-batches, in the order of the model's passes.
+    """All that a process sends in a steady-state step of ``accumulate`` micro-batches, in the order of the model's passes.
 
-    Settled: DDP has put its buckets into the order in which gradients come, which it does in its first step.
+    Steady state: DDP has put its buckets into the order in which gradients come, which it does in its first step.
     """
     if layout.processes == 1:
         return []

@@ -74,7 +74,7 @@ class StepTime:
 
 
 def step_time(config: ModelConfig, batch: Batch, layout: Layout, cluster: Cluster) -> StepTime:
-    """The time of a settled step."""
+    """The time of a step in steady state."""
     shares = unit_shares(config, batch.mask_ratio)
     work = batch.images * training_flops(config, batch.mask_ratio) / cluster.flops
     kernels = cluster.launches_besides + cluster.launches_per_block * (config.depth + config.decoder_depth)
@@ -141,8 +141,8 @@ def _seconds(sent: Collective, layout: Layout, cluster: Cluster) -> float:
 
 
 def _copied_bytes(sent: list[Collective], layout: Layout) -> float:
-    """Memory traffic besides the links': a gradient is read and written into its buffer, gathered weights out of theirs; a
-    bucket in bf16 is written from float32 and back."""
+    """Memory traffic of the copies: a gradient is read and written into its buffer, gathered weights out of theirs; a bucket in
+    bf16 is written from float32 and back."""
     total = 0.0
     for c in (c for c in sent if c.phase in ("forward", "backward")):
         if c.kind == "all_gather":

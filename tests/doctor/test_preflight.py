@@ -80,7 +80,7 @@ def test_what_differs_is_named_with_the_ranks_and_what_to_do(shard_folder, small
         text = crew.text(0)
     errors, warnings = ([line for line in text.splitlines() if line.startswith(kind)] for kind in ("error: ", "warning: "))
     for pattern in (
-        r"nccl differs: \S+ on ranks 0-2; 2\.1\.0 on rank 3; install the same one everywhere",
+        r"nccl differs: \S+ on ranks 0-2; 2\.1\.0 on rank 3; install the same version everywhere",
         r"--data shards: is not the same everywhere: 37 samples in 4 shards, fingerprint \w+ on ranks 0-1; 13 samples in 3 "
         r"shards, fingerprint \w+ on ranks 2-3; give a folder that all machines share",
         r"--out run: is not the same folder on ",
@@ -110,7 +110,7 @@ def test_one_process_with_a_run_s_flags_looks_at_that_run(shard_folder, tmp_path
     )
     assert re.search(pattern + r"ective-batch 10{8} or --checkpointing \(the largest is \d+ with it\)", text), text
     stage = ["--data", str(shard_folder), "--stage", str(tmp_path / "disk" / "deep")]
-    assert main([*flags, *stage]) == 0 and "GB to copy to each machine, there is room" in capsys.readouterr().out
+    assert main([*flags, *stage]) == 0 and "GB to copy to each machine, enough disk space" in capsys.readouterr().out
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 0, 1000))
     assert main([*flags, *stage]) == 2
     pattern = rf"error: --stage on \S+ \(rank 0\): {tmp_path}/disk/deep: \d+ bytes are needed, 1000 are free"

@@ -1,11 +1,11 @@
-"""The rendezvous of a run: every process reaches the store that rank 0 keeps, and none continues before all are there.
+"""The rendezvous of a run: every process reaches the store of rank 0, and none continues before all have joined.
 
     arrived    each process appends a line about itself to a key of the store
     complete   rank 0 has read all of them; each process confirms that it is still there, by another line
-    go         all have confirmed: whoever died while it waited for others is missed here, not inside a collective
+    go         all have confirmed: a process that died while it waited is found missing here, not inside a collective
 
-torch's own rendezvous waits in C++, heeds no signal and reports nothing. Each process asks the store for one key, after a tenth
-of the time that it has waited and at most twice a second: traffic that grows with the number of processes, not its square.
+torch's own rendezvous waits in C++, handles no signal and reports nothing. Each process asks the store for one key, after a
+tenth of the time that it has waited and at most twice a second: traffic grows with the number of processes, not its square.
 """
 
 import json
@@ -31,11 +31,11 @@ LINGER = 1.5
 
 
 class Rendezvous:
-    """The rendezvous of one process: the main thread reports, keeps the time and heeds signals, another one waits."""
+    """The rendezvous of one process: the main thread reports, keeps the time and handles signals, another one waits."""
 
     def __init__(self, info: RankInfo, peer: Peer, timeout: float, stopped: Callable[[], str | None]):
-        """``peer``: what this process publishes of itself. ``timeout``: seconds that it may take. ``stopped``: the name of the
-        signal that asks this process to stop, if any."""
+        """``peer``: what this process publishes about itself. ``timeout``: seconds. ``stopped``: the name of the signal that
+        asks this process to stop, if any."""
         self.info, self.timeout, self._stopped = info, timeout, stopped
         self.peer, self._is_main = peer, info.rank == 0
         self.address = info.address

@@ -1,4 +1,4 @@
-"""The processes of one run: rank, world size, and what they exchange on the CPU. The model knows nothing of it."""
+"""The processes of one run: rank, world size, and what they exchange on the CPU. The model does not know of it."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +24,7 @@ class World:
     size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
-    """A gloo group for votes and texts, so that these never wait for a GPU; None in a run of one."""
+    """A gloo group for votes and messages, so that these never wait for a GPU; None in a run of one."""
     background: dist.ProcessGroup | None = None
     """Another such group, for the thread that writes checkpoints."""
     local_size: int = 1
@@ -40,7 +40,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks to the console."""
+        """Whether this is rank 0, which writes files and prints to the console."""
         return self.rank == 0
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ class World:
         return [line for theirs in everyone for line in theirs]
 
     def from_main(self, text: str | None) -> str | None:
-        """The main process's ``text``, on every process."""
+        """Rank 0's ``text``, on every process."""
         if self.size == 1:
             return text
         box = [text]
@@ -87,8 +87,8 @@ class World:
         return box[0]
 
     def by_main(self, work: Callable[[], str | None]) -> str | None:
-        """What ``work`` gives on the main process. Its InputError or OSError, an InputError on the others, ends all ranks,
-        so that none waits for a lost one."""
+        """The result of ``work`` on rank 0. Its InputError or OSError is an InputError on the other ranks as well, so that none
+        waits for a lost one."""
         given, wrong, failed = None, None, None
         if self.is_main:
             try:

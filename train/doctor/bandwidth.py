@@ -2,7 +2,7 @@
 
     algorithm bandwidth = bytes / seconds,   bus bandwidth = algorithm bandwidth * 2 (n - 1) / n
 
-for n ranks: what each link must carry at least. Source: nccl-tests, doc/PERFORMANCE.md. All groups of a kind run at the same
+for n ranks: the least rate of each link. Source: nccl-tests, doc/PERFORMANCE.md. All groups of a kind run at the same
 time, as in a training step: within machines, one group a machine; between them, one group for each number on a machine.
 """
 
@@ -29,7 +29,7 @@ _PATIENCE = 60.0  # seconds for all rounds of one kind, the set-up of NCCL inclu
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """How fast the all-reduce of one group was, or why it was not."""
+    """How fast the all-reduce of one group was, or why it failed."""
 
     ranks: tuple[int, ...]
     bytes: int
@@ -71,7 +71,7 @@ def check_rates(report: Report, world: World, machines: list[list[Inventory]], d
 
 
 def kinds_of(machines: Sequence[Sequence[int]]) -> dict[str, list[list[int]]]:
-    """The groups that are measured, by kind, each a list of ranks; those of one rank are left to themselves."""
+    """The groups that are measured, by kind, each a list of ranks; groups of one rank are skipped."""
     within = [[*machine] for machine in machines]
     most = max(map(len, machines))
     between = [[machine[number] for machine in machines if number < len(machine)] for number in range(most)]
@@ -131,14 +131,14 @@ def _measure(world: World, groups: list[list[int]], device: torch.device, size: 
 
 
 def _within(seconds: float, work: Callable[[], float]) -> tuple[float | None, str | None]:
-    """What ``work`` gives, or why it does not: NCCL waits in C for a peer that it cannot reach, and hears no signal."""
+    """The result of ``work``, or why there is none: NCCL waits in C for a peer that it cannot reach, and handles no signal."""
     found: list[float] = []
     errors: list[str] = []
 
     def run() -> None:
         try:
             found.append(work())
-        except Exception as error:  # a probe: whatever a driver or a network raises is its answer
+        except Exception as error:  # a probe: whatever a driver or a network raises is the reason
             errors.append(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
     thread = threading.Thread(target=run, name="all-reduce", daemon=True)

@@ -2,7 +2,7 @@
 
     offset = theirs - (sent + received) / 2,   uncertain by (received - sent) / 2
 
-Of several questions the one that was answered fastest counts. Source: RFC 5905, section 8.
+The fastest of several answers counts. Source: RFC 5905, section 8.
 """
 
 import time

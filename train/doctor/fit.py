@@ -31,7 +31,7 @@ _BATCHES = (2, 4)
 
 
 def check_fit(report: Report, world: World, run: Run, recipe: Recipe, device: torch.device) -> None:
-    """On a GPU steps are tried, on the CPU their memory is estimated; every process does it at the same time."""
+    """Report the largest batch of the run's model; all processes look for it at the same time."""
     try:
         agree(recipe, run, world.size)
     except InputError as error:
@@ -86,7 +86,7 @@ def estimate_step(config: ModelConfig, mask_ratio: float, autocast: torch.dtype 
 
 
 def _advised(largest: int, effective_batch: int, processes: int) -> int:
-    """The largest batch up to ``largest`` of which a whole number makes up the effective batch."""
+    """The largest batch up to ``largest`` that divides the effective batch."""
     return next((b for b in range(largest, 0, -1) if effective_batch % (b * processes) == 0), largest)
 
 
@@ -101,7 +101,7 @@ def _largest(world: World, run: Run, recipe: Recipe, model: ModelConfig, device:
         return largest, f" (an estimate: {needed / 1e9:.2f} GB of the {available / 1e9:.2f} GB that are available to a process)"
     found = try_batches(model, recipe.mask_ratio, autocast, device, run.batch_size)
     largest, rank, peak = min(world.gather([(found.largest, world.rank, found.peak)]))
-    return largest, f" (tried uncompiled, {peak / 2**30:.1f} GiB on rank {rank}; NCCL and DDP take about 1 GiB besides)"
+    return largest, f" (tried uncompiled, {peak / 2**30:.1f} GiB on rank {rank}; NCCL and DDP need about 1 GiB more)"
 
 
 def _kept_bytes(model: MAE, mask_ratio: float, autocast: torch.dtype | None, batch: int) -> int:

@@ -24,7 +24,7 @@ from fastmae.train.doctor.shared_paths import check_data, check_out, check_stage
 
 _PATIENCE = 300.0  # seconds until all have joined, and for each thing that is gathered
 _MUST_AGREE = ("fastmae", "torch", "nccl")  # what processes send each other depends on them
-_USED = 0.9  # share of a GPU's memory that is free where nobody else computes
+_USED = 0.9  # share of a GPU's memory that is free if no other process uses it
 
 
 def preflight(settings: DoctorSettings) -> int:
@@ -65,7 +65,7 @@ def examine(world: World, run: Run, recipe: Recipe | None, *, has_data: bool, ha
     if has_out:
         check_out(report, world, everyone, run.out, estimate and estimate.parameters, run.keep)
     compare_clocks(report, world, machines)
-    # Where one process has no GPU none can use its own: collectives would wait, and the run does not start anyway.
+    # Where one process has no GPU none can use its own: collectives would wait, and the run would not start anyway.
     can_compute = not any(one.gpu_error for one in everyone) and len({one.gpu is None for one in everyone}) == 1
     if can_compute:
         can_compute = check_rates(report, world, machines, device)
@@ -89,9 +89,9 @@ def compare(report: Report, everyone: list[Inventory], machines: list[list[Inven
         if len(set(found.values())) == 1:
             same.append(f"{name} {found[0]}")
         elif name in _MUST_AGREE:
-            report.error(f"{name} differs: {describe_groups(found)}; install the same one everywhere")
+            report.error(f"{name} differs: {describe_groups(found)}; install the same version everywhere")
         else:
-            report.warning(f"{name} differs: {describe_groups(found)}; install the same one everywhere")
+            report.warning(f"{name} differs: {describe_groups(found)}; install the same version everywhere")
     report.line(f"the same on all ranks: {', '.join(same)}")
     for name in sorted({name for one in everyone for name in one.variables}):
         found = {one.rank: one.variables.get(name, "unset") for one in everyone}
@@ -129,9 +129,9 @@ def _check_gpus(report: Report, everyone: list[Inventory]) -> None:
     for reason, ranks in group_ranks({one.rank: one.gpu_error for one in everyone if one.gpu_error}).items():
         report.error(f"no GPU on {name_ranks(ranks)}: {reason}")
     gpus = {one.rank: one.gpu for one in everyone if one.gpu is not None}
-    lacking = [one.rank for one in everyone if one.gpu is None and not one.gpu_error]
-    if gpus and lacking:
-        report.error(f"{name_ranks(lacking)} would train on the CPU, {name_ranks(gpus)} on GPUs; give --device for all")
+    without = [one.rank for one in everyone if one.gpu is None and not one.gpu_error]
+    if gpus and without:
+        report.error(f"{name_ranks(without)} would train on the CPU, {name_ranks(gpus)} on GPUs; give --device for all")
     models = {rank: f"{gpu.name} with {gpu.total / 2**30:.0f} GiB" for rank, gpu in gpus.items()}
     if len(set(models.values())) > 1:
         report.warning(f"GPUs differ, the slowest and smallest decide: {describe_groups(models)}")

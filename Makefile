@@ -16,8 +16,8 @@ demo: $(VENV)/.installed
 	$(BIN)/fastmae demo --out runs/demo
 
 PYTEST = $(BIN)/python -m pytest -m
-# Two processes, whatever the number of cores: many tests start processes of their own. A file is one process's, with what its
-# tests share. What measures time comes afterwards and alone.
+# Two processes, whatever the number of cores: many tests start processes of their own. The tests of a file share a process.
+# Timing tests run afterwards, alone.
 BESIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # What every change must pass, in less than ten minutes on two cores: every kind of test that needs no GPU, each kind of case once.
@@ -25,15 +25,15 @@ test: $(VENV)/.installed
 	$(PYTEST) "not gpu and not timing and not all" $(BESIDE)
 	$(PYTEST) "not gpu and timing and not all"
 
-# Every test that needs no GPU: all fuzzing, all cases in Triton's interpreter, every scene of a kill, and the soak.
+# Every test that needs no GPU: all fuzzing, all cases in Triton's interpreter, every kill test, and the soak.
 test-all: $(VENV)/.installed
 	$(PYTEST) "not gpu and not timing" $(BESIDE)
 	$(PYTEST) "not gpu and timing"
 	$(MAKE) soak
 
 # The oldest pair of torch and triton that is supported, torch's CUDA build, in an environment of its own (5 GB): everything can
-# be imported, every kernel compiles for sm_80, 90 and 100 as it is launched, ops and models are what they are, tests that need a
-# GPU are collected, and what `make gpu` runs says in one line that there is none.
+# be imported, every kernel compiles for sm_80, 90 and 100 as it is launched, ops and models match their references, tests that need a
+# GPU are collected, and `make gpu` reports in one line that there is none.
 OLDEST ?= .venv-oldest
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
@@ -57,9 +57,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check --target-version py312 --ignore UP040,UP046,UP047 .
 	$(BIN)/ruff format --check .
 
-# A report of this machine's GPU under a clock, what tells most first: PART=1 takes at most 6 minutes, PART=2 at most 4 and finds
+# A time-limited report of this machine's GPU, the most informative items first: PART=1 takes at most 6 minutes, PART=2 at most 4 and finds
 # what part 1 compiled and chose; without PART both run, and MINUTES=N gives each part N. Uses PYTHON's own torch, triton, numpy
-# and pytest, and installs nothing. RESULTS: the folder to write; ARCHIVE: that of the archive; DATA: shards, or some are made;
+# and pytest, and installs nothing. RESULTS: the folder to write; ARCHIVE: that of the archive; DATA: shards (default: generated);
 # REFERENCE: a clone of facebookresearch/mae (needs timm). DEVICE=cpu TINY=1 is a dry run.
 RESULTS ?= runs/gpu
 DEVICE ?= cuda
@@ -68,7 +68,7 @@ gpu:
 		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(ARCHIVE),--archive $(ARCHIVE)) $(if $(TINY),--tiny) \
 		$(if $(DATA),--data $(DATA)) $(if $(REFERENCE),--reference $(REFERENCE))
 
-# A hundred faults of all kinds in one run, whose end must have the bits of a run without any: about ten minutes on two cores.
+# A hundred faults of all kinds in one run, which must end bitwise identical to a run without any: ten minutes on two cores.
 soak: $(VENV)/.installed
 	$(BIN)/python -m tests.soak --faults 100 --out runs/soak
 

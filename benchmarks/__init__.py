@@ -1,1 +1,1 @@
-"""Programs that measure, and what they measure against."""
+"""``fastmae bench``: benchmarks, and what fastmae is compared with."""

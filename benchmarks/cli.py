@@ -1,7 +1,7 @@
 """``fastmae bench``, or ``python -m fastmae.benchmarks``: measure, print a table, end with one JSON document in a line.
 
-Needs torch, triton and numpy; an optional package that is missing costs its rows or its plot, not the run. Arguments are
-parsed before torch is imported, so that help answers at once: each benchmark imports what it measures.
+Needs torch, triton and numpy only (``make gpu`` installs nothing); another package that is missing costs its rows or its plot.
+Arguments are parsed before torch is imported, so that ``--help`` is quick: each benchmark imports what it measures.
 """
 
 import argparse
@@ -11,11 +11,10 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastmae.benchmarks.flags import FLAGS, add_scaling_flags, minutes, positive
+from fastmae.benchmarks.arguments import check_models, parser
 from fastmae.benchmarks.report import align, save, update_readme
 from fastmae.benchmarks.scaling.cluster import Cluster
 from fastmae.errors import InputError
@@ -58,12 +57,13 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    from fastmae.benchmarks.equality import LossesDiffer
+    from fastmae.benchmarks.timing import LossesDiffer
 
     warnings.simplefilter("ignore")  # torch's hints, which a table's reader cannot act on
     try:
         check_kernels()
-        return options.run(options)
+        check_models(options)
+        return _RUNS[options.benchmark](options) if options.benchmark in _RUNS else _report(options)
     except InputError as error:
         print(f"fastmae bench: {error}", file=sys.stderr)
         return error.exit_code
@@ -72,54 +72,12 @@ def _measure(options: argparse.Namespace) -> int:
         return 1
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    description = "Measure fastmae against the reference: a table, and one JSON document as the last line."
-    top = argparse.ArgumentParser(prog="fastmae bench", description=description)
-    names = "step | gradients | kernels | attention | waterfall | loader | fed-step | all | scaling"
-    commands = top.add_subparsers(required=True, metavar=names)
-
-    def add(name: str, run: Callable, help: str, *flags: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help, description=help)
-        command.set_defaults(run=run)
-        for flag in flags:
-            command.add_argument(f"--{flag}", **FLAGS[flag])
-        return command
-
-    common = ("device", "out", "models")
-    add("step", partial(_report, _step), "a training step: the reference, its best rival, fastmae",
-        *common, "batches", "rounds", "minutes", "image-size", "reference", "contenders", "compile",
-        "profile")  # fmt: skip
-    command = add("gradients", partial(_report, _gradients), "compiled gradients against eager ones, on photographs",
-                  "device", "out", "model", "batch", "image-size", "modes")  # fmt: skip
-    command.add_argument("--data", type=Path, metavar="SHARDS", help="of photographs; else those that come with scikit-image")
-    add("kernels", _kernels_or_resources, "each op: Triton, twin, compiled twin", *common, "batch", "resources", "save")
-    add("attention", partial(_report, _attention), "each attention backend on the shapes of training", *common)
-    add("waterfall", partial(_report, _waterfall), "the step with each optimisation switched off alone",
-        "device", "out", "model", "batch", "rounds", "minutes", "image-size", "only", "together")  # fmt: skip
-    command = add("loader", partial(_report, _loader), "images per second from shards to batches, against other pipelines",
-                  "device", "out", "data", "originals", "workers", "model", "batch", "gpu")  # fmt: skip
-    command.add_argument(
-        "--rounds", type=positive, metavar="N", help="turns that each pipeline gets, 5; with --minutes at most N"
-    )
-    command.add_argument("--minutes", type=minutes, metavar="M", help="as many turns as fit into this time, at least 1")
-    command.set_defaults(steps=FLAGS["steps"]["default"], image_size=FLAGS["image-size"]["default"])
-    add("fed-step", partial(_report, _fed_step), "the training step from shards beside the same step from memory",
-        "device", "out", "data", "workers", "model", "batch", "image-size", "steps")  # fmt: skip
-    add("all", partial(_report, _all), "every benchmark, one after the other",
-        *common, "model", "batches", "batch", "rounds", "minutes", "image-size", "reference", "contenders", "compile",
-        "profile", "only", "together")  # fmt: skip
-    add_scaling_flags(add("scaling", _scaling, "on paper: step time and efficiency on 8 to 512 GPUs", "models"))
-    commands.add_parser("readme").set_defaults(run=_readme)  # for those who change the project: not in the list of --help
-    return top
-
-
-def _report(measure: Callable[[argparse.Namespace], Iterator[Part]], options: argparse.Namespace) -> int:
+def _report(options: argparse.Namespace) -> int:
     """Print each part as it is measured, and all of them as one JSON document in the end."""
     from fastmae.benchmarks.machine import environment
 
     document = {}
-    for name, section, table in measure(options):
+    for name, section, table in _PARTS[options.benchmark](options):
         section = {"environment": environment(_device(options)), **section}
         rows = table(section)
         print("  ".join(f"{k} {v}" for k, v in section["environment"].items() if v is not None))
@@ -127,8 +85,8 @@ def _report(measure: Callable[[argparse.Namespace], Iterator[Part]], options: ar
         for note in section["notes"]:
             print(f"note: {note}")
         if options.out:
-            written, lacking = save(options.out, name, section, rows)
-            print(f"wrote {', '.join(str(path) for path in written)}{lacking}")
+            written, missing = save(options.out, name, section, rows)
+            print(f"wrote {', '.join(str(path) for path in written)}{missing}")
         for line in section.get("wrong", ()):
             print(f"fastmae bench: {line}", file=sys.stderr)
         sys.stdout.flush()
@@ -140,12 +98,11 @@ def _report(measure: Callable[[argparse.Namespace], Iterator[Part]], options: ar
 def _step(options: argparse.Namespace) -> Iterator[Part]:
     from fastmae.benchmarks.training import kinds, step
 
-    models = _models(options, ["base", "large", "huge"], ["base"])
-    step.check_models(models, options.reference)
+    models = _models(options, ["base"])
     section = step.measure_steps(models, options.batches, _device(options), clone=options.reference, rounds=options.rounds,
                                  minutes=options.minutes, image_size=options.image_size, contenders=options.contenders,
                                  compile=options.compile, profile=options.profile)  # fmt: skip
-    batches = ["batch", *map(str, options.batches)] if options.batches else []  # other batches of the day stay
+    batches = ["batch", *map(str, options.batches)] if options.batches else []  # results of the day at other batches stay
     name = [*models, *_size(options), *batches, *([options.compile] if options.compile != "auto" else [])]
     profiles = step.profiles(section)
     yield " ".join(["step", *name]), section, step.table
@@ -154,9 +111,8 @@ def _step(options: argparse.Namespace) -> Iterator[Part]:
 
 
 def _gradients(options: argparse.Namespace) -> Iterator[Part]:
-    from fastmae.benchmarks.training import gradients, step
+    from fastmae.benchmarks.training import gradients
 
-    step.check_models([options.model], None)
     section = gradients.measure_gradients(options.model, options.batch, _device(options), data=options.data,
                                           image_size=options.image_size, modes=options.modes)  # fmt: skip
     yield " ".join(["gradients", options.model, *_size(options)]), section, gradients.table
@@ -165,33 +121,29 @@ def _gradients(options: argparse.Namespace) -> Iterator[Part]:
 def _kernels(options: argparse.Namespace) -> Iterator[Part]:
     from fastmae.benchmarks.kernels import speed as kernels
 
-    models = _models(options, ["base", "large", "huge"], ["base"])
+    models = _models(options, ["base"])
     yield "kernels", kernels.measure_kernels(models, options.batch, _device(options)), kernels.table
 
 
 def _attention(options: argparse.Namespace) -> Iterator[Part]:
     from fastmae.benchmarks.kernels import attention
 
-    models = _models(options, ["base", "large", "huge"], ["base", "huge"])
+    models = _models(options, ["base", "huge"])
     yield "attention", attention.measure_attention(models, _device(options)), attention.table
 
 
 def _waterfall(options: argparse.Namespace) -> Iterator[Part]:
-    from fastmae.benchmarks.training import step, waterfall
+    from fastmae.benchmarks.training import waterfall
 
-    step.check_models([options.model], None)
     section = waterfall.measure_waterfall(options.model, options.batch, _device(options), options.rounds, options.image_size,
                                           options.minutes, options.only, options.together)  # fmt: skip
     yield " ".join(["waterfall", options.model, *_size(options)]), section, waterfall.table
 
 
 def _loader(options: argparse.Namespace) -> Iterator[Part]:
-    from fastmae.benchmarks.training import step
-
     device = _device(options)
     if options.gpu and device.type != "cuda":
-        raise InputError("--gpu needs a CUDA device; `fastmae doctor` tells why there is none")
-    step.check_models([options.model], None)
+        raise InputError("--gpu needs a CUDA device; `fastmae doctor` shows why there is none")
     from fastmae.benchmarks import loader  # needs the packages that read data, which other benchmarks do without
 
     rounds = options.rounds or (5 if options.minutes is None else None)
@@ -202,10 +154,7 @@ def _loader(options: argparse.Namespace) -> Iterator[Part]:
 
 
 def _fed_step(options: argparse.Namespace) -> Iterator[Part]:
-    from fastmae.benchmarks.training import step
-
     device = _device(options)
-    step.check_models([options.model], None)
     from fastmae.benchmarks import loader
 
     batch = options.batch or (256 if device.type == "cuda" else 16)
@@ -225,7 +174,7 @@ def _all(options: argparse.Namespace) -> Iterator[Part]:
 
 def _kernels_or_resources(options: argparse.Namespace) -> int:
     if not options.resources:
-        return _report(_kernels, options)
+        return _report(options)
     from fastmae.benchmarks.kernels import resources
 
     return resources.report(save=options.save)
@@ -233,10 +182,8 @@ def _kernels_or_resources(options: argparse.Namespace) -> int:
 
 def _scaling(options: argparse.Namespace) -> int:
     from fastmae.benchmarks.scaling import model, page
-    from fastmae.benchmarks.training import step
 
     models = options.models or list(model.MODELS)
-    step.check_models(models, None)
     cluster = Cluster(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Cluster)})
     section = model.predict_scaling(models, options.gpus or model.GPUS, cluster, RESULTS,
                                     effective_batch=options.effective_batch, micro_batch=options.micro_batch)  # fmt: skip
@@ -259,9 +206,10 @@ def _device(options: argparse.Namespace) -> "torch.device":
     return torch.device("cuda", torch.cuda.current_device()) if trains_on_gpu(options.device) else torch.device("cpu")
 
 
-def _models(options: argparse.Namespace, on_gpu: list[str], on_cpu: list[str]) -> list[str]:
-    from fastmae.benchmarks.training import step
+def _models(options: argparse.Namespace, on_cpu: list[str]) -> list[str]:
+    return options.models or (["base", "large", "huge"] if _device(options).type == "cuda" else on_cpu)
 
-    models = options.models or (on_gpu if _device(options).type == "cuda" else on_cpu)
-    step.check_models(models, None)
-    return models
+
+_PARTS = {"step": _step, "gradients": _gradients, "kernels": _kernels, "attention": _attention, "waterfall": _waterfall,
+          "loader": _loader, "fed-step": _fed_step, "all": _all}  # fmt: skip
+_RUNS = {"kernels": _kernels_or_resources, "scaling": _scaling, "readme": _readme}

@@ -1,4 +1,4 @@
-"""``loader``: images per second from shards to batches, its parts, and other pipelines, in one run and in turns.
+"""``loader``: images per second from shards to batches, for its parts, the full loader, and other pipelines, in one run.
 
     efficiency = speed / (cores x speed of the same work bare, in one process)
 
@@ -24,11 +24,11 @@ from fastmae.train.step.loss_module import LossModule, MaskedLoss, compiled
 from fastmae.train.step.optimizer import make_optimizer, parameter_groups
 from fastmae.train.step.step import MicroBatch, Step
 
-_BATCHES = 6  # in a turn
+_BATCHES = 6  # per turn
 _WARM_UP_STEPS = 8
 _STEPS = 40
 
-# name -> (what is it held against, does it use all cores)
+# name -> (what it is compared with, whether it uses all cores)
 _ROWS = {
     "indexed reads": (None, False),
     "bare decode": (None, False),
@@ -45,13 +45,13 @@ def measure_loader(data: Path, originals: Path | None, workers: int, rounds: int
                    minutes: float | None = None) -> dict[str, object]:  # fmt: skip
     """The section ``loader`` of a result: a row for each pipeline.
 
-    ``data``: a folder of shards; ``originals``: of untouched images, for the reference's pipeline, by default ``data``.
+    ``data``: a folder of shards; ``originals``: of the original images, for the reference's pipeline, by default ``data``.
     ``rounds``: turns of each pipeline, at most as many as fit into ``minutes``; one of the two may be None.
     """
     with tempfile.TemporaryDirectory() as scratch:
         index = open_index(data, Path(scratch, "data"))
-        untouched = open_index(originals, Path(scratch, "originals")) if originals else index
-        bare, others = Bare(index), Bare(untouched)
+        originals_index = open_index(originals, Path(scratch, "originals")) if originals else index
+        bare, others = Bare(index), Bare(originals_index)
         ours = {"fastmae, crop on the device": Ours(index, workers, on_device=True),
                 "fastmae, crop on the CPU": Ours(index, workers, on_device=False)}  # fmt: skip
         runs = {
@@ -60,10 +60,10 @@ def measure_loader(data: Path, originals: Path | None, workers: int, rounds: int
             "bare decode + crop": bare.crop,
             **ours,
             "Pillow as the reference, bare": others.pillow,
-            "Pillow as the reference, DataLoader": reference_loader(untouched, workers),
+            "Pillow as the reference, DataLoader": reference_loader(originals_index, workers),
             "webdataset + DataLoader": webdataset_loader(index, workers),
         }
-        total = None if rounds is None else (1 + rounds) * len(runs)  # turns, the one of warming up included
+        total = None if rounds is None else (1 + rounds) * len(runs)  # turns, warm-up included
         with tqdm(total=total, unit="turn", dynamic_ncols=True, delay=0.2) as bar:
             shown = {name: _shown(run, name, bar) for name, run in runs.items()}
             times = interleave(
@@ -75,7 +75,7 @@ def measure_loader(data: Path, originals: Path | None, workers: int, rounds: int
             used = workers if uses_all else 1
             row = {"pipeline": name, "processes": used, "images_per_second": speed, "spread": times[name].spread,
                    "images_per_second_per_core": speed / used}  # fmt: skip
-            source = untouched if name.startswith("Pillow") else index
+            source = originals_index if name.startswith("Pillow") else index
             row["megabytes_per_second"] = speed * folder_bytes(source) / 1e6
             if baseline:
                 row["efficiency"] = times[name].over(times[baseline]) / used
@@ -87,13 +87,13 @@ def measure_loader(data: Path, originals: Path | None, workers: int, rounds: int
         notes = [
             f"{len(index)} images of {folder_bytes(index) / 1e3:.0f} kB on average, batches of {BATCH}, crops of 224 px",
             f"{len(next(iter(times.values())).seconds)} turns of {_BATCHES} batches for each pipeline",
-            f"the reference's pipeline reads {len(untouched)} images of {folder_bytes(untouched) / 1e3:.0f} kB",
+            f"the reference's pipeline reads {len(originals_index)} images of {folder_bytes(originals_index) / 1e3:.0f} kB",
         ]
     return {"rows": rows, "workers": workers, "batch": BATCH, "notes": notes}
 
 
 def _shown(run: Callable[[int], float], name: str, bar: tqdm) -> Callable[[int], float]:
-    """``run``, named beside ``bar`` while it is timed."""
+    """``run``, with its name beside ``bar`` while it is timed."""
 
     def timed(calls: int) -> float:
         bar.set_postfix_str(name)
@@ -143,14 +143,14 @@ def measure_fed_step(model: str, data: Path, batch: int, workers: int, device: t
     waiting = max(0.0, 1 - alone / seconds["from shards"])
     notes = [
         f"{model}, batch {batch}, {workers} workers, cropped on the {loader.crop}: {waiting:.1%} of a step is spent waiting "
-        f"for data (the step from shards against the same from memory); {1e3 * asked:.1f} ms a step in asking for it"
+        f"for data (against the same step from memory); {1e3 * asked:.1f} ms per step in next(loader)"
     ]
     return {"rows": rows, "model": model, "batch": batch, "workers": workers, "crop": loader.crop, "waiting": waiting,
             "asking_milliseconds": 1e3 * asked, "notes": notes}  # fmt: skip
 
 
 def table(section: dict) -> list[list[str]]:
-    """The section's rows for people."""
+    """The section's table."""
     lines = [["pipeline", "processes", "images/s", "per core", "MB/s", "of bare", "per core x reference", "main thread, ms"]]
     for r in section["rows"]:
         lines.append(
@@ -162,6 +162,6 @@ def table(section: dict) -> list[list[str]]:
 
 
 def fed_table(section: dict) -> list[list[str]]:
-    """The rows of ``fed step`` for people."""
-    return [["fed", "images/s", "ms a step"],
+    """The table of ``fed step``."""
+    return [["fed", "images/s", "ms per step"],
             *([r["fed"], f"{r['images_per_second']:.1f}", f"{r['milliseconds']:.1f}"] for r in section["rows"])]  # fmt: skip

@@ -1,7 +1,7 @@
-"""Ways to turn shards into batches: parts of fastmae's loader bare, the loader itself, and what people use otherwise.
+"""Pipelines from shards to batches: parts of fastmae's loader alone, the full loader, and other loaders.
 
-Each is a function of a number of batches that returns the seconds one took; every call starts anew, so that nothing was made
-ahead while another was measured. All crop with the same numbers of the same distribution.
+Each is a function of a number of batches that returns the seconds one took; every call starts a new pipeline, so that nothing
+was prefetched while another was measured. All draw their crops from the same distribution.
 """
 
 import io
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 import torch
+import webdataset as wds
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -22,7 +23,6 @@ from fastmae.data.batch import LoaderConfig
 from fastmae.data.indexed_batches import IndexedBatches
 from fastmae.data.order import Order
 from fastmae.images.resize import resized_crop
-from fastmae.optional import require
 from fastmae.shards.index import JSON_NAME, Index
 from fastmae.shards.index_tars import index_shards
 from fastmae.shards.read import ShardReader
@@ -30,11 +30,11 @@ from fastmae.shards.read import ShardReader
 BATCH = 256
 SIZE = (224, 224)
 _AUGMENT = Augment()
-_WARM_UP = 8  # batches: by then every buffer was used once, as in a run that lasts
+_WARM_UP = 8  # batches: by then every buffer has been used, as in a long run
 
 
 class Bare:
-    """Parts of the work in this process, one thread, nothing around them."""
+    """Parts of the loader's work alone, in one thread of this process."""
 
     def __init__(self, index: Index):
         self.reader = ShardReader(index)
@@ -44,11 +44,11 @@ class Bare:
         self.memory = np.empty(1 << 24, np.uint8)
 
     def read(self, batches: int) -> float:
-        """Indexed reads in random order, checksums compared."""
+        """Indexed reads in random order, with checksums."""
         return self._time(lambda i: self.reader.view(self.ids[i]), batches)
 
     def decode(self, batches: int) -> float:
-        """Decoding of bytes that are in memory."""
+        """Decoding from memory."""
         return self._time(lambda i: self._pixels(i), batches)
 
     def crop(self, batches: int) -> float:
@@ -61,7 +61,7 @@ class Bare:
         return self._time(one, batches)
 
     def pillow(self, batches: int) -> float:
-        """Everything as the reference does it: Pillow from bytes to a normalised float tensor."""
+        """The reference's work: Pillow from bytes to a normalised float tensor."""
         return self._time(lambda i: pillow_tensor(self.data[i], self.draws[i]), batches)
 
     def _pixels(self, i: int) -> np.ndarray:
@@ -82,7 +82,7 @@ class Bare:
 
 
 class Ours:
-    """fastmae's loader up to the batch in shared memory. ``cpu_seconds``: of the training process's own thread, per batch."""
+    """fastmae's loader up to the batch in shared memory. ``cpu_seconds``: of the training process's main thread, per batch."""
 
     def __init__(self, index: Index, workers: int, *, on_device: bool):
         self.index, self.config, self.on_device = index, LoaderConfig(image_size=SIZE, workers=workers), on_device
@@ -113,7 +113,6 @@ def reference_loader(index: Index, workers: int) -> Callable[[int], float]:
 
 def webdataset_loader(index: Index, workers: int) -> Callable[[int], float]:
     """Plain webdataset over the shards' tars, decoded by Pillow, cropped, batched by torch's DataLoader."""
-    wds = require("webdataset", "this comparison")
     urls = [str(index.folder / shard.name) for shard in index.shards]
 
     def run(batches: int) -> float:
@@ -139,7 +138,7 @@ def pillow_tensor(data: bytes, draws: np.ndarray) -> Tensor:
 
 
 class _PillowImages(Dataset):
-    """Images by number, as a folder of files gives them."""
+    """Images by number, as from a folder of files."""
 
     def __init__(self, index: Index):
         self.reader = ShardReader(index)
@@ -159,7 +158,7 @@ def _pillow_sample(sample: dict) -> tuple[Tensor, int]:
 
 
 def _time_loader(loader: DataLoader, batches: int) -> float:
-    # Each worker makes whole batches, which so come in bursts of as many as there are workers.
+    # Each worker makes complete batches, so they arrive in bursts of one per worker.
     workers = loader.num_workers
     batches = workers * -(-max(batches, 4 * workers) // workers)
     source = _endless(loader)

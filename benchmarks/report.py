@@ -1,7 +1,7 @@
-"""Results for people and for programs: tables on the console, one JSON document, files, plots and README's table.
+"""Results: tables on the console, one JSON document, result files, plots and README's table.
 
 A result file is ``<device>-<date>.json``: the environment of each section beside its numbers. The same day's sections of one
-device go into one file, so that long benchmarks can be run one by one.
+device are in one file, so that long benchmarks can be run one by one.
 """
 
 import json
@@ -16,7 +16,7 @@ _COLORS = {"reference": "tab:gray", "rival": "tab:orange", "fastmae": "tab:blue"
 
 
 def align(rows: list[list[str]]) -> str:
-    """Rows of cells as columns, the first one a head; numbers to the right."""
+    """Rows of cells as aligned columns, the first row the header; numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     is_number = [all(re.fullmatch(r"[-+]?[\d.]+%?|-|", row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
     lines = ["  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, is_number, strict=True)) for row in rows]
@@ -30,10 +30,10 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def save(folder: Path, name: str, section: dict, rows: list[list[str]]) -> tuple[list[Path], str]:
-    """Put the section ``name`` into the day's file in ``folder``; write JSON, Markdown and, for a step or a waterfall, a plot.
+    """Add the section ``name`` to the day's file in ``folder``; write JSON, Markdown and, for a step or a waterfall, a plot.
 
-    ``rows`` is its table. Returns the paths written and, for people, what could not be drawn. Raises InputError if the
-    day's file is there and damaged.
+    ``rows`` is its table. Returns the paths written, and a message if matplotlib is missing. Raises InputError if the day's
+    file exists and is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     environment = section["environment"]
@@ -42,20 +42,20 @@ def save(folder: Path, name: str, section: dict, rows: list[list[str]]) -> tuple
     try:
         document = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
-        raise InputError(f"{path}: damaged, {error}; move it away") from error
+        raise InputError(f"{path}: damaged, {error}; move or delete it") from error
     document[name] = {**section, "table": rows}
     path.write_text(json.dumps(document, indent=1) + "\n")
-    page, written, lacking = path.with_suffix(".md"), [path, path.with_suffix(".md")], ""
+    page, written, missing = path.with_suffix(".md"), [path, path.with_suffix(".md")], ""
     draw = {"step": _draw_steps, "waterfall": _draw_waterfall}.get(name.split()[0])
     if draw:
         picture = folder / f"{path.stem}-{name.replace(' ', '-')}.png"
         try:
             draw(section, picture)
             written.append(picture)
-        except InputError as error:  # no matplotlib: the numbers are there, the picture is not
-            lacking = f"; {error}"
+        except InputError as error:  # no matplotlib where `make gpu` installs nothing: the numbers matter more
+            missing = f"; {error}"
     page.write_text(_page(document, path.stem, folder))
-    return written, lacking
+    return written, missing
 
 
 def readme_table(folder: Path) -> str:
@@ -100,7 +100,7 @@ def _best_rows(rows: list[dict], device: str, path: Path) -> list[list[str]]:
 
 
 def _ratio(ours: dict, other: dict | None, name: str) -> str:
-    """Best against best: within turns if that is the same batch, else of the two medians."""
+    """Best over best: the ratio within rounds if the batch is the same, else of the two medians."""
     if other is None:
         return "-"
     if other["batch"] == ours["batch"] and f"speed_over_{name}" in ours:
@@ -109,10 +109,10 @@ def _ratio(ours: dict, other: dict | None, name: str) -> str:
 
 
 def update_readme(readme: Path, folder: Path) -> None:
-    """Write ``readme_table`` between README's two marks. Raises InputError if they are not there."""
+    """Write ``readme_table`` between README's two marks. Raises InputError if these are missing."""
     text = readme.read_text()
     if README_BEGIN not in text or README_END not in text:
-        raise InputError(f"{readme}: the marks {README_BEGIN} and {README_END} are not there")
+        raise InputError(f"{readme}: the marks {README_BEGIN} and {README_END} are missing")
     head, rest = text.split(README_BEGIN)
     readme.write_text(f"{head}{README_BEGIN}\n{readme_table(folder)}\n{README_END}{rest.split(README_END)[1]}")
 
@@ -130,9 +130,7 @@ def _page(document: dict, stem: str, folder: Path) -> str:
 
 
 def _figure(width: float, height: float, columns: int = 1):
-    agg = require("matplotlib.backends.backend_agg", "a plot", "matplotlib")
-    figure = require("matplotlib.figure", "a plot", "matplotlib").Figure(figsize=(width, height), layout="constrained", dpi=120)
-    agg.FigureCanvasAgg(figure)
+    figure = require("matplotlib.figure", "a plot").Figure(figsize=(width, height), layout="constrained", dpi=120)
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
@@ -171,7 +169,7 @@ def _draw_steps(section: dict, path: Path) -> None:
 
 
 def _draw_waterfall(section: dict, path: Path) -> None:
-    """Speed with each switch thrown alone, fastmae as it is being 1."""
+    """Speed with each switch alone, relative to fastmae unchanged."""
     rows = section["rows"][1:]
     figure, (axis,) = _figure(8, 0.6 + 0.4 * len(rows))
     names = [("+ " if r["adds"] else "") + r["switch"] for r in rows]
@@ -180,7 +178,7 @@ def _draw_waterfall(section: dict, path: Path) -> None:
     axis.bar_label(drawn, fmt="%.3f", padding=3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xlim(0, 1.15 * max(1, *(r["speed"] for r in rows)))
-    axis.set_xlabel("speed, fastmae as it is = 1")
+    axis.set_xlabel("speed relative to fastmae")
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(f"{section['model']}, batch {section['batch']}, {section['environment']['device']}", fontsize="medium")
     figure.savefig(path)

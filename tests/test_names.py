@@ -79,7 +79,7 @@ def run(monkeypatch):
 def test_from_images_to_a_report(place, run):
     shards, out = place / odd(b"s\xff"), place / odd(b"run\xff")
     text = run("shards", "build", place / "images", shards, "--workers", "1")
-    assert f"od{SEEN}d/s{SEEN}: 9 images" in text and f"left out: {place}".replace("\udcff", SEEN) in text
+    assert f"od{SEEN}d/s{SEEN}: 9 images" in text and f"skipped: {place}".replace("\udcff", SEEN) in text
     assert Index.load(shards).classes == (odd(b"cl\xffass"),)
     assert f"cl{SEEN}ass 9" in run("shards", "info", shards)
     run("shards", "verify", shards, "--decode", "--workers", "0")

@@ -1,4 +1,4 @@
-"""Results in one archive that is small enough to be carried: ``gpu-part1.tar.gz``."""
+"""Results in one small archive: ``gpu-part1.tar.gz``."""
 
 import tarfile
 from pathlib import Path
@@ -10,8 +10,8 @@ _OWN = ("cache", "site", "runs")  # folders of results that are not results
 def pack(results: Path, archive: Path, limit: int = LIMIT) -> list[str]:
     """Write what is in ``results``, but for caches and runs, to ``archive`` (.tar.gz) of less than ``limit`` bytes.
 
-    Files are left aside, the largest first and items' JSON never, until it fits; their names are returned. The archive is
-    replaced in one go: one that was packed before stays until then.
+    Files are dropped, the largest first and items' JSON never, until it fits; their names are returned. The archive is replaced
+    atomically.
     """
     files = [p for p in sorted(results.rglob("*")) if p.is_file() and not p.is_symlink() and _is_result(p, results)]
     dropped: list[str] = []

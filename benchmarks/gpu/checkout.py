@@ -13,7 +13,7 @@ LAYERS = ("kernels", "train", "benchmarks")
 
 
 def link(folder: Path) -> Path:
-    """Make ``folder`` a place to import this checkout's ``fastmae`` from; return it."""
+    """Make this checkout's ``fastmae`` importable from ``folder``; return it."""
     package = folder / "fastmae"
     if package.exists():
         shutil.rmtree(package)  # of links: a file that has gone since would stay

@@ -39,7 +39,7 @@ class Outcome:
         return self._split()[0]
 
     def to_json(self) -> dict[str, object]:
-        """For an item's file: without the document, which stands there by itself."""
+        """For an item's file, which has the document separately."""
         tail = self._split()[1][-_TAIL:]
         return {**asdict(self), "seconds": round(self.seconds, 1), "log": self.log.name, "tail": tail}
 
@@ -58,7 +58,7 @@ def run(command: Sequence[str], *, limit: float, log: Path, environment: Mapping
     """Run ``command`` in ``folder`` for at most ``limit`` seconds; ``meanwhile`` is called a few times a second. The exit codes
     of ``fine`` are ok.
 
-    At the limit Python programs write the stacks of their threads (faulthandler, on SIGABRT); then the whole process group is
+    At the limit Python programs write the stacks of their threads (faulthandler, on SIGABRT); then the process group is
     killed, as it is when this is interrupted. The program stays in the session, with which a batch system ends all it started.
     """
     began = time.monotonic()

@@ -1,8 +1,8 @@
-"""The clock of a report: which items run, in which order, for how long, and what is left of each when it ends.
+"""The clock of a report: which items run, in which order, for how long, and what each leaves when it ends.
 
-Items of a part run by ``worth``. One whose expected ``seconds`` are not left is skipped and says so; one that runs on is ended
-at 1.6 times them, or with its part. Each writes ``items/<name>.json`` as it ends, and the archive is packed again; also when
-the report is interrupted, by Ctrl-C or as a batch system ends a job, by SIGTERM.
+Items of a part run by ``worth``. One whose expected ``seconds`` are not left is skipped with a reason; one that takes longer is
+ended at 1.6 times them, or with its part. Each writes ``items/<name>.json`` as it ends, and the archive is packed again,
+also when the report is interrupted by Ctrl-C, or by SIGTERM from a batch system.
 """
 
 import importlib.util
@@ -37,13 +37,13 @@ _items = pytest.StashKey[Item]()
 def pytest_addoption(parser):
     """What `make gpu` passes on."""
     group = parser.getgroup("report of a GPU")
-    group.addoption("--part", type=int, choices=sorted(MINUTES), help="1 or 2; both without it")
-    group.addoption("--minutes", type=float, help="that each part may take; 6 and 4")
-    group.addoption("--results", type=Path, default=Path("runs/gpu"), help="folder to write, and of what later parts find")
-    group.addoption("--archive", type=Path, help="folder of the archive; that of the results")
+    group.addoption("--part", type=int, choices=sorted(MINUTES), help="1 or 2 (default: both)")
+    group.addoption("--minutes", type=float, help="for each part (default: 6 and 4)")
+    group.addoption("--results", type=Path, default=Path("runs/gpu"), help="folder to write, with caches that later parts use")
+    group.addoption("--archive", type=Path, help="folder of the archive (default: that of the results)")
     group.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
-    group.addoption("--tiny", action="store_true", help="the smallest shapes: a dry run")
-    group.addoption("--data", type=Path, help="shards; without them some are made")
+    group.addoption("--tiny", action="store_true", help="the smallest shapes, for a dry run")
+    group.addoption("--data", type=Path, help="shards (default: generated ones)")
     group.addoption("--reference", type=Path, help="a clone of facebookresearch/mae (needs timm)")
 
 
@@ -105,7 +105,7 @@ class Clock:
             data=o.data and o.data.resolve(), reference=o.reference and o.reference.resolve(),
             deadline=min(end, now + patience), environment=self.environment,
         )  # fmt: skip
-        self._say(f"{_name(item)}: at most {min(end - now, patience):.0f} s")
+        self._print(f"{_name(item)}: at most {min(end - now, patience):.0f} s")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -122,11 +122,11 @@ class Clock:
     def pytest_sessionfinish(self):
         """Where the results are."""
         dropped = self._pack()
-        self._say(
+        self._print(
             f"{self._archive()} ({self._archive().stat().st_size / 1e6:.1f} MB); to commit: {self.results}/<device>-<date>*"
         )
         if dropped:
-            self._say(f"not in the archive, which would pass 16 MB: {', '.join(dropped)}")
+            self._print(f"not in the archive, which would pass 16 MB: {', '.join(dropped)}")
 
     def _keep(self, item, report, call) -> None:
         running = item.stash.get(_items, None)
@@ -147,7 +147,7 @@ class Clock:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(found, indent=1) + "\n")
         partial.replace(path)
-        self._say(f"{_name(item)}: {status} after {call.duration:.0f} s{': ' + reason if reason else ''}")
+        self._print(f"{_name(item)}: {status} after {call.duration:.0f} s{': ' + reason if reason else ''}")
         self._pack()
 
     def _pack(self) -> list[str]:
@@ -156,7 +156,7 @@ class Clock:
     def _archive(self) -> Path:
         return self.archive / f"gpu{f'-part{self.options.part}' if self.options.part else ''}.tar.gz"
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         with self.capture.global_and_fixture_disabled():  # what an item prints while it is set up is kept from the terminal
             self.terminal.ensure_newline()
             self.terminal.write_line(line, flush=True)

@@ -1,4 +1,4 @@
-"""What an item of the report does: run programs under its own limit and its part's, and keep how each ended."""
+"""An item of the report: runs programs within its own time limit and its part's, and keeps how each ended."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from benchmarks.gpu.command import Outcome, run
 FASTMAE = (sys.executable, "-m", "fastmae.train")
 BENCH = (sys.executable, "-m", "fastmae.benchmarks")
 _NO_TESTS = 5  # pytest's exit code where none was selected
-_PER_TEST = 60  # seconds after which a test's stacks are written: none is meant to take so long
+_PER_TEST = 60  # seconds after which a test's stacks are written: none should take so long
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,7 @@ class Item:
     data: Path | None
     reference: Path | None
     deadline: float
-    """On the monotonic clock: no program of the item runs on after it."""
+    """On the monotonic clock: no program of the item continues after it."""
     environment: dict[str, str]
     outcomes: list[Outcome] = field(default_factory=list)
     values: dict[str, object] = field(default_factory=dict)
@@ -64,9 +64,9 @@ class Item:
         return outcome
 
     def test(self, *worths: int, together: int = 1, before: Sequence[str] = ()) -> None:
-        """Run the ``gpu`` tests of these ``worth``, a process for each file: an illegal access spoils those after it.
+        """Run the ``gpu`` tests of these ``worth``, a process for each file: an illegal access breaks those after it.
 
-        ``together``: so many files at the same time. ``before``: a program that runs pytest.
+        ``together``: files to run at the same time. ``before``: a program that runs pytest.
         """
         files = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if worths_of(p) & set(worths)]
         files = files[:2] if self.tiny else files  # a dry run: that they are found and started

@@ -1,4 +1,4 @@
-"""Part 1: is it right, and how fast is a step? In the order of what a first look at a GPU should tell."""
+"""Part 1: is it right, and how fast is a step? The most informative items first."""
 
 import shutil
 import sys
@@ -24,7 +24,7 @@ def test_versions(report: Item):
 @pytest.mark.seconds(30, 20)
 @pytest.mark.needs("tyro")
 def test_doctor(report: Item):
-    """What `fastmae doctor` says of this machine."""
+    """`fastmae doctor` on this machine."""
     report.run(*FASTMAE, "doctor")
 
 
@@ -70,5 +70,5 @@ def test_step_tests(report: Item):
 
 
 def beside(report: Item) -> int:
-    """Test files that run at the same time: compiling kernels takes longest, and each holds some of the device's memory."""
+    """Test files to run at the same time: compiling kernels takes longest, and each holds some of the device's memory."""
     return max(1, min(cores() // 2, report.memory // 20 if report.device == "cuda" else 2))

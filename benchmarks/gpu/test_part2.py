@@ -1,4 +1,4 @@
-"""Part 2: what each kernel is worth, larger batches and models, training from shards, and what goes wrong in it."""
+"""Part 2: what each kernel is worth, larger batches and models, training from shards, and faults in it."""
 
 import hashlib
 import json
@@ -76,15 +76,15 @@ def test_killed_worker(report: Item):
     report.run(*training(report, folder), meanwhile=kill)
     report.values |= {"killed at step": 5, "weights": digest(folder)}
     assert killed, "the run had ended before a worker could be killed"
-    said = report.outcomes[-1].text + (folder / "metrics.jsonl").read_text()
-    assert str(killed[0]) in said or "SIGKILL" in said, "the run does not name the worker that was killed"
+    text = report.outcomes[-1].text + (folder / "metrics.jsonl").read_text()
+    assert str(killed[0]) in text or "SIGKILL" in text, "the run does not name the worker that was killed"
 
 
 @pytest.mark.worth(6)
 @pytest.mark.seconds(50, 35)
 @pytest.mark.needs(*_READS_DATA)
 def test_resume(report: Item):
-    """Thirty steps, stopped in between and resumed: its weights have the bits of the run with a killed worker."""
+    """Thirty steps, stopped in between and resumed: its weights are bitwise those of the run with a killed worker."""
     stopped: list[float] = []
 
     def stop(process: subprocess.Popen) -> None:
@@ -100,7 +100,7 @@ def test_resume(report: Item):
     report.values |= {"weights": digest(folder), "losses": losses_of(folder)}
     assert report.values["stopped after step"] < _STEPS, "the run had ended before it could be stopped"
     if not (other / f"step-{_STEPS:07d}").exists():
-        pytest.skip("resumed, and nothing to compare with: the run with a killed worker is not there")
+        pytest.skip("resumed, and nothing to compare with: the run with a killed worker does not exist")
     report.values["losses of the other"] = losses_of(other)
     assert digest(other) == report.values["weights"], "resumed weights differ from those of a run that was not stopped"
 
@@ -132,15 +132,15 @@ def test_sanitizer(report: Item):
 
 
 def shards(report: Item) -> Path:
-    """Those that were given, or made ones."""
-    made = report.results / "runs" / "shards"
-    if report.data is None and not (made / "index.json").exists():
-        report.run(sys.executable, Path(__file__).with_name("made_shards.py"), made, 96 if report.tiny else 2048)
-    return report.data or made
+    """The given ones, or generated ones."""
+    generated = report.results / "runs" / "shards"
+    if report.data is None and not (generated / "index.json").exists():
+        report.run(sys.executable, Path(__file__).with_name("generated_shards.py"), generated, 96 if report.tiny else 2048)
+    return report.data or generated
 
 
 def fresh(report: Item, name: str) -> Path:
-    """A folder of a run that is not there yet."""
+    """A new folder of a run."""
     folder = report.results / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
     return folder

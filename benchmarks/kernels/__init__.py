@@ -1,1 +1,1 @@
-"""Kernels and attention, measured and, without a GPU, counted."""
+"""Kernels and attention: measured, and their resources counted without a GPU."""

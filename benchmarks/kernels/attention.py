@@ -1,4 +1,4 @@
-"""``attention``: every backend on the shapes that training meets, and which of them ``auto`` takes."""
+"""``attention``: every backend on the shapes of training, and which of them ``auto`` chooses."""
 
 import torch
 
@@ -30,7 +30,7 @@ def measure_attention(models: list[str], device: torch.device) -> dict[str, obje
     shapes = shapes_of(models)
     probe(device.type, dtype, shapes)
     for shape in shapes:
-        # First what auto takes, then the measurement that it is held against.
+        # First what auto chooses, then the measurement that it is compared with.
         auto = fastest(device.type, dtype, shape) if on_gpu else "sdpa"
         times = measure(device.type, dtype, shape) if on_gpu else measure(device.type, dtype, shape, _CPU_TOKENS)
         best = min(times.values())
@@ -44,7 +44,7 @@ def measure_attention(models: list[str], device: torch.device) -> dict[str, obje
 
 
 def table(section: dict) -> list[list[str]]:
-    """The section's rows for people."""
+    """The section's table."""
     lines = [["shape", "backend", "us", "x best", "auto"]]
     for r in section["rows"]:
         lines.append([r["shape"], r["backend"], f"{r['microseconds']:.0f}", f"{r['over_best']:.2f}", "<-" if r["auto"] else ""])

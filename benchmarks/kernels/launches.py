@@ -1,8 +1,8 @@
-"""What Triton is asked to compile when an op is called, recorded without a GPU.
+"""Triton's launches of an op, recorded without a GPU.
 
 The op runs on CPU tensors as it would on a GPU's, and ``JITFunction.run`` itself binds the arguments: which integers are 1 or
 divisible by 16, which pointers are aligned, how many warps. Triton's own hook then takes the launch before it is compiled, so
-what is recorded is the launch and never a description of it. Outputs stay as ``torch.empty`` made them.
+what is recorded is the launch itself. Outputs stay as ``torch.empty`` made them.
 """
 
 import contextlib

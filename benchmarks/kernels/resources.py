@@ -1,7 +1,7 @@
 """Compile every kernel as it is launched, without a GPU, and read what the binary needs: registers, stack, shared memory.
 
 A stack means spilled registers; shared memory above 48 KiB would not launch everywhere. ``kernels --resources`` prints the
-table and holds it against its limits; ``benchmarks/results/resources.json`` is the committed one, which a test compares with.
+table and checks its limits; ``benchmarks/results/resources.json`` is the committed one, which a test compares it with the code.
 """
 
 import json
@@ -49,7 +49,7 @@ class Resources:
 
 
 def cases() -> Iterator[Case]:
-    """Every op as it is used, from training steps and the loader down to sizes and types that are rare."""
+    """Every op as it is used, from training steps and the loader to rare sizes and types."""
     for model, layout, residual in (("base", "NCHW", "fp32"), ("base", "NHWC", "bf16"), ("huge", "NCHW", "fp32")):
         yield _step(model, layout, residual)
     for patches in (196, 256, 1024, 2048):
@@ -89,7 +89,7 @@ def _masks(patches: int) -> Case:
 
 
 def _crops(channels: int) -> Iterator[Case]:
-    """Whole crops as the loader makes them, and patches of crops."""
+    """Crops as the loader makes them, and patches of crops."""
     side, patch = 224, 16
     pixels = torch.zeros(_B * 256 * 256 * channels, dtype=torch.uint8)
     boxes = torch.tensor([[0, 0, 200, 180]] * _B, dtype=torch.int32)
@@ -138,7 +138,7 @@ def _sequence(width: int, dtype: str, out: str) -> Case:
 
 
 def _ones() -> Case:
-    """Numbers of 1, which Triton makes constants, wherever they may stand."""
+    """Sizes of 1, which Triton makes constants, in every argument."""
     images, ids, epochs = _images(1, 1, "uint8"), torch.zeros(_B, 1, dtype=torch.int32), torch.zeros(_B, dtype=torch.int64)
     x, token = torch.zeros(_B, 2, 1, requires_grad=True), torch.zeros(1, requires_grad=True)
     crops = (images.flatten(), torch.arange(_B), torch.ones(_B).int(), torch.tensor([[0, 0, 1, 1]] * _B).int(), epochs > 0)
@@ -159,7 +159,7 @@ def _images(channels: int, side: int, dtype: str) -> Tensor:
 
 
 def resources(launch: Launch) -> Resources:
-    """Compile ``launch`` and read the needs off the binary."""
+    """Compile ``launch`` and read the binary's resources."""
     compiled = launch.compile()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -181,7 +181,7 @@ def measure(targets: tuple[int, ...] = TARGETS) -> dict[str, object]:
                 if launch.key not in known:
                     known[launch.key] = resources(launch)
                 seen[launch.name] += 1
-                again = " in the gradient" if seen[launch.name] > 1 else ""  # a taking is also its own gradient
+                again = " in the gradient" if seen[launch.name] > 1 else ""  # take_rows is also its own gradient
                 rows.setdefault(f"{launch.name} {case}{again}", {})[f"sm_{target}"] = vars(known[launch.key])
     return {"triton": triton.__version__, "kernels": rows}
 
@@ -217,7 +217,7 @@ def to_json(found: dict) -> str:
 
 
 def table(found: dict) -> list[list[str]]:
-    """Registers, stack bytes and shared bytes of each kernel on each target, for people."""
+    """Registers, stack bytes and shared bytes of each kernel on each target."""
     lines = [["kernel", *(f"sm_{t}: regs / stack / shared" for t in TARGETS)]]
     for name, row in found["kernels"].items():
         lines.append([name, *(f"{n['registers']} / {n['stack']} / {n['shared']}" for n in row.values())])

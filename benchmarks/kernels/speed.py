@@ -1,7 +1,7 @@
 """``kernels``: each op by its Triton kernel, by its plain twin, and by the twin through torch.compile.
 
 Time is the device's alone: on a GPU the calls are one CUDA graph. A backward pass is the difference of both passes and the
-forward one. Bytes are the fewest that the op must move (each input read once, each output written once), and are held against a
+forward one. Bytes are the fewest that the op must move (each input read once, each output written once), compared with a
 copy measured in the same run. Inputs rotate through more memory than the cache holds.
 """
 
@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from fastmae import kernels
-from fastmae.benchmarks.equality import LossesDiffer
 from fastmae.benchmarks.machine import copy_bytes
-from fastmae.benchmarks.timing import device_seconds
+from fastmae.benchmarks.timing import LossesDiffer, device_seconds
 from fastmae.kernels.dispatch import use_triton
 from fastmae.model.config import ModelConfig, kept_patches, preset
 from fastmae.model.masking import random_masking
 
 _CPU_CACHE = 64 * 2**20  # bytes, assumed
 _MOST_SETS = 32
-_TOLERANCE = 1e-2  # relative, of bf16 results that were rounded at different places
+_TOLERANCE = 1e-2  # relative, of bf16 results that were rounded in different places
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,9 @@ class Case:
     """From sizes and the compute dtype's bytes."""
     backward_bytes: Callable[[Sizes, int], int] | None = None
     differentiable: tuple[int, ...] = ()
-    """Places of the inputs that get gradients."""
+    """Indices of the inputs that get gradients."""
     compiles: bool = True
-    """Whether the twin is worth compiling: not where it would be compiled anew for every image's size."""
+    """Whether the twin is worth compiling: not where it would be compiled again for every image's size."""
 
 
 def _images(s: Sizes, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +107,7 @@ def _boxes(s: Sizes) -> Tensor:
 
 
 def _crop_inputs(s, device, dtype):
-    """Tensors on the device, the crops' size, and what the twin looks at on the host, which a CUDA graph could not wait for."""
+    """Tensors on the device, the crops' size, and what the twin reads on the host, for which a CUDA graph cannot wait."""
     image = 256 * 256 * s.config.in_chans
     pixels = torch.randint(0, 256, (s.B * image,), dtype=torch.uint8, device=device)
     host = (torch.arange(s.B) * image, torch.full((s.B,), 256).int(), _boxes(s), torch.arange(s.B) % 2 == 0)
@@ -223,7 +222,7 @@ def _both(case: Case, function: Callable, inputs: tuple) -> Callable[[], list[Te
 
 
 def table(section: dict) -> list[list[str]]:
-    """The section's rows for people."""
+    """The section's table."""
     lines = [["model", "batch", "op", "body", "pass", "us", "GB/s", "of a copy"]]
     for r in section["rows"]:
         lines.append([r["model"], str(r["batch"]), r["op"], r["body"], r["pass"], f"{r['microseconds']:.1f}",

@@ -1,1 +1,1 @@
-"""A model of many GPUs, on paper."""
+"""A model of training on many GPUs."""

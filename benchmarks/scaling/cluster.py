@@ -1,4 +1,4 @@
-"""The machines of a run on paper: stated parameters, and what a collective costs on them.
+"""The modelled cluster: stated parameters, and what a collective costs on it.
 
     ring   (W-1)/W S / rate + (W-1) hops              all-gather, reduce-scatter; an all-reduce takes two
     tree   2 S / rate + 2 (processes of a machine - 1 + log2 machines) hops           all-reduce, where it is faster
@@ -23,7 +23,7 @@ class Cluster:
     """What the model of a step assumes. Every value is a parameter; none was measured by a committed result."""
 
     sheet_flops: float = 989e12
-    """Dense bf16 FLOP/s on paper; H100 SXM and H200 data sheets. It changes no time: others are compared by it."""
+    """Dense bf16 FLOP/s of the data sheet, H100 SXM and H200. Changes no time: only the comparison with others uses it."""
     matmul_flops: float = 790e12
     """FLOP/s of a large bf16 matrix product; reached on an H200."""
     utilisation: float = 0.5
@@ -45,17 +45,17 @@ class Cluster:
     network_hop: float = 14e-6
     """Seconds from machine to machine; the same table, network."""
     collective: float = 8.4e-6
-    """Seconds that a collective takes besides; the same file, baseLat."""
+    """Fixed seconds of a collective; the same file, baseLat."""
     message: float = 30e-6
     """Seconds of a small TCP message between processes; an assumption. A ring passes 2 (W-1) of them in a row:
     ring of gloo's gloo/allreduce.cc."""
     launch: float = 5e-6
     """Seconds of CPU time from one kernel's launch to the next; a plain torch call on a CPU, and an assumption for a GPU's."""
     launches_per_block: int = 51
-    """Kernels of a transformer block, forward and backward, not compiled: operators called under autocast, views aside, as a
+    """Kernels of a transformer block, forward and backward, not compiled: operators called under autocast, without views, as a
     test counts them. A compiled block launches fewer."""
     launches_besides: int = 67
-    """Kernels of embedding, bridge and head; counted likewise."""
+    """Kernels of embedding, bridge and head; counted in the same way."""
 
     def __post_init__(self):
         for field in fields(self):
@@ -92,7 +92,7 @@ class Cluster:
         return self.collective + min(2 * turn, 2 * size / rate + 2 * depth)
 
     def vote_seconds(self, machines: int, local: int) -> float:
-        """Of a few words from all processes to all, on their CPUs: a ring in each machine, a ring of machines, a tree back."""
+        """Of an all-reduce of a few numbers, on CPUs: a ring in each machine, a ring of machines, a tree back."""
         if machines == 1 or local == 1:
             return 2 * (machines * local - 1) * self.message
         return (2 * (local - 1) + 2 * (machines - 1) + math.ceil(math.log2(local))) * self.message

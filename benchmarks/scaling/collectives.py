@@ -24,7 +24,7 @@ from fastmae.model.config import ModelConfig
 from fastmae.model.mae import MAE
 from fastmae.train.config.run import PARALLEL, REDUCE
 
-_VOTES = 2  # words of ``World.any`` before a step: has somebody failed, has somebody been told to stop
+_VOTES = 2  # flags of ``World.any`` before a step: has a process failed, has one been asked to stop
 
 
 class Collective(NamedTuple):
@@ -36,11 +36,11 @@ class Collective(NamedTuple):
     """world: all processes; shard: those of a machine; replicate: one of each machine. On the CPU: control, all; machine; and
     leaders, the first ones of all machines."""
     elements: int
-    """Of the whole: what is reduced, what a gather ends with, what a scatter begins with."""
+    """In full: what is reduced, the result of a gather, the input of a scatter."""
     width: int
     """Bytes of an element."""
     unit: int
-    """Place in ``units`` of the block that waits for it or that it waits for; -1 for the whole model."""
+    """Index in ``units`` of the block that waits for it or that it waits for; -1 for the full model."""
     phase: str
     """forward, backward, update or vote."""
     micro_batch: int = 0
@@ -48,7 +48,7 @@ class Collective(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of the whole."""
+        """In full."""
         return self.elements * self.width
 
 
@@ -64,7 +64,7 @@ class Weight(NamedTuple):
         return math.prod(self.shape)
 
     def padded(self, processes: int) -> int:
-        """Elements once its first dimension is cut evenly: (1, 1, D) becomes ``processes`` times as large."""
+        """Elements once its first dimension is sharded evenly: (1, 1, D) becomes ``processes`` times as large."""
         first, *rest = self.shape
         return -(-first // processes) * processes * math.prod(rest)
 
@@ -80,7 +80,7 @@ class Layout:
     local: int = 8
     """Processes on each of them."""
     reduce: str = "fp32"
-    """fp32 or bf16: the dtype in which gradients travel."""
+    """fp32 or bf16: the dtype in which gradients are sent."""
     bucket: int = 25 * 2**20
     """Bytes of float32 gradients that close a bucket of DDP: torch's default, 25 MiB."""
     first_bucket: int = 2**20
@@ -100,7 +100,7 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """Bytes of an element of a gradient that travels."""
+        """Bytes of an element of a gradient that is sent."""
         return 2 if self.reduce == "bf16" else 4
 
     def span(self, group: str) -> tuple[int, int]:
@@ -114,7 +114,7 @@ class Layout:
 def units(config: ModelConfig) -> tuple[tuple[Weight, ...], ...]:
     """The weights of embedding, encoder blocks, bridge, decoder blocks and head, in the order of the forward pass.
 
-    Inside a unit they stand in the order in which torch's own layers finish their gradients.
+    Inside a unit they are in the order in which torch's own layers finish their gradients.
     """
     with torch.device("meta"):
         weights = dict(MAE(config).named_parameters())
@@ -133,7 +133,7 @@ def units(config: ModelConfig) -> tuple[tuple[Weight, ...], ...]:
         *blocks("decoder_blocks", config.decoder_depth),
         unit("decoder_pred.weight", "decoder_pred.bias", "decoder_norm.weight", "decoder_norm.bias"),
     )
-    assert not weights, f"weights that no unit holds: {list(weights)}"
+    assert not weights, f"weights that are in no unit: {list(weights)}"
     return found
 
 
@@ -143,9 +143,9 @@ def trained_elements(config: ModelConfig) -> int:
 
 
 def step_collectives(config: ModelConfig, layout: Layout, accumulate: int = 1) -> list[Collective]:
-    """Everything that a process sends in a settled step of ``accumulate`` micro-batches, in the order of the model's passes.
+    """All that a process sends in a steady-state step of ``accumulate`` micro-batches, in the order of the model's passes.
 
-    Settled: DDP has put its buckets into the order in which gradients come, which it does in its first step.
+    Steady state: DDP has put its buckets into the order in which gradients come, which it does in its first step.
     """
     if layout.processes == 1:
         return []
@@ -155,7 +155,7 @@ def step_collectives(config: ModelConfig, layout: Layout, accumulate: int = 1) -
     shard = "world" if layout.how == "fsdp" else "shard"
     found = _vote(layout)
     for number in range(accumulate):
-        found += _cut_pass(config, layout, shard, number, is_last=number == accumulate - 1)
+        found += _sharded_pass(config, layout, shard, number, is_last=number == accumulate - 1)
     tensors = sum(w.trained for unit in units(config) for w in unit)
     return [*found, Collective("all_reduce", shard, tensors, 4, -1, "update", accumulate - 1), loss]
 
@@ -166,7 +166,7 @@ def sent_bytes(kind: str, size: int, processes: int) -> float:
 
 
 def _vote(layout: Layout) -> list[Collective]:
-    """Of the first process of a machine; the others leave out that of the leaders."""
+    """Of the first process of a machine; the others skip that of the leaders."""
     is_flat = layout.machines == 1 or layout.local == 1
     calls = (
         [("all_reduce", "control")]
@@ -193,11 +193,11 @@ def _buckets(config: ModelConfig, layout: Layout, accumulate: int) -> list[Colle
     return found
 
 
-def _cut_pass(config: ModelConfig, layout: Layout, shard: str, micro_batch: int, is_last: bool) -> list[Collective]:
+def _sharded_pass(config: ModelConfig, layout: Layout, shard: str, micro_batch: int, is_last: bool) -> list[Collective]:
     """Forward and backward pass of one micro-batch. What is in no block is gathered once and scattered in the end."""
     parts, size = units(config), math.prod(layout.span(shard))
     is_block = [0 < i < len(parts) - 1 and i != 1 + config.depth for i in range(len(parts))]
-    rest = [w for part, own in zip(parts, is_block, strict=True) for w in part if not own and w.trained]  # constants are whole
+    rest = [w for part, own in zip(parts, is_block, strict=True) for w in part if not own and w.trained]
 
     def gather(weights: list[Weight] | tuple[Weight, ...], unit: int, phase: str) -> Collective:
         return Collective("all_gather", shard, sum(w.padded(size) for w in weights), 4, unit, phase, micro_batch)

@@ -29,7 +29,7 @@ def predict_scaling(models: Sequence[str], gpus: Sequence[int], cluster: Cluster
     """The section ``scaling``: rows of strong and weak scaling, of what is sent, and of the loader's demand.
 
     ``micro_batch``: most images of a GPU at once, and those of a GPU in weak scaling. ``results``: the folder of committed
-    results, where the loader's speed stands. Raises InputError on numbers that do not divide.
+    results, where the loader's speed is. Raises InputError on numbers that do not divide.
     """
     strong, weak = [], []
     for model in models:
@@ -43,26 +43,26 @@ def predict_scaling(models: Sequence[str], gpus: Sequence[int], cluster: Cluster
     for row in strong if effective_batch == reference_b().effective_batch else []:
         row["hours_of_800_epochs"] = steps * row["milliseconds"] / 3.6e6
     loader = _loader(weak, cluster, results)
-    notes = ["a model, not a measurement: every parameter is stated, and no result of a GPU stands behind it"]
-    notes += [] if loader else [f"no loader's demand: {results.name} has no result of the loader"]
+    notes = ["a model, not a measurement: every parameter is stated, and none comes from a committed GPU result"]
+    notes += [] if loader else [f"no loader throughput: {results.name} has no loader result"]
     return {"cluster": dataclasses.asdict(cluster), "effective_batch": effective_batch, "micro_batch": micro_batch,
             "strong": strong, "weak": weak, "sent": _sent(models, cluster), "loader": loader,
             "peers": [{**dataclasses.asdict(p), "share": p.share} for p in PEERS], "notes": notes}  # fmt: skip
 
 
 def layout(how: str, reduce: str, gpus: int, cluster: Cluster) -> Layout:
-    """``gpus`` of ``cluster``, whole machines or a part of one."""
+    """``gpus`` of ``cluster``: full machines or a part of one."""
     machines, rest = divmod(gpus, cluster.gpus_per_machine)
     if machines and rest:
-        raise InputError(f"GPUs must come in whole machines of {cluster.gpus_per_machine}, got {gpus}")
+        raise InputError(f"the number of GPUs must be a multiple of gpus_per_machine ({cluster.gpus_per_machine}), got {gpus}")
     return Layout(how=how, reduce=reduce, machines=max(machines, 1), local=min(gpus, cluster.gpus_per_machine))
 
 
 def _rows(model: str, gpus: int, batch: Batch, cluster: Cluster) -> list[dict]:
     found = []
     for how, reduce in WAYS:
-        place = layout(how, reduce, gpus, cluster)
-        time = step_time(preset(model), batch, place, cluster)
+        spread = layout(how, reduce, gpus, cluster)
+        time = step_time(preset(model), batch, spread, cluster)
         found.append({
             "model": model, "gpus": gpus, "parallel": how, "reduce": reduce, "images_per_gpu": batch.images,
             "micro_batch": batch.micro_batch, "work_milliseconds": 1e3 * time.work, "gpu_milliseconds": 1e3 * time.gpu,
@@ -70,7 +70,7 @@ def _rows(model: str, gpus: int, batch: Batch, cluster: Cluster) -> list[dict]:
             "update_milliseconds": 1e3 * time.update, "launches_milliseconds": 1e3 * time.launches,
             "vote_milliseconds": 1e3 * time.vote, "milliseconds": 1e3 * time.total, "efficiency": time.efficiency,
             "efficiency_without_vote": time.work / time.gpu, "images_per_second": gpus * batch.images / time.total,
-            "held_bytes": held_bytes(preset(model), place, batch.accumulate),
+            "held_bytes": held_bytes(preset(model), spread, batch.accumulate),
         })  # fmt: skip
     return found
 
@@ -80,14 +80,14 @@ def _sent(models: Sequence[str], cluster: Cluster) -> list[dict]:
     found = []
     for model in models:
         for how, reduce in (*WAYS, ("fsdp", "fp32")):
-            place = layout(how, reduce, max(_SENT_ON // cluster.gpus_per_machine, 1) * cluster.gpus_per_machine, cluster)
-            sent = [c for c in step_collectives(preset(model), place) if c.phase != "vote"]
-            row = {"model": model, "parallel": how, "reduce": reduce, "gpus": place.processes, "collectives": len(sent)}
+            spread = layout(how, reduce, max(_SENT_ON // cluster.gpus_per_machine, 1) * cluster.gpus_per_machine, cluster)
+            sent = [c for c in step_collectives(preset(model), spread) if c.phase != "vote"]
+            row = {"model": model, "parallel": how, "reduce": reduce, "gpus": spread.processes, "collectives": len(sent)}
             for kind in ("all_reduce", "all_gather", "reduce_scatter"):
                 row[f"{kind}_bytes"] = sum(c.bytes for c in sent if c.kind == kind)
-            spans = [(c, *place.span(c.group)) for c in sent]
+            spans = [(c, *spread.span(c.group)) for c in sent]
             row["sent_bytes"] = sum(sent_bytes(c.kind, c.bytes, m * n) for c, m, n in spans)
-            # Of the rings through a machine's n GPUs each leaves it by another card.
+            # Of the rings through a machine's n GPUs each leaves it through another card.
             row["card_bytes"] = sum(sent_bytes(c.kind, c.bytes, m * n) / n for c, m, n in spans if m > 1)
             found.append(row)
     return found

@@ -49,7 +49,7 @@ PEERS = (
 
 
 def table() -> list[list[str]]:
-    """A row for each, for people."""
+    """A row for each."""
     rows = [["who", "model", "on", "epochs", "hours", "images/s per device", "share of data sheet", "source"]]
     for p in PEERS:
         rows.append([p.who, p.model, f"{p.devices} {p.device}", f"{p.epochs:g}", f"{p.hours:.3g}", f"{p.images_per_second:.0f}",

@@ -1,7 +1,7 @@
-"""When each part of a training step begins and ends, on paper: work and collectives side by side.
+"""A modelled timeline of a training step: when work and collectives begin and end, side by side.
 
 A GPU computes one unit of the model after the other; links within machines and network cards between them each carry one
-collective after the other, as soon as what it sends is there and what is queued before it is through:
+collective after the other, as soon as its data is ready and what is queued before it has been sent:
 
     bucket or gradient      after the backward pass of the unit that completes it, beside those of earlier units
     weights of a block      from the moment that the block before it begins; the block waits for them
@@ -30,7 +30,7 @@ class Batch:
     """The images of a GPU in a step."""
 
     images: int
-    """Of the whole step."""
+    """Of the full step."""
     micro_batch: int
     """At once; the rest is accumulated."""
     mask_ratio: float = 0.75
@@ -53,17 +53,17 @@ class StepTime:
     work: float
     """The model's FLOPs alone."""
     launches: float
-    """What the CPU needs to launch the kernels."""
+    """Kernel launches on the CPU."""
     vote: float
-    """What the CPU waits for the vote."""
+    """The CPU's wait for the vote."""
     exposed: float
-    """What the GPU waits for collectives."""
+    """The GPU's wait for collectives."""
     copies: float
     """Gradients and gathered weights copied into and out of the buffers that are sent."""
     update: float
     """AdamW and the gradient's norm."""
     gpu: float
-    """The step, were there no vote."""
+    """The step without the vote."""
     total: float
     """The step."""
 
@@ -74,7 +74,7 @@ class StepTime:
 
 
 def step_time(config: ModelConfig, batch: Batch, layout: Layout, cluster: Cluster) -> StepTime:
-    """The time of a settled step."""
+    """The time of a step in steady state."""
     shares = unit_shares(config, batch.mask_ratio)
     work = batch.images * training_flops(config, batch.mask_ratio) / cluster.flops
     kernels = cluster.launches_besides + cluster.launches_per_block * (config.depth + config.decoder_depth)
@@ -84,7 +84,7 @@ def step_time(config: ModelConfig, batch: Batch, layout: Layout, cluster: Cluste
     forward, backward = ([busy * part * share for share in shares] for part in (1 / 3, 2 / 3))
     sent = step_collectives(config, layout, batch.accumulate)
     copies = cluster.move_seconds(_copied_bytes(sent, layout))
-    run = _replicated if layout.how == "ddp" else _cut
+    run = _replicated if layout.how == "ddp" else _sharded
     end = run(sent, forward, backward, batch.accumulate, layout, cluster)
     held = trained_elements(config) / (layout.span("shard")[1] if layout.how == "hsdp" else
                                        layout.processes if layout.how == "fsdp" else 1)  # fmt: skip
@@ -99,39 +99,39 @@ def step_time(config: ModelConfig, batch: Batch, layout: Layout, cluster: Cluste
 @cache
 def unit_shares(config: ModelConfig, mask_ratio: float) -> tuple[float, ...]:
     """The share of each of ``units`` in the model's FLOPs."""
-    whole = training_flops(config, mask_ratio)
-    block = training_flops(replace(config, depth=config.depth + 1), mask_ratio) - whole
-    decoder_block = training_flops(replace(config, decoder_depth=config.decoder_depth + 1), mask_ratio) - whole
+    total = training_flops(config, mask_ratio)
+    block = training_flops(replace(config, depth=config.depth + 1), mask_ratio) - total
+    decoder_block = training_flops(replace(config, decoder_depth=config.decoder_depth + 1), mask_ratio) - total
     embedding = 4 * config.patches * config.patch_values * config.embed_dim
     bridge = 6 * (1 + kept_patches(config.patches, mask_ratio)) * config.embed_dim * config.decoder_embed_dim
-    head = whole - config.depth * block - config.decoder_depth * decoder_block - embedding - bridge
+    head = total - config.depth * block - config.decoder_depth * decoder_block - embedding - bridge
     parts = [embedding, *[block] * config.depth, bridge, *[decoder_block] * config.decoder_depth, head]
-    return tuple(part / whole for part in parts)
+    return tuple(part / total for part in parts)
 
 
 def held_bytes(config: ModelConfig, layout: Layout, accumulate: int = 1) -> float:
     """Bytes of weights, gradients and AdamW's two moments on a GPU, float32, in the middle of a backward pass. No activations.
 
-    Of a cut model also the two largest blocks, gathered (one works, one is on its way), and what is in no block; and with
-    accumulation the whole gradient, which waits uncut to be sent.
+    Of a sharded model also the two largest blocks, gathered (one computes, one arrives), and what is in no block; and with
+    accumulation the full gradient, which waits unsharded to be sent.
     """
     everything = 16 * trained_elements(config)
     if layout.how == "ddp":
         return everything
     gathers = [c.bytes for c in step_collectives(config, layout) if c.kind == "all_gather"]
-    cut = everything / (layout.local if layout.how == "hsdp" else layout.processes)
+    shard = everything / (layout.local if layout.how == "hsdp" else layout.processes)
     waiting = 4 * trained_elements(config) if accumulate > 1 else 0
-    return cut + gathers[0] + 2 * max(gathers) + waiting
+    return shard + gathers[0] + 2 * max(gathers) + waiting
 
 
 class _Lane:
-    """Links or cards: carry one thing after the other."""
+    """Links or cards: carry one transfer after the other."""
 
     def __init__(self):
         self.free = 0.0
 
     def carry(self, ready: float, seconds: float) -> float:
-        """When something that is there at ``ready`` has arrived."""
+        """When a transfer that is ready at ``ready`` has arrived."""
         self.free = max(self.free, ready) + seconds
         return self.free
 
@@ -141,8 +141,8 @@ def _seconds(sent: Collective, layout: Layout, cluster: Cluster) -> float:
 
 
 def _copied_bytes(sent: list[Collective], layout: Layout) -> float:
-    """Memory traffic besides the links': a gradient is read and written into its buffer, gathered weights out of theirs; a
-    bucket in bf16 is written from float32 and back."""
+    """Memory traffic of the copies: a gradient is read and written into its buffer, gathered weights out of theirs; a bucket in
+    bf16 is written from float32 and back."""
     total = 0.0
     for c in (c for c in sent if c.phase in ("forward", "backward")):
         if c.kind == "all_gather":
@@ -156,7 +156,7 @@ def _copied_bytes(sent: list[Collective], layout: Layout) -> float:
 
 def _replicated(sent: list[Collective], forward: list[float], backward: list[float], accumulate: int, layout: Layout,
                 cluster: Cluster) -> float:  # fmt: skip
-    """When work and buckets are through."""
+    """When work and buckets are done."""
     now, lane = accumulate * sum(forward) + (accumulate - 1) * sum(backward), _Lane()
     for unit in reversed(range(len(backward))):
         now += backward[unit]
@@ -165,9 +165,9 @@ def _replicated(sent: list[Collective], forward: list[float], backward: list[flo
     return max(now, lane.free)
 
 
-def _cut(sent: list[Collective], forward: list[float], backward: list[float], accumulate: int, layout: Layout,
-         cluster: Cluster) -> float:  # fmt: skip
-    """When work, gathers, scatters and the all-reduces over machines are through."""
+def _sharded(sent: list[Collective], forward: list[float], backward: list[float], accumulate: int, layout: Layout,
+             cluster: Cluster) -> float:  # fmt: skip
+    """When work, gathers, scatters and the all-reduces over machines are done."""
     by_unit = {(c.micro_batch, c.phase, c.kind, c.unit): c for c in sent}
     links, cards = _Lane(), _Lane()
 
@@ -175,8 +175,8 @@ def _cut(sent: list[Collective], forward: list[float], backward: list[float], ac
         return lane.carry(ready, _seconds(by_unit[key], layout, cluster)) if key in by_unit else ready
 
     passes = [(n, phase) for n in range(accumulate) for phase in ("forward", "backward")]
-    places = range(len(forward))
-    order = [(*which, unit) for which in passes for unit in (places if which[1] == "forward" else reversed(places))]
+    units = range(len(forward))
+    order = [(*which, unit) for which in passes for unit in (units if which[1] == "forward" else reversed(units))]
     now, arrived = 0.0, carry(links, 0.0, 0, "forward", "all_gather", 0)
     for (n, phase, unit), following in zip(order, [*order[1:], None], strict=True):
         began = max(now, arrived)

@@ -1,1 +1,1 @@
-"""A training step against the reference and its best rival."""
+"""A training step, compared with the reference and its best rival."""

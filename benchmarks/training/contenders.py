@@ -1,7 +1,7 @@
-"""Who is compared: the reference as its authors run it, its best honest rival, and fastmae, on equal weights and images.
+"""What is compared: the reference as its authors run it, its best honest rival, and fastmae, on equal weights and images.
 
 (a) reference   the reference's arithmetic in eager mode; on a GPU fp16 autocast with a loss scaler, explicit attention,
-                AdamW, and the wait for the device at each step that its loop has; on a CPU float32
+                AdamW, and its loop's wait for the device at each step; on a CPU float32
 (b) rival       the same arithmetic with what a careful user adds: bf16 autocast, torch's fused attention, fused AdamW,
                 torch.compile on a GPU (on CPUs it is slower), no waiting
 (c) fastmae     the trainer's own step: ``fastmae.train.step.step``
@@ -42,7 +42,7 @@ class Contender:
     """One way to train."""
 
     step: Callable[[], object]
-    """A whole optimizer step."""
+    """A full optimizer step."""
     loss: Callable[[Tensor, int], Tensor]
     """The loss of uint8 images under the noise of a seed, by the uncompiled model."""
     images: Tensor
@@ -64,7 +64,7 @@ class Workload:
     clone: Path | None = None
     """A user's clone of facebookresearch/mae for (a) and (b); None: the plain twin."""
     compile: str = "auto"
-    """How (b) and (c) are compiled on a GPU: the whole model or single blocks; auto: the whole model."""
+    """What torch.compile compiles of (b) and (c) on a GPU: the full model (auto) or single blocks."""
 
     def weights(self) -> dict[str, Tensor]:
         """The weights that every contender starts from."""
@@ -83,7 +83,7 @@ class Workload:
         return MicroBatch(images, ids, torch.zeros_like(ids))
 
     def noise(self) -> Tensor:
-        """(B, L): whoever sorts it trains under the masks of ``batch_of``."""
+        """(B, L): sorted, it gives the masks of ``batch_of``."""
         batch = self.batch_of(self.images())
         masking = random_masking(self.batch, self.config.patches, MASK_RATIO, seed=0, sample_ids=batch.sample_ids,
                                  epoch=batch.epochs)  # fmt: skip
@@ -108,7 +108,7 @@ def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, 
                       graphs: bool = False, kernels_off: tuple[str, ...] = (), step_class: type[Step] | None = None,
                       onednn: bool = True, keep_memory: bool = True, loss_module: type[LossModule] = LossModule,
                       as_bytes: bool = True) -> Contender:  # fmt: skip
-    """(c), or with other arguments (c) with something switched off: the waterfall's. Changes the process that it runs in."""
+    """(c), or with other arguments the variants of the waterfall. Changes the process that it runs in."""
     config = config or workload.config
     if workload.device.type == "cpu" and keep_memory:
         keep_freed_memory()  # as the trainer does

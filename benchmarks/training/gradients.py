@@ -1,9 +1,9 @@
-"""``gradients``: what torch.compile makes of the backward pass, against eager mode, parameter by parameter, on photographs.
+"""``gradients``: compiled gradients against eager ones, parameter by parameter, on photographs.
 
     error(g) = |g - exact| / |exact|,      wanted: error(compiled) <= 2 error(eager) + u
 
 |.| is the L2 norm over one parameter. Compiled and eager gradients are computed under autocast to bf16, the exact ones by eager
-mode in float32. u = 2**-9 lets a gradient that eager mode happens to get right be rounded once: to bf16 that moves a tensor by
+mode in float32. u = 2**-9 allows one rounding where eager mode happens to be exact: to bf16 that moves a tensor by
 2**-9.4 of its length. None may be off by half its length, however far off eager mode is: one of zeros is off by all of it.
 
 Every compile mode of a run is tried with and without Inductor's mix-order reduction, which computes a LayerNorm's sums over
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastmae.benchmarks.equality import LossesDiffer
+from fastmae.benchmarks.timing import LossesDiffer
 from fastmae.benchmarks.training.contenders import MASK_RATIO
 from fastmae.benchmarks.training.photographs import photographs
 from fastmae.model.config import ModelConfig, preset
@@ -30,7 +30,7 @@ ROUNDING = 2**-9
 MOST = 0.5
 AUTOCAST = torch.bfloat16
 MODES = ("model", "blocks")  # of those of ``fastmae.train.step.loss_module``, what compiles
-_CHUNK = 32  # images whose exact gradients are computed at a time: in float32 a whole batch may not fit
+_CHUNK = 32  # images whose exact gradients are computed at a time: in float32 a full batch may not fit
 _SHOWN = 5  # parameters with the largest errors, named in a row
 
 Gradients = dict[str, Tensor]
@@ -74,15 +74,15 @@ def measure_gradients(
         bad = wrong_parameters(found, eager)
         rows.append({"compile": mode, "mix_order": mix_order, "mix_order_kernels": kernels, "wrong": len(bad), "errors": found})
         wrong += [f"--compile {mode}, mix-order reduction {'on' if mix_order else 'off'}: {line}" for line in bad]
-    notes = [f"gradients on {source}", "kernels counts those that this process wrote, none where Inductor's cache had them"]
+    notes = [f"gradients on {source}", "kernels counts those compiled in this process, 0 if Inductor's cache had them"]
     return {"model": name, "image_size": image_size, "batch": batch, "mask_ratio": MASK_RATIO, "eager_errors": eager,
             "rows": rows, "wrong": wrong, "notes": notes}  # fmt: skip
 
 
 def check_gradients(name: str, batch: int, device: torch.device, *, image_size: int, mode: str) -> list[str]:
-    """Raise LossesDiffer if the compiled step that is about to be timed has other gradients than eager mode.
+    """Raise LossesDiffer if the compiled step to be timed has other gradients than eager mode.
 
-    Returns what people should read about it: nothing, or that memory was too small to compare.
+    Returns notes: none, or that memory was too small to compare.
     """
     from torch._inductor import config as inductor
 
@@ -101,8 +101,8 @@ def check_gradients(name: str, batch: int, device: torch.device, *, image_size: 
 
 
 def moved_weights(config: ModelConfig) -> dict[str, Tensor]:
-    """A new model's weights, each trained parameter moved a little: at its start every scale is 1, every bias 0, and a gradient
-    that has forgotten them would be right."""
+    """A new model's weights, each trained parameter perturbed: with every scale 1 and every bias 0, as initialised, a gradient
+    that ignores them would be right."""
     torch.manual_seed(0)
     model = MAE(config)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def exact_gradients(config: ModelConfig, weights: dict[str, Tensor], images: Ten
 
 def autocast_gradients(config: ModelConfig, weights: dict[str, Tensor], images: Tensor, masking: Masking,
                        mode: str) -> Gradients:  # fmt: skip
-    """Under autocast, compiled as ``mode`` says: as a step of a run computes them."""
+    """Under autocast, compiled by ``mode``, as in a step of a run."""
     model = _model(config, weights, images.device)
     module = compiled(LossModule(model), mode)
     with torch.autocast(images.device.type, dtype=AUTOCAST):
@@ -156,14 +156,14 @@ def _error(found: Tensor | None, exact: Tensor | None) -> float:
 
 
 def wrong_parameters(found: Errors, eager: Errors) -> list[str]:
-    """A line for each parameter whose error is above twice eager mode's and one rounding, above ``MOST``, or no number."""
+    """A line for each parameter whose error is above twice eager mode's and one rounding, above ``MOST``, or NaN."""
     limits = {name: min(MOST, 2 * eager[name] + ROUNDING) for name in found}
-    return [f"{name} is off by {error:.2g}, eager mode by {eager[name]:.2g}, at most {limits[name]:.2g} is rounding"
+    return [f"{name} has a relative error of {error:.2g}, eager mode {eager[name]:.2g}, allowed {limits[name]:.2g}"
             for name, error in found.items() if not error <= limits[name]]  # fmt: skip
 
 
 def table(section: dict) -> list[list[str]]:
-    """The section's rows for people: errors are relative, those of the parameter where compiled over eager is largest."""
+    """The section's table: errors are relative, those of the parameter where compiled over eager is largest."""
     lines = [["model", "batch", "compile", "mix-order", "kernels", "parameters", "wrong", "error", "eager", "parameter"]]
     eager = section["eager_errors"]
     for r in section["rows"]:

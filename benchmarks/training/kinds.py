@@ -1,6 +1,6 @@
 """Where a step's time on the device goes: kernels by what they do, from torch's profiler.
 
-A kernel's kind is told by its name, by the first rule that fits it: names of cuBLAS, cuDNN, CUTLASS, flash attention, PyTorch's
+A kernel's kind is that of the first rule that its name matches: names of cuBLAS, cuDNN, CUTLASS, flash attention, PyTorch's
 own kernels, those that Inductor generates (``triton_red_fused_native_layer_norm_...``), ours, and on a CPU torch's operators.
 A kernel of Inductor that does several things counts for the first of them in the order of the rules.
 """
@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity
 
 from fastmae.benchmarks.timing import seconds_per_call, synchronize
 
-KINDS = ("products", "attention", "norms", "GELU", "optimizer", "copies", "communication", "the rest")
-_LISTED = 40  # kernels that a result names, those that take longest
+KINDS = ("products", "attention", "norms", "GELU", "optimizer", "copies", "communication", "other")
+_LISTED = 40  # kernels in a result, the longest ones
 
 # Attention first: its kernels are built of CUTLASS and cuDNN too. Norms before copies: Inductor fuses casts into them.
 _RULES = tuple(
@@ -45,14 +45,14 @@ def kind_of(name: str) -> str:
     for kind, pattern in _RULES:
         if pattern.search(name):
             return kind
-    return "copies" if _MOVING.match(name) else "the rest"
+    return "copies" if _MOVING.match(name) else "other"
 
 
 def profile_calls(call: Callable[[], object], device: torch.device, calls: int) -> dict[str, object]:
-    """Time of one of ``calls`` calls: ``kinds``, each with microseconds and launches; ``busy``, how much of the wall clock's
-    ``microseconds``, taken without the profiler, they are together; and ``kernels``, those that take longest.
+    """Time of one of ``calls`` calls: ``kinds``, each with microseconds and launches; ``busy``, their share of the wall clock's
+    ``microseconds``, measured without the profiler; and ``kernels``, the longest ones.
 
-    On a CPU the kernels are torch's operators, and their time is their own, without that of those they call.
+    On a CPU the kernels are torch's operators, and their time is self time.
     """
     call()
     microseconds = 1e6 * seconds_per_call(call, device, calls)
@@ -74,7 +74,7 @@ def profile_calls(call: Callable[[], object], device: torch.device, calls: int) 
 
 
 def kernels_of(trace: dict) -> tuple[Counter, Counter]:
-    """Microseconds and launches of each kernel and copy on the device in a Chrome trace, without the ranges that users name."""
+    """Microseconds and launches of each kernel and copy on the device in a Chrome trace, without user annotations."""
     times, launches = Counter(), Counter()
     for event in trace["traceEvents"]:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
@@ -98,11 +98,11 @@ def summed(times: Counter, launches: Counter, calls: int) -> dict[str, object]:
 
 
 def table(section: dict) -> list[list[str]]:
-    """The section ``profile`` of a result for people: a line for each kind, a column for each contender."""
+    """The table of ``profile``: a line for each kind, a column for each contender."""
     rows = section["rows"]
-    lines = [["ms a step (launches)", *(f"{r['contender']}, {r['model']}, batch {r['batch']}" for r in rows)]]
+    lines = [["ms per step (launches)", *(f"{r['contender']}, {r['model']}, batch {r['batch']}" for r in rows)]]
     for kind in KINDS:
         found = [r["kinds"][kind] for r in rows]
         lines.append([kind, *(f"{f['microseconds'] / 1e3:.2f} ({f['launches']:.0f})" for f in found)])
-    lines.append(["all of them, of the step's time", *(f"{r['busy']:.0%}" for r in rows)])
+    lines.append(["total, share of the step", *(f"{r['busy']:.0%}" for r in rows)])
     return lines

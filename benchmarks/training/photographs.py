@@ -9,14 +9,14 @@ from torch import Tensor
 
 from fastmae.model.mae import MAE
 
-_SPECTRUM = 60.0  # grey levels of a generated picture's standard deviation
+_SPECTRUM = 60.0  # grey levels of a generated image's standard deviation
 
 
 def photographs(model: MAE, count: int, data: Path | None = None) -> tuple[Tensor, str]:
-    """``count`` images for ``model``, (B, C, H, W) uint8 on the CPU, always the same, and where they come from.
+    """``count`` images for ``model``, (B, C, H, W) uint8 on the CPU, always the same, and their source.
 
     From ``data``, a folder of shards, if given; else crops of the photographs that come with scikit-image and scikit-learn;
-    else generated pictures. Raises InputError or DataError on a folder that cannot be read.
+    else generated images. Raises InputError or DataError on a folder that cannot be read.
     """
     if data is not None:
         from fastmae.train.pretrain.previews import load_images  # with it come the packages that read data
@@ -27,7 +27,7 @@ def photographs(model: MAE, count: int, data: Path | None = None) -> tuple[Tenso
     try:
         return _bundled(model, count)
     except (ImportError, ValueError) as error:  # InputError is one
-        return generated(model.config.in_chans, model.config.img_size, count), f"generated pictures, for {error}"
+        return generated(model.config.in_chans, model.config.img_size, count), f"generated images, because {error}"
 
 
 def _bundled(model: MAE, count: int) -> tuple[Tensor, str]:
@@ -48,7 +48,7 @@ def _bundled(model: MAE, count: int) -> tuple[Tensor, str]:
 
 
 def generated(channels: int, size: tuple[int, int], count: int) -> Tensor:
-    """Noise with the spectrum of photographs, amplitudes that fall as one over the frequency: (B, C, H, W) uint8."""
+    """Noise with the spectrum of photographs, amplitudes proportional to 1 / frequency: (B, C, H, W) uint8."""
     generator = torch.Generator().manual_seed(0)
     y, x = (torch.fft.fftfreq(n) * n for n in size)
     frequency = (y[:, None] ** 2 + x**2).sqrt().clamp(min=1)

@@ -30,23 +30,23 @@ class Draw:
     def __call__(self, *size: int, device: torch.device) -> Tensor:
         """Uniform over [0, 1), or ``noise``."""
         drawn = torch.rand(*size, device=device)
-        return drawn if self.noise is None else 0 * drawn + self.noise  # a compiler may not leave the draw out
+        return drawn if self.noise is None else 0 * drawn + self.noise  # so that a compiler does not drop the draw
 
 
 def load_reference(clone: str | Path, draw: Draw | None = None) -> ModuleType:
     """The module ``models_mae`` of the clone, with ``draw`` for its ``torch.rand``.
 
-    Raises InputError if it or timm is not there.
+    Raises InputError if it or timm is missing.
     """
     path = Path(clone) / "models_mae.py"
     if not path.is_file():
-        raise InputError(f"{path}: not there; give a clone of github.com/facebookresearch/mae")
+        raise InputError(f"{path}: not found; give a clone of github.com/facebookresearch/mae")
     with _todays_packages(), _on_path(Path(clone)):
         spec = importlib.util.spec_from_file_location("reference_models_mae", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     if draw is not None:
-        module.torch = ModuleType("torch")  # its own: the draws of everybody else stay as they are
+        module.torch = ModuleType("torch")  # its own: other modules' draws do not change
         module.torch.__dict__.update(torch.__dict__, rand=draw)
     return module
 

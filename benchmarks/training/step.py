@@ -1,7 +1,7 @@
 """``step``: a training step of ViT-B, L and H by the reference, its best rival and fastmae, in one run.
 
 Each contender has a process of its own. Losses on equal weights, images and noise must be equal before anything is timed; then
-they run in turns. Utilisation counts the official work (``fastmae.model.flops``), whatever a contender leaves out or repeats.
+they run in turns. Utilisation counts the official work (``fastmae.model.flops``), whatever a contender skips or repeats.
 """
 
 import contextlib
@@ -12,21 +12,19 @@ from pathlib import Path
 
 import torch
 
-from fastmae.benchmarks.equality import check_losses
 from fastmae.benchmarks.machine import matmul_flops
-from fastmae.benchmarks.timing import Times
+from fastmae.benchmarks.timing import Times, check_losses
 from fastmae.benchmarks.training.contenders import MASK_RATIO, NAMES, Workload, make
 from fastmae.benchmarks.training.gradients import check_gradients
 from fastmae.benchmarks.training.worker import OutOfMemory, Worker, losses_of, take_turns
 from fastmae.devices import datasheet_flops
-from fastmae.errors import InputError
 from fastmae.model.config import preset
 from fastmae.model.flops import training_flops
 
-_SWEEP = [256, 64, 1024, 128, 512]  # images a step; first those that tell most, for time may run out
+_SWEEP = [256, 64, 1024, 128, 512]  # images per step; the most informative first, as time may run out
 _PROFILED = 3  # steps
 
-Check = Callable[[], list[str]]  # raises LossesDiffer, or returns what people should read about it
+Check = Callable[[], list[str]]  # raises LossesDiffer, or returns notes
 
 
 def measure_steps(models: list[str], batches: list[int] | None, device: torch.device, *, clone: Path | None = None,
@@ -34,7 +32,7 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
                   compile: str = "auto", profile: bool = False) -> dict[str, object]:  # fmt: skip
     """The section ``step`` of a result: ceilings, and a row for each model, batch and contender.
 
-    ``batches`` None: a sweep up to what memory holds on a GPU, 16 on a CPU. A further batch is not begun if it would not end
+    ``batches`` None: a sweep up to what fits in memory on a GPU, 16 on a CPU. A further batch is skipped if it would not end
     within ``minutes``. ``compile``: what the rival and fastmae compile on a GPU. ``profile``: rows hold ``profile``, where the
     device's time goes (``kinds``). Raises InputError on an unknown model, LossesDiffer if losses do, or fastmae's gradients
     once compiled.
@@ -57,7 +55,7 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
             if not alive:
                 continue
             if rows and started - began + 1.5 * longest > 60 * minutes:
-                notes.append(f"{name} at batch {batch} was left out: {minutes:g} minutes would not have been enough")
+                notes.append(f"{name} at batch {batch}: skipped, would not fit into {minutes:g} minutes")
                 continue
             workload = Workload(name=name, config=config, batch=batch, device=device, clone=clone, compile=compile)
             found, failed = _compare(workload, alive, rounds, ceilings, profile, check)
@@ -89,8 +87,8 @@ def _compare(workload: Workload, names: list[str], rounds: int, ceilings: dict, 
 def _side_by_side(workload: Workload, names: list[str], rounds: int, ceilings: dict,
                   losses: dict[str, tuple[float, float]], profile: bool, check: Check | None,
                   notes: list[str]) -> list[dict]:  # fmt: skip
-    """Rows of ``names``, timed in turns. ``losses`` holds those of earlier ones, and gets these; ``notes`` what ``check``,
-    which runs while they compile, has to tell."""
+    """Rows of ``names``, timed in turns. ``losses`` holds those of earlier ones, and gets these; ``notes`` gets those of
+    ``check``, which runs while they compile."""
     with contextlib.ExitStack() as stack:
         workers = {n: stack.enter_context(Worker(partial(make, n, workload), workload.device)) for n in names}
         for worker in workers.values():
@@ -135,8 +133,8 @@ def _row(name: str, workload: Workload, times: dict[str, Times], memory: dict[st
 
 
 def table(section: dict) -> list[list[str]]:
-    """The section's rows for people."""
-    head = ["model", "batch", "who", "images/s", "ms", "spread", "of matmul", "MFU", "GiB", "x reference", "x rival"]
+    """The section's table."""
+    head = ["model", "batch", "contender", "images/s", "ms", "spread", "of matmul", "MFU", "GiB", "x reference", "x rival"]
     lines = [head]
     for r in section["rows"]:
         mfu = f"{r['mfu']:.1%}" if r["mfu"] else "-"
@@ -148,14 +146,6 @@ def table(section: dict) -> list[list[str]]:
 
 
 def profiles(section: dict) -> dict[str, object]:
-    """The section ``profile`` of a result, out of the rows of a ``step`` whose time has been looked into."""
+    """The section ``profile`` of a result, from the rows of a profiled ``step``."""
     rows = [{k: r[k] for k in ("model", "batch", "contender")} | r.pop("profile") for r in section["rows"] if "profile" in r]
     return {"rows": rows, "notes": ["a kernel that does several things counts for the first of these kinds that it serves"]}
-
-
-def check_models(models: list[str], clone: Path | None) -> None:
-    """Raise InputError on a model that cannot be compared."""
-    known = ("base", "large", "huge") if clone else ("tiny", "small", "base", "large", "huge")
-    for name in models:
-        if name not in known:
-            raise InputError(f"model must be one of {', '.join(known)}, got {name!r}")

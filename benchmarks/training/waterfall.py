@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from fastmae.benchmarks.equality import check_losses
+from fastmae.benchmarks.timing import check_losses
 from fastmae.benchmarks.training.contenders import LR, MASK_RATIO, WEIGHT_DECAY, Contender, Workload, fastmae_contender
 from fastmae.benchmarks.training.worker import OutOfMemory, Worker, losses_of, take_turns
 from fastmae.errors import InputError
@@ -41,16 +41,15 @@ class ReferenceCall(LossModule):
     """The model's reference call in place of its fast path: all patches embedded, everything predicted, target stored."""
 
     def forward(self, images: Tensor, ids_keep: Tensor, ids_predict: Tensor, ids_restore: Tensor) -> Tensor:
-        """The loss under the same mask: the places in the shuffled order are a noise that sorts into it."""
+        """The loss under the same mask: the indices of the shuffled order are noise that sorts into it."""
         return self.model(images, MASK_RATIO, noise=ids_restore.float())[0]
 
 
 class PlainUpdate(Step):
     """The step with the AdamW that torch takes when nothing is asked for."""
 
-    def __init__(self, module: nn.Module, optimizer: AdamW, **settings):
-        groups = parameter_groups(module, WEIGHT_DECAY)
-        super().__init__(module, AdamW(groups, lr=LR, betas=(0.9, 0.95)), **settings)
+    def __init__(self, module: nn.Module, optimizer: AdamW, *loss, **settings):
+        super().__init__(module, AdamW(parameter_groups(module, WEIGHT_DECAY), lr=LR, betas=(0.9, 0.95)), *loss, **settings)
 
     def _update(self, is_finite: Tensor, spike: Tensor) -> None:
         self.optimizer.step()
@@ -80,9 +79,9 @@ SWITCHES = (
 
 def measure_waterfall(model: str, batch: int | None, device: torch.device, rounds: int = 5, image_size: int = 224,
                       minutes: float = 9.0, only: Sequence[str] = (), together: int = 1) -> dict[str, object]:  # fmt: skip
-    """The section ``waterfall`` of a result: the step as it is, and with each switch thrown alone.
+    """The section ``waterfall`` of a result: the step unchanged, and with each switch alone.
 
-    ``only``: switches with one of these words in their names. ``together``: so many of them compile at the same time, and
+    ``only``: switches with one of these texts in their names. ``together``: so many of them compile at the same time, and
     take their turns with each other: quicker, if the device's memory holds them.
     """
     batch = batch or (256 if device.type == "cuda" else 16)
@@ -98,7 +97,7 @@ def measure_waterfall(model: str, batch: int | None, device: torch.device, round
             group, started = groups.pop(0), time.monotonic()
             if rows[1:] and started - began + longest > 60 * minutes:
                 names = ", ".join(s.name for s in group)
-                notes.append(f"{names}: not measured, {minutes:g} minutes would not have been enough")
+                notes.append(f"{names}: skipped, would not fit into {minutes:g} minutes")
                 continue
             try:
                 rows += _against(plain, losses, group, workload, rounds)
@@ -121,7 +120,7 @@ def measure_waterfall(model: str, batch: int | None, device: torch.device, round
 
 def _against(plain: Worker, losses: dict[str, tuple[float, float]], switches: list[Switch], workload: Workload,
              rounds: int) -> list[dict]:  # fmt: skip
-    """Rows of the switches, timed in turns with fastmae as it is, whose first ``losses`` are kept for later calls.
+    """Rows of the switches, timed in turns with fastmae unchanged, whose first ``losses`` are kept for later calls.
 
     Raises LossesDiffer if one computes something else.
     """
@@ -147,7 +146,7 @@ def _against(plain: Worker, losses: dict[str, tuple[float, float]], switches: li
 
 
 def table(section: dict) -> list[list[str]]:
-    """The section's rows for people."""
+    """The section's table."""
     lines = [["fastmae with", "images/s", "x fastmae", "spread", "GiB", "x fastmae"]]
     for r in section["rows"]:
         rate = f"{r['images_per_second']:.{2 if r['images_per_second'] < 100 else 0}f}"

@@ -1,4 +1,4 @@
-"""A process of its own for each contender, that runs steps when asked: so none warms, slows or bloats another."""
+"""A process of its own for each contender, that runs steps when asked: so that none affects another."""
 
 import multiprocessing
 import re
@@ -31,7 +31,7 @@ class Worker:
         self._process = context.Process(target=_serve, args=(theirs, build, device, torch.get_num_threads()), daemon=True)
         self._process.start()
         theirs.close()
-        self._asked: tuple | None = None  # what it is computing already
+        self._asked: tuple | None = None  # the question already sent
 
     def __enter__(self) -> "Worker":
         return self
@@ -51,7 +51,7 @@ class Worker:
         return self._ask("losses", seed)
 
     def ask_losses(self, seed: int) -> None:
-        """Let it compute ``losses(seed)``, which then have only to be waited for."""
+        """Start to compute ``losses(seed)`` without waiting."""
         if self._asked != (question := ("losses", seed)):
             self._send(question)
             self._asked = question
@@ -61,7 +61,7 @@ class Worker:
         return self._ask("seconds", calls)
 
     def peak_memory(self) -> int:
-        """Bytes at the worst moment of a step: allocated on the GPU, or resident of the whole process on a CPU."""
+        """Peak bytes of a step: allocated on the GPU, or resident memory of the process on a CPU."""
         return self._ask("peak_memory")
 
     def profile(self, calls: int) -> dict[str, object]:
@@ -88,7 +88,7 @@ class Worker:
 
     def _gone(self) -> Exception:
         self._process.join(10)
-        if self._process.exitcode == -9:  # by the system, as a rule for want of memory
+        if self._process.exitcode == -9:  # by the kernel, usually out of memory
             return OutOfMemory("the process was killed")
         return RuntimeError(f"a benchmark's process ended with code {self._process.exitcode}")
 
@@ -109,7 +109,7 @@ def losses_of(workers: dict[str, Worker], seed: int) -> dict[str, tuple[float, f
 
 
 def take_turns(workers: dict[str, Worker], device: torch.device, rounds: int) -> dict[str, Times]:
-    """The times of ``workers``, interleaved: on a GPU five steps a turn, after enough for compilers and graphs to settle."""
+    """The times of ``workers``, interleaved: on a GPU five steps a turn, after enough warm-up for compilers and graphs."""
     calls, warm_up = (5, 6) if device.type == "cuda" else (1, 1)
     return interleave({name: w.seconds for name, w in workers.items()}, rounds=rounds, calls=calls, warm_up=warm_up)
 
@@ -127,9 +127,9 @@ def _serve(pipe: Connection, build: Callable[[], Contender], device: torch.devic
             answer = ("answer", _ANSWERS[question](contender, device, *arguments))
         except InputError as error:
             answer = ("input", str(error))
-        except Exception as error:  # told to the process that asked
+        except Exception as error:  # sent to the process that asked
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            # Libraries below torch say in their own words that there is no memory left.
+            # Libraries below torch have their own messages for out of memory.
             is_full = re.search("OutOfMemory|out of memory|ALLOC_FAILED|can't allocate memory", text)
             answer = ("memory", "out of memory") if is_full else ("failed", text)
             if not is_full:
@@ -155,7 +155,7 @@ def _seconds(contender: Contender, device: torch.device, calls: int) -> float:
 
 def _peak_memory(contender: Contender, device: torch.device) -> int:
     if device.type == "cuda":
-        # Of a step that is settled: what tuning and compiling took at first is not what training needs. A replayed graph
+        # Of a step in steady state: what tuning and compiling took at first is not what training needs. A replayed graph
         # allocates nothing any more: its memory is what stays reserved when the cache is empty.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

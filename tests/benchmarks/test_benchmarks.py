@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from fastmae.benchmarks.cli import main
-from fastmae.benchmarks.equality import LossesDiffer, check_losses
 from fastmae.benchmarks.kernels import speed as kernels
-from fastmae.benchmarks.timing import Times, interleave
+from fastmae.benchmarks.timing import LossesDiffer, Times, check_losses, interleave
 from fastmae.benchmarks.training import waterfall
 from fastmae.benchmarks.training.contenders import NAMES, Workload, make
 from fastmae.benchmarks.training.reference import Draw

@@ -14,7 +14,7 @@ from fastmae.benchmarks.scaling.collectives import Layout, sent_bytes, step_coll
 from fastmae.errors import InputError
 from fastmae.model.config import preset
 from fastmae.model.mae import MAE
-from fastmae.train.distributed.groups import machine_groups
+from fastmae.train.distributed.join import machine_groups
 from fastmae.train.distributed.world import World
 from fastmae.train.step.loss_module import LossModule, MaskedLoss
 from fastmae.train.step.optimizer import make_optimizer, parameter_groups

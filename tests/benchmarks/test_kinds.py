@@ -37,7 +37,7 @@ NAMES = {
     "triton_red_fused_gelu_gelu_backward_sum_view_12": "GELU",
     "void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl(at::TensorIteratorBase&)>": "GELU",
     ADAM: "optimizer",
-    "triton_for_fused_6": "the rest",
+    "triton_for_fused_6": "other",
     "aten::_fused_adamw_": "optimizer",
     "Memcpy DtoD (Device -> Device)": "copies",
     "Memset (Device)": "copies",
@@ -48,12 +48,12 @@ NAMES = {
     "triton_poi_fused__to_copy_17": "copies",
     "triton_poi_fused__to_copy_cat_permute_view_9": "copies",
     "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "communication",
-    "triton_red_fused_sum_view_30": "the rest",
-    "triton_poi_fused_add_mul_2": "the rest",
-    "_masked_mse_fwd_kernel": "the rest",
-    "_gather_patches_kernel": "the rest",
-    "_decoder_input_bwd_kernel": "the rest",
-    "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::MeanOps<float, float> > >": "the rest",
+    "triton_red_fused_sum_view_30": "other",
+    "triton_poi_fused_add_mul_2": "other",
+    "_masked_mse_fwd_kernel": "other",
+    "_gather_patches_kernel": "other",
+    "_decoder_input_bwd_kernel": "other",
+    "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::MeanOps<float, float> > >": "other",
 }  # fmt: skip
 
 

@@ -20,8 +20,8 @@ def step_row(contender, batch, rate, **more):
 def test_sections_of_a_day_share_a_file(tmp_path):
     rows = [step_row("reference", 8, 10.0), step_row("fastmae", 8, 30.0, speed_over_reference=3.0)]
     save(tmp_path, "step base", section(rows=rows), [["who", "images/s"], ["fastmae", "30"]])
-    written, lacking = save(tmp_path, "kernels", section(), [["op", "us"], ["gather_patches", "4.2"]])
-    assert not lacking and {p.name for p in written} == {"a-device-2-cores-2026-01-02.json", "a-device-2-cores-2026-01-02.md"}
+    written, missing = save(tmp_path, "kernels", section(), [["op", "us"], ["gather_patches", "4.2"]])
+    assert not missing and {p.name for p in written} == {"a-device-2-cores-2026-01-02.json", "a-device-2-cores-2026-01-02.md"}
     page = written[1].read_text()
     assert "## step base" in page and "| gather_patches | 4.2 |" in page
     assert "![step base](a-device-2-cores-2026-01-02-step-base.png)" in page

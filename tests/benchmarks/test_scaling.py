@@ -11,7 +11,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmae.benchmarks.cli import RESULTS, SCALING, main
-from fastmae.benchmarks.scaling import chart
 from fastmae.benchmarks.scaling import model as scaling
 from fastmae.benchmarks.scaling import page as scaling_page
 from fastmae.benchmarks.scaling.cluster import Cluster, explained
@@ -160,13 +159,13 @@ def test_the_loaders_speed_is_the_committed_one(section):
 
 def test_without_a_result_of_the_loader_that_is_said(tmp_path):
     found = scaling.predict_scaling(["tiny"], [8], Cluster(), tmp_path)
-    assert found["loader"] == [] and any("no result of the loader" in note for note in found["notes"])
+    assert found["loader"] == [] and any("has no loader result" in note for note in found["notes"])
 
 
 def test_the_committed_page_and_chart_are_what_the_command_writes(section, tmp_path):
     text = SCALING.read_text()
     assert text.split(scaling_page.BEGIN)[1].split(scaling_page.END)[0].strip() == scaling_page.body(section)
-    assert chart.digest(section).encode() in SCALING.with_suffix(".png").read_bytes()
+    assert scaling_page.digest(section).encode() in SCALING.with_suffix(".png").read_bytes()
     page = tmp_path / "page.md"
     page.write_text(f"before {scaling_page.BEGIN} old {scaling_page.END} after")
     scaling_page.write_page(page, section)
@@ -177,11 +176,11 @@ def test_the_committed_page_and_chart_are_what_the_command_writes(section, tmp_p
 
 
 def test_the_chart_is_drawn_and_carries_its_digest(section, tmp_path):
-    chart.draw(section, tmp_path / "chart.png")
+    scaling_page.draw(section, tmp_path / "chart.png")
     picture = (tmp_path / "chart.png").read_bytes()
-    assert len(picture) > 20_000 and chart.digest(section).encode() in picture
+    assert len(picture) > 20_000 and scaling_page.digest(section).encode() in picture
     other = scaling.predict_scaling(["base"], [8, 16], Cluster(utilisation=0.4), Path(RESULTS))
-    assert chart.digest(other) != chart.digest(section)
+    assert scaling_page.digest(other) != scaling_page.digest(section)
 
 
 def test_the_last_line_is_one_json_document(capsys):
@@ -197,7 +196,7 @@ def test_the_last_line_is_one_json_document(capsys):
     ("arguments", "message"),
     [
         (["--gpus", "24"], "effective batch 4096 must be a multiple of the number of GPUs, got 24"),
-        (["--gpus", "12", "--effective-batch", "96"], "GPUs must come in whole machines of 8, got 12"),
+        (["--gpus", "12", "--effective-batch", "96"], "the number of GPUs must be a multiple of gpus_per_machine (8), got 12"),
         (["--utilisation", "2"], "utilisation is a share and must be at most 1, got 2.0"),
         (["--launch", "nan"], "launch must be positive, got nan"),
         (["--models", "giant"], "model must be one of tiny, small, base, large, huge, got 'giant'"),

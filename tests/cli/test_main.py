@@ -118,7 +118,7 @@ BAD = [  # the command, what its one line must say
     ([*PRETRAIN, "--views", "0"], "views and the shuffle window must be >= 1"),
     ([*PRETRAIN, "--progressive", "0:12"], "image size 12 x 12 must be a multiple of the patch size 8"),
     ([*PRETRAIN, "--data", "s3://bucket/{{0..3}}.tar"], "pip install 'fsspec[s3]'"),
-    (["demo", "--out", "{shards}"], "holds other files, and a demo replaces its own"),
+    (["demo", "--out", "{shards}"], "is not empty and not the folder of a demo"),
     (["shards", "build", "{images}", "{out}", "--quality", "0"], "quality must lie in 1..95, got 0"),
     (["shards", "build", "{images}", "{out}", "--samples-per-shard", "0"], "samples per shard must be at least 1"),
     (["reconstruct", "{encoder}", "{images}"], "holds an encoder only, and pixels need the decoder too"),
@@ -224,8 +224,8 @@ def test_bad_images_are_named_and_the_rest_is_built(image_folder, tmp_path, caps
     (source / "ant" / "page.jpg").write_text("<html></html>")
     assert main(["shards", "build", str(source), str(tmp_path / "out"), "--workers", "0"]) == 0
     found = capsys.readouterr()
-    assert re.search(r"left out: .*page\.jpg: UnidentifiedImageError", found.err)
-    assert "37 images in 1 shards" in found.out and "1 bad images left out" in found.out
+    assert re.search(r"skipped: .*page\.jpg: UnidentifiedImageError", found.err)
+    assert "37 images in 1 shards" in found.out and "1 bad images skipped" in found.out
 
 
 def test_single_settings_override_a_recipe(shard_folder, tmp_path):
@@ -246,14 +246,14 @@ def test_shards_are_described_and_verified_and_damage_is_named(world, capsys):
     text = capsys.readouterr().out
     assert "shards: 4" in text and "samples: 37" in text and "ant" in text
     assert main(["shards", "verify", str(folder), "--decode", "--workers", "1"]) == 0
-    assert "every byte is as it was indexed" in capsys.readouterr().out
+    assert "every byte matches the index" in capsys.readouterr().out
     data = bytearray((folder / "shard-000002.tar").read_bytes())
     data[2000] ^= 4
     (folder / "shard-000002.tar").write_bytes(data)
     assert main(["shards", "verify", str(folder), "--workers", "0"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert any("shard-000002.tar: " in line and "at offset " in line for line in lines)
-    assert lines[-1].startswith("fastmae: ") and "1 things are wrong" not in lines[-1]
+    assert lines[-1].startswith("fastmae: ") and "1 errors" not in lines[-1]
 
 
 def test_tars_of_others_are_indexed_and_trained_on(world, tmp_path, capsys):
@@ -293,7 +293,7 @@ def test_doctor_warns_of_what_is_short(capsys, monkeypatch):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "/dev/shm: 0.1 of 0.1 GiB free; short for streams and NCCL, give it 8 GiB (docker: --shm-size 8g)" in text
-    assert "open files: 256 a process, 1048576 at most; few for many shards" in text and "ulimit -n 4096" in text
+    assert "open files: 256 a process, 1048576 at most; too few to keep many shards open" in text and "ulimit -n 4096" in text
     assert "set OMP_NUM_THREADS=1" in text
 
 

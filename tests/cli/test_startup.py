@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import fastmae
-from fastmae.benchmarks.cli import parser
+from fastmae.benchmarks.arguments import parser
 from fastmae.train.cli.main import COMMANDS, SHARDS
 
 HEAVY = ("torch", "triton", "xformers", "safetensors", "webdataset", "PIL")

@@ -9,7 +9,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastmae.train.distributed.groups import make_groups
+from fastmae.train.distributed.join import make_groups
 from fastmae.train.distributed.peers import Local
 
 LAYOUTS = [(2, 2), (3, 4)]  # machines, processes on each

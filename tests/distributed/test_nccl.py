@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastmae.train.distributed import watch
-from fastmae.train.distributed.nccl import set_nccl_defaults
+from fastmae.train.distributed.join import set_nccl_defaults
 from tests.support import faults
 from tests.support.crew import Crew
 

@@ -26,8 +26,8 @@ HOST = "127.0.0.1"
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """A tenth of a second stands for half a minute."""
-    monkeypatch.setattr(rendezvous, "_FIRST_REPORT", 0.1)
-    monkeypatch.setattr(rendezvous, "_LINGER", 0.7)
+    monkeypatch.setattr(rendezvous, "FIRST_REPORT", 0.1)
+    monkeypatch.setattr(rendezvous, "LINGER", 0.7)
     monkeypatch.setattr(background, "_TICK", 0.01)
     yield
     end = time.monotonic() + 10
@@ -144,7 +144,7 @@ def test_a_name_that_does_not_resolve_is_said_at_once_and_may_resolve_later(repo
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return resolve(HOST if host == "node001" else host, *arguments, **options)
 
-    monkeypatch.setattr(rendezvous, "_FIRST_REPORT", 30.0)
+    monkeypatch.setattr(rendezvous, "FIRST_REPORT", 30.0)
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     start = Start(2, address="node001")
     start.join(0, 1, local_rank=0, local_size=1)

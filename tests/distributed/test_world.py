@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastmae import InputError
-from fastmae.train.distributed.world import World, join_world, leave_world
+from fastmae.train.distributed.join import join_world, leave_world
+from fastmae.train.distributed.world import World
 from tests.support.forked import run_together
 from tests.support.runs import free_port
 

@@ -13,9 +13,8 @@ from fastmae.model.mae import MAE
 from fastmae.model.masking import random_masking
 from fastmae.train.config.settings import DoctorSettings
 from fastmae.train.distributed.world import World
-from fastmae.train.doctor.estimate import Estimate, estimate_step
 from fastmae.train.doctor.findings import Report
-from fastmae.train.doctor.fit import check_fit
+from fastmae.train.doctor.fit import Estimate, check_fit, estimate_step
 from fastmae.train.doctor.largest_batch import MOST, Found, largest_batch, try_batches
 from fastmae.train.pretrain.out_of_memory import is_out_of_memory
 from tests.support.runs import MODEL, RECIPE, run_of

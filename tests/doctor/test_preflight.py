@@ -1,4 +1,4 @@
-"""A look before the start: two machines of two processes, what differs between them is named, what is wrong is counted."""
+"""The preflight check: two machines of two processes, what differs between them is named, what is wrong is counted."""
 
 import os
 import re
@@ -16,10 +16,9 @@ from fastmae.train.distributed import shared_folder
 from fastmae.train.distributed.world import World
 from fastmae.train.doctor import bandwidth, clocks, inventory
 from fastmae.train.doctor.bandwidth import Rate
-from fastmae.train.doctor.comparison import compare
 from fastmae.train.doctor.findings import Report
 from fastmae.train.doctor.inventory import Gpu, Inventory, machines_of
-from fastmae.train.doctor.preflight import examine, preflight
+from fastmae.train.doctor.preflight import compare, examine, preflight
 from tests.support.crew import Crew
 from tests.support.runs import RECIPE, run_of
 
@@ -81,7 +80,7 @@ def test_what_differs_is_named_with_the_ranks_and_what_to_do(shard_folder, small
         text = crew.text(0)
     errors, warnings = ([line for line in text.splitlines() if line.startswith(kind)] for kind in ("error: ", "warning: "))
     for pattern in (
-        r"nccl differs: \S+ on ranks 0-2; 2\.1\.0 on rank 3; install the same one everywhere",
+        r"nccl differs: \S+ on ranks 0-2; 2\.1\.0 on rank 3; install the same version everywhere",
         r"--data shards: is not the same everywhere: 37 samples in 4 shards, fingerprint \w+ on ranks 0-1; 13 samples in 3 "
         r"shards, fingerprint \w+ on ranks 2-3; give a folder that all machines share",
         r"--out run: is not the same folder on ",
@@ -111,7 +110,7 @@ def test_one_process_with_a_run_s_flags_looks_at_that_run(shard_folder, tmp_path
     )
     assert re.search(pattern + r"ective-batch 10{8} or --checkpointing \(the largest is \d+ with it\)", text), text
     stage = ["--data", str(shard_folder), "--stage", str(tmp_path / "disk" / "deep")]
-    assert main([*flags, *stage]) == 0 and "GB to copy to each machine, there is room" in capsys.readouterr().out
+    assert main([*flags, *stage]) == 0 and "GB to copy to each machine, enough disk space" in capsys.readouterr().out
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 0, 1000))
     assert main([*flags, *stage]) == 2
     pattern = rf"error: --stage on \S+ \(rank 0\): {tmp_path}/disk/deep: \d+ bytes are needed, 1000 are free"
@@ -226,9 +225,9 @@ def test_a_process_finds_its_gpu_or_why_not(visible, local_rank, expected, monke
 def test_a_network_that_does_not_answer_is_an_error_and_not_a_hang(monkeypatch, capsys):
     assert bandwidth._within(0.05, lambda: time.sleep(1)) == (None, "not done after 0 s")
     assert bandwidth._within(9, lambda: 1 / 0) == (None, "ZeroDivisionError: division by zero")
-    monkeypatch.setattr("fastmae.train.doctor.preflight.measure_rates", lambda world, device, groups: [
+    monkeypatch.setattr("fastmae.train.doctor.bandwidth.measure_rates", lambda world, device, groups: [
         Rate(ranks=tuple(ranks), bytes=1, seconds=float("nan"), error="not done after 60 s") for ranks in groups])  # fmt: skip
-    monkeypatch.setattr("fastmae.train.doctor.preflight.clock_offsets", lambda *_: [])
+    monkeypatch.setattr("fastmae.train.doctor.clocks.clock_offsets", lambda *_: [])
     world = World(0, 2, torch.device("cpu"), local_size=2)
     monkeypatch.setattr(World, "gather", lambda self, lines: [of(0), of(1)])
     assert examine(world, run_of("x", "y"), RECIPE, has_data=False, has_out=False) == 1
@@ -239,8 +238,8 @@ def test_a_network_that_does_not_answer_is_an_error_and_not_a_hang(monkeypatch, 
 
 def test_a_group_that_is_slower_than_the_others_is_named(monkeypatch, capsys):
     rates = [Rate(ranks=(2 * n, 2 * n + 1), bytes=1 << 30, seconds=1.0 if n == 1 else 0.1) for n in range(3)]
-    monkeypatch.setattr("fastmae.train.doctor.preflight.measure_rates", lambda *_: rates)
-    monkeypatch.setattr("fastmae.train.doctor.preflight.clock_offsets", lambda *_: [])
+    monkeypatch.setattr("fastmae.train.doctor.bandwidth.measure_rates", lambda *_: rates)
+    monkeypatch.setattr("fastmae.train.doctor.clocks.clock_offsets", lambda *_: [])
     everyone = [of(rank, "abc"[rank // 2]) for rank in range(6)]
     monkeypatch.setattr(World, "gather", lambda self, lines: everyone)
     assert examine(World(0, 6, torch.device("cpu"), local_size=2), run_of("x", "y"), None, has_data=False, has_out=False) == 0

@@ -145,7 +145,7 @@ def slow_start(seconds, rank):
 
 def never_join(on, rank):
     """Rank ``on`` does not come; the others report it at once."""
-    rendezvous._FIRST_REPORT = 0.1
+    rendezvous.FIRST_REPORT = 0.1
     if rank == on:
         time.sleep(FOREVER)
 
@@ -165,7 +165,7 @@ def never_connect(on, rank):
 
 def quick_watch(seconds, rank):
     """Processes count as lost after ``seconds`` without a heartbeat, and no collective waits longer than its timeout."""
-    world._SLACK = 0.0
+    world.SLACK = 0.0
     watch._LOST_AFTER = watch._LOST_AT_START = seconds
     heartbeat._AT_FAULT = min(seconds, heartbeat._AT_FAULT)
 

@@ -1,4 +1,4 @@
-"""The whole way on ten real photographs: shards, pretraining, and a picture of what was learnt.
+"""``fastmae demo``, from images to reconstructions on ten real photographs: shards, pretraining, pictures and the report.
 
 The photographs come inside scikit-image and scikit-learn (``pip install 'fastmae[demo]'``); nothing is downloaded.
 """
@@ -33,15 +33,16 @@ _PHOTOGRAPHS = (
     *(("skimage", "data", f"{name}.jpg") for name in ("hubble_deep_field", "retina", "rocket")),
     *(("sklearn", "datasets/images", f"{name}.jpg") for name in ("china", "flower")),
 )
-_MARK = ".fastmae-demo"  # stands in a folder that a demo may clear
+_MARK = ".fastmae-demo"  # file in a folder that a demo may clear
+_FOLDERS = ("photographs", "shards", "tensorboard", "reconstructions")
 _PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
 def demo_recipe(steps: int) -> Recipe:
     """A small model of 96-pixel images on ten photographs, plain pixels so that the picture shows what it predicts.
 
-    ``make demo``; two CPU cores, under three minutes. It learns these photographs by heart, which is what can be shown in
-    that time: the picture is of photographs that it was trained on, under masks that it has not seen.
+    ``make demo``; two CPU cores, under three minutes. It overfits these photographs, which is all that time allows: the picture
+    shows photographs that it was trained on, under masks that it has not seen.
     """
     model = ModelConfig(img_size=96, patch_size=12, embed_dim=192, depth=4, num_heads=4,
                         decoder_embed_dim=128, decoder_depth=3, decoder_num_heads=4, norm_pix_loss=False)  # fmt: skip
@@ -52,54 +53,31 @@ def demo_recipe(steps: int) -> Recipe:
 def demo(out: Path, *, steps: int = 1400, workers: int = 1) -> None:
     """Write shards, checkpoints, logs, ``loss.png``, ``reconstruction.png`` and ``report.html`` under ``out``.
 
-    Replaces an earlier demo; without matplotlib there is no ``loss.png`` and no ``report.html``. Raises InputError if the
-    photographs' packages are missing or ``out`` cannot be written.
+    Replaces an earlier demo. Raises InputError if the photographs' packages are missing or ``out`` cannot be written.
     """
     photographs = find_photographs()
     recipe = demo_recipe(steps)
     make_folder(out)
     if any(out.iterdir()) and not (out / _MARK).exists():
-        raise InputError(f"{out}: holds other files, and a demo replaces its own; choose an empty folder with --out")
+        raise InputError(f"{out}: is not empty and not the folder of a demo; give an empty folder as --out")
     (out / _MARK).touch()
-    for old in (
-        "photographs",
-        "shards",
-        "tensorboard",
-        "reconstructions",
-        "metrics.jsonl",
-        "loss.png",
-        "report.html",
-        *(p.name for p in out.glob("step-*")),
-    ):
-        path = out / old
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for old in (*_FOLDERS, "step-*", "metrics.jsonl", "loss.png", "report.html"):
+        for path in out.glob(old):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder = make_folder(out / "photographs")
     for photograph in photographs:
         shutil.copy(photograph, folder)
     with tqdm(total=len(photographs), unit="image", desc="shards") as bar:
         write_shards(folder, out / "shards", Recode(resize=256), progress=lambda done, _: bar.update(done - bar.n))
-    checkpoint = pretrain(
-        recipe,
-        Run(
-            data=str(out / "shards"),
-            out=out,
-            batch_size=recipe.effective_batch,
-            workers=workers,
-            log_every=25,
-            save_every=400,
-            draw_every=350,
-        ),
-    )
-    try:
-        plot_loss(out / "metrics.jsonl", out / "loss.png")
-        write_report(out)
-    except InputError as error:
-        print(f"{error}; the demo continues without loss.png and report.html", file=sys.stderr)
+    run = Run(data=str(out / "shards"), out=out, batch_size=recipe.effective_batch, workers=workers, log_every=25,
+              save_every=400, draw_every=350)  # fmt: skip
+    checkpoint = pretrain(recipe, run)
+    plot_loss(out / "metrics.jsonl", out / "loss.png")
+    write_report(out)
     model = load_model(checkpoint / MODEL).to("cuda" if torch.cuda.is_available() else "cpu")
     images = load_images(folder, model, len(photographs))
     draw_strip(model, images, out / "reconstruction.png", mask_ratio=recipe.mask_ratio, seed=1)
-    made = [str(path) for name in ("reconstruction.png", "loss.png", "report.html") if (path := out / name).is_file()]
-    print(f"look at {', '.join(made)}", file=sys.stderr)
+    print(f"look at {out / 'reconstruction.png'}, {out / 'loss.png'}, {out / 'report.html'}", file=sys.stderr)
 
 
 def find_photographs() -> list[Path]:

@@ -1,7 +1,7 @@
 """Ctrl-C: one KeyboardInterrupt that reaches the command line, wherever the program was.
 
 Python drops an exception that is raised in a hook around a fork, in a finaliser or in a callback of a weak reference; it prints
-"Exception ignored in" and goes on. Code in C may drop one too, or make it an ImportError. A dropped interrupt is raised again.
+"Exception ignored in" and continues. C code may drop one too, or make it an ImportError. A dropped interrupt is raised again.
 """
 
 import contextlib
@@ -16,16 +16,16 @@ from typing import NoReturn
 
 from fastmae.train.console import outlived
 
-_AGAIN = 10.0  # seconds after which a process that is still at work is interrupted once more; cleaning up takes less
+_AGAIN = 10.0  # seconds after which a process that still runs is interrupted again; cleaning up takes less
 _REPEATED = 1.0  # seconds in which two signals are one: a terminal and a launcher may both have sent it
-_SOON = 0.01  # seconds until one that was seen to be dropped is raised again, outside whatever dropped it
+_SOON = 0.01  # seconds until a dropped one is raised again, outside the code that dropped it
 
 
 @contextlib.contextmanager
 def interrupts(*, is_last: bool) -> Iterator[None]:
     """A block that SIGINT ends with KeyboardInterrupt, repeated until it has; a second SIGINT within a second changes nothing.
 
-    ``is_last``: the process does nothing after it; a later SIGINT ends it without a word, or changes nothing if it was
+    ``is_last``: the process does nothing after it; a later SIGINT ends it silently, or changes nothing if it was
     interrupted, and has its exit code.
     Nothing changes outside the main thread, nor where the process was started to ignore SIGINT or has a handler of its own.
     """
@@ -71,8 +71,8 @@ def interrupts(*, is_last: bool) -> Iterator[None]:
 
 
 def end(code: int) -> NoReturn:
-    """End the process at once: to take torch's modules apart may take the interpreter seconds."""
-    with outlived():  # what it has printed is written, or dropped
+    """End the process at once: the interpreter may need seconds to unload torch's modules."""
+    with outlived():  # flushes or drops its output
         pass
     os._exit(code)
 

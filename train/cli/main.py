@@ -254,8 +254,8 @@ def _checked(command: Callable) -> Callable:
 
 def _in_group() -> bool:
     """Whether this process has joined a run of several: not if it has never imported what joins one."""
-    world = sys.modules.get("fastmae.train.distributed.world")
-    return world is not None and world.in_group()
+    join = sys.modules.get("fastmae.train.distributed.join")
+    return join is not None and join.in_group()
 
 
 def _run_benchmarks(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The commands of ``fastmae shards``: build, verify, info, index. Each imports what it runs, after arguments are parsed."""
+"""The commands of ``fastmae shards``: build, verify, info, index. Each imports what it runs after arguments are parsed."""
 
 import sys
 from collections import Counter
@@ -32,17 +32,17 @@ def build(
     seed: int = 0,
     workers: optional(int, "INT", "one per core") = None,
 ) -> None:
-    """Turn a folder of images into webdataset shards and an index. A build that was killed continues where it was.
+    """Build webdataset shards and an index from a folder of images. A killed build continues where it was.
 
     Args:
         images: Folder of images; its top-level subfolders, if any, are the classes.
-        shards: Folder to write: empty, new, or of the same build, unfinished.
+        shards: Folder to write: new, empty, or of the same build, unfinished.
         resize: Shorter side in pixels (256, 320, 384, ...), or none to keep the size; images are never enlarged.
         quality: JPEG quality of images that are encoded again.
         samples_per_shard: Images in a shard.
-        exif_rotate: Turn images as their EXIF orientation says.
-        seed: Of the global shuffle.
-        workers: Processes that decode and encode; the result does not depend on it.
+        exif_rotate: Rotate images by their EXIF orientation.
+        seed: Seed of the global shuffle.
+        workers: Worker processes; the result does not depend on their number.
     """
     from fastmae.images.recode import Recode
     from fastmae.shards.build import write_shards
@@ -60,23 +60,21 @@ def build(
                 images, shards, settings, samples_per_shard=samples_per_shard, seed=seed, workers=processes, progress=progress
             )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{shards}: interrupted; the same command continues from the shards that are finished"
-        ) from None
+        raise KeyboardInterrupt(f"{shards}: interrupted; the same command continues from the finished shards") from None
     for line in bad:
-        print(f"left out: {line}", file=sys.stderr)
+        print(f"skipped: {line}", file=sys.stderr)
     size = sum(s.bytes for s in found.shards)
     print(f"{shards}: {len(found)} images in {len(found.shards)} shards, {size / 2**20:.1f} MiB, {len(found.classes)} classes, "
-          f"{len(bad)} bad images left out")  # fmt: skip
+          f"{len(bad)} bad images skipped")  # fmt: skip
 
 
 def verify(folder: Shards, decode: bool = False, workers: optional(int, "INT", "one per core") = None) -> None:
-    """Read every byte of a folder of shards and name what is damaged. Exit code 0: all is as it was when it was indexed.
+    """Read every byte of a folder of shards and name what is damaged. Exit code 0: all of it matches the index.
 
     Args:
         folder: Folder with index.json.
-        decode: Decode every image too.
-        workers: Processes.
+        decode: Decode every image as well.
+        workers: Worker processes.
     """
     from fastmae.shards.index import JSON_NAME
     from fastmae.shards.verify import verify_shards
@@ -88,9 +86,9 @@ def verify(folder: Shards, decode: bool = False, workers: optional(int, "INT", "
     if damage and not (folder / JSON_NAME).exists():
         raise DataError(f"{folder}: has no index to verify against")
     if damage:
-        count = "1 thing is" if len(damage) == 1 else f"{len(damage)} things are"
-        raise DataError(f"{folder}: {count} wrong; restore those files, or build the shards again")
-    print(f"{folder}: every byte is as it was indexed")
+        count = "1 error" if len(damage) == 1 else f"{len(damage)} errors"
+        raise DataError(f"{folder}: {count}; restore those files, or build the shards again")
+    print(f"{folder}: every byte matches the index")
 
 
 def info(folder: Shards) -> None:
@@ -108,13 +106,13 @@ def index(
     classes: optional(Path, "PATH", "no names") = None,
     workers: optional(int, "INT", "one per core") = None,
 ) -> None:
-    """Index webdataset tars that others wrote, so that they are read in exact order and resumed exactly.
+    """Index existing webdataset tars, for exact order and exact resume.
 
     Args:
         folder: Folder of uncompressed tars, which are not changed.
         out: Folder for the index.
-        classes: Text file with a class name per line, in the order of the numbers in .cls members.
-        workers: Processes.
+        classes: Text file of class names, one per line, in the order of the numbers in .cls members.
+        workers: Worker processes.
     """
     from fastmae.shards.index_tars import index_shards
 
@@ -125,8 +123,8 @@ def index(
     with _bar("shard") as progress:
         made = index_shards(folder, out, classes=names, workers=_processes(workers), progress=progress)
     without = made.build.get("without_image", 0)
-    left_out = f", {without} samples without an image left out" if without else ""
-    print(f"{made.folder}: {len(made)} images in {len(made.shards)} shards{left_out}")
+    skipped = f", {without} samples without an image skipped" if without else ""
+    print(f"{made.folder}: {len(made)} images in {len(made.shards)} shards{skipped}")
 
 
 def _processes(workers: int | None) -> int:

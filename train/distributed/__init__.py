@@ -1,1 +1,1 @@
-"""The processes of a run: who they are, how they meet, and how one that is lost or stuck is noticed."""
+"""The processes of a run: rank and world size, rendezvous, process groups, heartbeats, watchdog and signals."""

@@ -1,13 +1,13 @@
-"""Waiting in a thread for what may wait in C++, while the main thread, where signal handlers run, looks at signals and time."""
+"""Run a call that may block in C++ in a thread, while the main thread, where signal handlers run, checks signals and time."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-_TICK = 0.1  # seconds between two looks
+_TICK = 0.1  # seconds between two checks
 _LEAST, _MOST = 0.005, 0.5  # seconds of a pause
-_EACH = 1e-4  # seconds a pause lasts at least for each process that asks the same: ten thousand questions a second in all
+_EACH = 1e-4  # least seconds of a pause for each process that asks: ten thousand requests per second in total
 _NAME = "fastmae-background"
 
 T = TypeVar("T")
@@ -22,9 +22,9 @@ class Background(Generic[T]):
         self._thread.start()
 
     def wait(self, look: Callable[[float], None]) -> T:
-        """What ``work`` gives or raises. Until then ``look`` is called with the seconds gone, several times a second.
+        """The result or error of ``work``. Until then ``look`` is called with the elapsed seconds, several times a second.
 
-        Whatever ``look`` or a signal handler raises ends the wait and leaves the thread to itself.
+        An exception of ``look`` or of a signal handler ends the wait and abandons the thread.
         """
         began = time.monotonic()
         while not self._ends:
@@ -49,12 +49,12 @@ class Background(Generic[T]):
 
 
 def has_abandoned() -> bool:
-    """Whether a thread was left to itself and is at work yet: in C++ the interpreter cannot end it."""
+    """Whether an abandoned thread is still running: in C++ the interpreter cannot end it."""
     return any(thread.name == _NAME for thread in threading.enumerate())
 
 
 def pauses(processes: int) -> Iterator[float]:
-    """Seconds to sleep between two looks at what so many ``processes`` ask for: a tenth of the time gone, within limits."""
+    """Seconds to sleep between requests that as many ``processes`` make: a tenth of the elapsed time, within limits."""
     began, least = time.monotonic(), max(_LEAST, processes * _EACH)
     while True:
         yield max(min((time.monotonic() - began) / 10, _MOST), least)

@@ -1,8 +1,8 @@
 """Heartbeats: each process of a run sends one every second, and rank 0 names the ranks that send none.
 
 They go through a small TCPStore that rank 0 hosts, apart from the collectives, which a lost process blocks. A process that
-fails by itself publishes its error there too. A thread of its own uses the store: whoever asks it while rank 0 is stopped waits
-for ever. Time in which this process was suspended does not count against the others: they may all have been.
+fails by itself publishes its error there too. A separate thread uses the store, as a request while rank 0 is stopped
+waits for ever. Time in which this process was suspended does not count against the others: they may all have been.
 """
 
 import threading
@@ -43,7 +43,7 @@ class Heartbeat:
             self._thread.start()
 
     def end(self) -> None:
-        """This process ends by itself, and is not lost without further heartbeats."""
+        """This process ends normally, and does not count as lost without further heartbeats."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join(timeout=3 * _TICK)

@@ -4,8 +4,8 @@ Sources, each the list of variables that a launcher gives its processes: torchru
 ``launcher/launch.py`` (LOCAL_SIZE); Slurm, srun(1), "OUTPUT ENVIRONMENT VARIABLES"; of mpirun, which is refused: Open MPI,
 "Environment variables set for MPI applications" (PMIX_* too), and MPICH's Hydra, Intel MPI and HPE PALS, which set PMI_*.
 
-Where several launchers have left their variables, the innermost one counts: torchrun is started inside steps and jobs, and
-mpirun starts its daemons through srun, so that their step's variables are not those of the processes.
+With variables of several launchers, the innermost one counts: torchrun is started inside steps and jobs, and mpirun starts its
+daemons through srun, so that their step's variables are not those of the processes.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from fastmae.errors import InputError
 
 _PORTS = range(10000, 30000)  # above the services, below the ports that Linux gives to connections (from 32768 on)
 _STEP = 7919  # ports between two steps of a job; a prime, so that only jobs far apart could share one
-_PORT = 29500  # torchrun's, where no job tells runs apart
+_PORT = 29500  # torchrun's, where there is no job id
 _HOSTS = 65536  # most names of a list, as Slurm's own
 _DIGITS = "[0-9]{1,18}"
 _ENTRY = rf"(?:[^\s,\[\]]|\[{_DIGITS}(?:-{_DIGITS})?(?:,{_DIGITS}(?:-{_DIGITS})?)*\])+"
@@ -68,7 +68,7 @@ _MPI = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE
 
 
 def read_launcher(environ: Mapping[str, str] = os.environ) -> RankInfo:
-    """This process's rank. Without a launcher, or in a shell or batch script of Slurm's that is no step: a run of one.
+    """This process's rank. Without a launcher, or in a Slurm shell or batch script outside a step: a run of one.
 
     Operators and services set RANK and WORLD_SIZE without LOCAL_WORLD_SIZE, or without LOCAL_RANK as well: what is missing is
     None, to be counted at the rendezvous. WORLD_SIZE=1 alone, left over in an environment, is no launcher's. Under srun
@@ -129,7 +129,7 @@ def _numbers(bracket: str, text: str) -> list[str]:
         first, _, last = item.partition("-")
         count = int(last or first) - int(first) + 1
         if not 1 <= count <= _HOSTS:
-            raise InputError(f"a range of nodes rises, by at most {_HOSTS} names, got {item} in {text!r}")
+            raise InputError(f"a range of nodes must be ascending, with at most {_HOSTS} names, got {item} in {text!r}")
         numbers += (f"{number:0{len(first)}}" for number in range(int(first), int(first) + count))
     return numbers
 

@@ -1,4 +1,4 @@
-"""Who takes part in a run: what each process publishes of itself at the rendezvous, and how many of them share a machine.
+"""The processes of a run: what each publishes about itself at the rendezvous, and how many of them share a machine.
 
 A machine is a kernel (its boot id) and a host name. Several containers may share both, so where that does not fit the local
 ranks, or none are given, a mount namespace counts as a machine of its own: its processes see the same files and devices.
@@ -27,17 +27,17 @@ class Local(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """One process of a run, as it introduces itself."""
+    """One process of a run, as published at the rendezvous."""
 
     rank: int
     size: int
-    """Processes of the run, by its own environment."""
+    """World size, by its own environment."""
     local_rank: int | None
     local_size: int | None
     """None if the launcher does not give it, like ``local_rank``."""
     launcher: str
     gpus: int
-    """GPUs that it sees; 0 if it trains on the CPU."""
+    """GPUs visible to it; 0 if it trains on the CPU."""
     host: str
     pid: int
     machine: str
@@ -49,7 +49,7 @@ class Peer:
 
 
 def this_peer(info: RankInfo, gpus: int) -> Peer:
-    """This process, whose environment gives ``info``, and that sees so many GPUs."""
+    """This process, whose environment gives ``info``, with that number of visible GPUs."""
     host, boot = socket.gethostname(), Path("/proc/sys/kernel/random/boot_id")
     machine = f"{boot.read_text().strip() if boot.exists() else ''} {host}"
     namespaces = [path for path in map(Path, ("/proc/self/ns/mnt", "/proc/self/ns/pid")) if path.exists()]

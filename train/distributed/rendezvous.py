@@ -1,15 +1,14 @@
-"""The rendezvous of a run: every process reaches the store that rank 0 keeps, and none continues before all are there.
+"""The rendezvous of a run: every process reaches the store of rank 0, and none continues before all have joined.
 
     arrived    each process appends a line about itself to a key of the store
     complete   rank 0 has read all of them; each process confirms that it is still there, by another line
-    go         all have confirmed: whoever died while it waited for others is missed here, not inside a collective
+    go         all have confirmed: a process that died while it waited is found missing here, not inside a collective
 
-torch's own rendezvous waits in C++, heeds no signal and reports nothing. Each process asks the store for one key, after a tenth
-of the time that it has waited and at most twice a second: traffic that grows with the number of processes, not its square.
+torch's own rendezvous waits in C++, handles no signal and reports nothing. Each process asks the store for one key, after a
+tenth of the time that it has waited and at most twice a second: traffic grows with the number of processes, not its square.
 """
 
 import json
-import threading
 import time
 from collections.abc import Callable
 
@@ -20,29 +19,30 @@ from fastmae.train.console import report
 from fastmae.train.distributed.background import Background, pauses
 from fastmae.train.distributed.launcher import RankInfo
 from fastmae.train.distributed.peers import Peer, repeated, size_conflict
-from fastmae.train.distributed.store import ANSWER, STATE, listen, reach
+from fastmae.train.distributed.store import STATE, listen, reach
 
-_PEERS, _LEFT = "fastmae/peers", "fastmae/left"
+_PEERS = "fastmae/peers"
 _COMPLETE, _GO = "complete", "go"
-_LINGER = 1.5  # seconds that rank 0 and its store stay for the others once it has failed
-_LOOK = 1.0  # seconds between two looks at whether a process has left
-_FIRST_REPORT = 30.0  # seconds; each later one comes after twice the time
 _MOST_NAMED = 16
+FIRST_REPORT = 30.0
+"""Seconds; each later report comes after twice the time."""
+LINGER = 1.5
+"""Seconds that rank 0 and its store stay for the others once it has failed."""
 
 
 class Rendezvous:
-    """The rendezvous of one process: the main thread reports, keeps the time and heeds signals, another one waits."""
+    """The rendezvous of one process: the main thread reports, keeps the time and handles signals, another one waits."""
 
     def __init__(self, info: RankInfo, peer: Peer, timeout: float, stopped: Callable[[], str | None]):
-        """``peer``: what this process publishes of itself. ``timeout``: seconds that it may take. ``stopped``: the name of the
-        signal that asks this process to stop, if any."""
+        """``peer``: what this process publishes about itself. ``timeout``: seconds. ``stopped``: the name of the signal that
+        asks this process to stop, if any."""
         self.info, self.timeout, self._stopped = info, timeout, stopped
         self.peer, self._is_main = peer, info.rank == 0
         self.address = info.address
         """By which this process reaches rank 0."""
         self._status, self._alarms = "looks for rank 0", []
         self._is_connected, self._is_late = self._is_main, False
-        self._due, self._has_reported = _FIRST_REPORT, False
+        self._due, self._has_reported = FIRST_REPORT, False
         self._reason: str | None = None
         """Why this process gives up; the other thread publishes it."""
 
@@ -88,7 +88,7 @@ class Rendezvous:
         """Rank 0 always does; of a machine, the first process until it has reached rank 0, and once more after a minute."""
         if self._is_main or self.peer.local_rank not in (0, None):
             return self._is_main
-        if self._is_connected and (self._has_reported or seconds < 2 * _FIRST_REPORT):
+        if self._is_connected and (self._has_reported or seconds < 2 * FIRST_REPORT):
             return False
         self._has_reported = self._is_connected
         return True
@@ -96,7 +96,7 @@ class Rendezvous:
     def _give_up(self, reason: str) -> None:
         """End the other thread, which publishes the reason."""
         self._reason = f"rank {self.info.rank} on {self.peer.host} has left the rendezvous, {reason}"
-        self._background.is_over(_LINGER + 0.5)
+        self._background.is_over(LINGER + 0.5)
 
     # The other thread.
 
@@ -142,7 +142,7 @@ class Rendezvous:
         """Raise ``error`` here and, while the store is there, on all others."""
         store.set(STATE, json.dumps({type(error).__name__: str(error)}))
         if len({line["rank"] for line in lines}) > 1:
-            time.sleep(_LINGER)
+            time.sleep(LINGER)
         raise error
 
     def _follow(self) -> tuple[dist.TCPStore, list[Peer]]:
@@ -182,40 +182,6 @@ class Rendezvous:
 
     def _add(self, store: dist.TCPStore, **line) -> None:
         store.append(_PEERS, json.dumps({"rank": self.info.rank, **line}) + "\n")
-
-
-class ConnectAbort:
-    """Aborts, on all processes, the wait for torch to connect them once one has failed: a key of the store that each reads in a
-    thread, by a connection of its own."""
-
-    def __init__(self, store: dist.TCPStore, peer: Peer, address: str):
-        self.reason: str | None = None
-        """Which process has failed, and why; None if none has."""
-        self._peer, self._address, self._port = peer, address, store.port
-        self._own, self._is_over = "", threading.Event()
-        self._background = Background(self._run)
-
-    def leave(self, reason: str) -> None:
-        """This process ends, by a signal or an error: publishes it to the others."""
-        self._own = f"rank {self._peer.rank} on {self._peer.host} has left while torch connected all ranks, {reason}"
-        self.end()
-        self._background.is_over(_LINGER)
-        if self._peer.rank == 0:
-            time.sleep(_LINGER)
-
-    def end(self) -> None:
-        """All are connected."""
-        self._is_over.set()
-
-    def _run(self) -> None:
-        try:
-            store = dist.TCPStore(self._address, self._port, is_master=False, timeout=ANSWER, wait_for_workers=False)
-            while self.reason is None and not self._is_over.wait(_LOOK):
-                self.reason = store.get(_LEFT).decode() if store.check([_LEFT]) else None
-            if self._own:
-                store.compare_set(_LEFT, "", self._own)  # the first one counts
-        except dist.DistError:
-            self.reason = "rank 0 is lost"
 
 
 def _read(store: dist.TCPStore) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Whether all processes hold the same weights: replicas that drift apart train on, and nobody would see it.
+"""Whether all processes hold the same weights: replicas that drift apart would continue unnoticed.
 
 A checksum of each parameter's bits, weighted by position so that swapped values change it too, is compared across processes.
 Causes seen in the field are faulty memory and links; Dixit et al. 2021 (arXiv 2102.11245) on silent data corruption.

@@ -15,13 +15,13 @@ def check_shared(out: Path, world: World) -> None:
     """Raise InputError, on every process, that names the machines on which ``out`` is another folder."""
     path, until = out / world.by_main(lambda: _mark(out)), time.monotonic() + _APPEARS
     while not path.exists() and time.monotonic() < until:
-        list(out.iterdir())  # has a network file system look again
+        list(out.iterdir())  # makes a network file system refresh
         time.sleep(0.1)
-    strangers = sorted(set(world.gather([] if path.exists() else [socket.gethostname()])))
+    others = sorted(set(world.gather([] if path.exists() else [socket.gethostname()])))
     if world.is_main:
         path.unlink(missing_ok=True)
-    if strangers:
-        raise InputError(f"{out}: is not the same folder on {', '.join(strangers[:8])}; give an --out that all machines share")
+    if others:
+        raise InputError(f"{out}: is not the same folder on {', '.join(others[:8])}; give an --out that all machines share")
 
 
 def _mark(out: Path) -> str:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it ends the step it is in, saves, and ends well."""
+"""Signals that ask a run to stop: it finishes its step, saves, and exits."""
 
 import faulthandler
 import signal
@@ -15,7 +15,7 @@ class StopSignals:
     written to standard error, at once, whatever they do.
 
     What a terminal sends (SIGINT, SIGHUP, SIGQUIT) stays ignored where the process was started so, by nohup, or by a script
-    that put it in the background: it is to outlive the terminal. SIGTERM, SIGUSR1 and SIGUSR2 are meant for this process.
+    that put it in the background: it should outlive the terminal. SIGTERM, SIGUSR1 and SIGUSR2 are meant for this process.
 
     Once one has come, the others but SIGINT stay without effect afterwards, where they would end the process: launchers repeat
     them, and a run that has saved is to end with its own exit code.
@@ -44,5 +44,5 @@ class StopSignals:
         now = time.monotonic()
         if self.received is None:
             self.received, self._at = signal.Signals(number).name, now
-        elif number in (signal.SIGINT, signal.SIGQUIT) and now - self._at > _REPEATED:  # by hand, again: the person means now
+        elif number in (signal.SIGINT, signal.SIGQUIT) and now - self._at > _REPEATED:  # repeated by hand: stop now
             raise KeyboardInterrupt

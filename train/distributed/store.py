@@ -19,17 +19,17 @@ from fastmae.train.distributed.background import pauses
 from fastmae.train.distributed.launcher import RankInfo
 
 STATE = "fastmae/state"
-"""The key by which such a store is known: rank 0 sets it first."""
+"""The key that identifies such a store: rank 0 sets it first."""
 ANSWER = timedelta(seconds=60)
 """For one request to a store that many ask at once."""
 _HOST, _PORT = "fastmae/host", "fastmae/port"
 _LOOPBACK = "127.0.0.1"
 _ATTEMPT = 2.0  # seconds for a connection
-_SETTLES = 10.0  # seconds for a store's first key; it may be somebody else's, where rank 0 of an earlier start was
-_ENDS = 10.0  # seconds for an earlier rank 0, or a loader worker of it, that was killed just now to give back its port
+_FIRST_KEY = 10.0  # seconds until a store must have its first key; another program's never has
+_ENDS = 10.0  # seconds for a just killed rank 0, or a loader worker of it, to release its port
 
 Note = Callable[..., None]
-"""Called with what is waited for, and ``at_once`` if waiting will hardly mend it; raises to end the wait."""
+"""Called with what is waited for, and ``at_once`` if waiting is unlikely to help; raises to end the wait."""
 
 
 def listen(info: RankInfo, note: Note) -> tuple[dist.TCPStore, str]:
@@ -102,7 +102,7 @@ def _try(address: str, port: int, note: Note) -> tuple[dist.TCPStore, str] | Non
 
 
 def _wait_until_free(port: int, note: Note) -> None:
-    """Until nobody listens at ``port``, or some seconds have gone. Python asks, as above."""
+    """Wait until ``port`` is free, or some seconds have passed. Python asks, as above."""
     pause, until = pauses(1), time.monotonic() + _ENDS
     while time.monotonic() < until:
         try:
@@ -117,7 +117,7 @@ def _wait_until_free(port: int, note: Note) -> None:
 
 
 def _is_rendezvous(store: dist.TCPStore) -> bool:
-    until = time.monotonic() + _SETTLES
+    until = time.monotonic() + _FIRST_KEY
     with contextlib.suppress(dist.DistError):
         while time.monotonic() < until:
             if store.check([STATE]):

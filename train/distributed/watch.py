@@ -1,7 +1,7 @@
 """Watches a run from a thread in each process: a step that does not end, and processes that are lost.
 
-A process that makes no progress for its timeout writes the stacks of its threads, has all others write theirs, and ends. Should
-one hold Python's interpreter, so that not even its watch can run, ``watchdog.py`` ends it and has it write its stacks. Time in
+A process that makes no progress for its timeout writes the stacks of its threads, has all others write theirs, and ends. If a
+call holds the GIL, so that not even its watch can run, ``watchdog.py`` has it write its stacks and kills it. Time in
 which the process was suspended does not count.
 """
 
@@ -23,7 +23,7 @@ HANGS = "hangs"
 WATCHED = 20 * 86400.0
 """Seconds that collectives may take where a watch ends those that hang: their own timers would count the time that a run was
 suspended. The milliseconds fit 32 bits."""
-_TICK = 1.0  # seconds between two looks
+_TICK = 1.0  # seconds between two checks
 _LOST_AFTER = 30.0  # seconds without a heartbeat, in a run that otherwise continues
 _LOST_AT_START = 120.0  # the same while libraries are loaded and models compiled, which may keep a process's threads waiting
 _TO_END = 30.0  # seconds that a process has to end by itself once another has failed
@@ -104,7 +104,7 @@ class Watch:
         try:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
-        except OSError as error:  # a full disk must not keep a process that hangs
+        except OSError as error:  # a full disk must not keep a hanging process alive
             where = f"above, {path} cannot be written, {error.strerror}"
         sys.stderr.write(text)
         return where

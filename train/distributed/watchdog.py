@@ -1,4 +1,4 @@
-"""Ends a process whose Python interpreter does not run: a call into C that never gives back its lock stops even its own watch.
+"""Ends a process whose Python interpreter does not run: a call into C that never releases the GIL stops its own watch, too.
 
 A small child counts the time since the watch's last beat, in short ticks while the process could run: a process that is
 stopped does not count, and a child that is stopped with it does not either. A timer of the system's would go off as soon as the
@@ -15,7 +15,7 @@ import sys
 import time
 
 STACKS = signal.SIGRTMIN
-"""The signal by which the child has the process write its stacks to standard error; no lock of Python's is needed for it."""
+"""The signal by which the child has the process write its stacks to standard error; it does not need the GIL."""
 _BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # not for the child
 _TICK = 0.5  # seconds
 _TO_WRITE = 2.0  # seconds for the stacks, before the process is killed
@@ -50,7 +50,7 @@ class Watchdog:
 
     def beat(self, limit: float) -> None:
         """Python runs; it has to run again within ``limit`` seconds."""
-        with contextlib.suppress(BrokenPipeError, ValueError):  # the child was killed by somebody, or has been ended
+        with contextlib.suppress(BrokenPipeError, ValueError):  # the child was killed or has been ended
             self._pipe.write(_LIMIT.pack(limit))
 
     def end(self) -> None:
@@ -63,7 +63,7 @@ class Watchdog:
 
 
 def guard(process: int) -> None:
-    """The life of the child of ``process``, which writes limits to standard input, and ends it to end the child."""
+    """The main loop of the child of ``process``, which writes limits to standard input, and closes it to end the child."""
     os.closerange(3, 1 << 20)
     state = os.open(f"/proc/{process}/stat", os.O_RDONLY)
     poll = select.poll()
@@ -88,7 +88,7 @@ def _kill(process: int, silent: float) -> None:
         f"fastmae: process {process} is killed: Python has not run in it for {silent:.0f} s, because a call holds the "
         "interpreter's lock; the stacks of its threads are above\n"
     )
-    if select.select([], [2], [], _TO_WRITE)[1]:  # a console that nobody reads must not keep the process
+    if select.select([], [2], [], _TO_WRITE)[1]:  # a console without a reader must not keep the process alive
         with contextlib.suppress(OSError):
             os.write(2, line.encode())
     with contextlib.suppress(ProcessLookupError):

@@ -2,7 +2,7 @@
 
     algorithm bandwidth = bytes / seconds,   bus bandwidth = algorithm bandwidth * 2 (n - 1) / n
 
-for n ranks: what each link must carry at least. Source: nccl-tests, doc/PERFORMANCE.md. All groups of a kind run at the same
+for n ranks: the least rate of each link. Source: nccl-tests, doc/PERFORMANCE.md. All groups of a kind run at the same
 time, as in a training step: within machines, one group a machine; between them, one group for each number on a machine.
 """
 
@@ -18,15 +18,18 @@ import torch
 import torch.distributed as dist
 
 from fastmae.train.distributed.world import World
+from fastmae.train.doctor.findings import Report, name_ranks
+from fastmae.train.doctor.inventory import Inventory
 
 _BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}
 _ROUNDS, _WARM_UPS = 10, 2
+_SLOW = 0.5  # of the median rate of groups of one kind
 _PATIENCE = 60.0  # seconds for all rounds of one kind, the set-up of NCCL included
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """How fast the all-reduce of one group was, or why it was not."""
+    """How fast the all-reduce of one group was, or why it failed."""
 
     ranks: tuple[int, ...]
     bytes: int
@@ -45,8 +48,30 @@ class Rate:
         return self.algorithm * 2 * (len(self.ranks) - 1) / len(self.ranks)
 
 
+def check_rates(report: Report, world: World, machines: list[list[Inventory]], device: torch.device) -> bool:
+    """Measure and report all-reduces; whether they work."""
+    network = "NCCL" if device.type == "cuda" else "gloo"
+    for kind, groups in kinds_of([[one.rank for one in machine] for machine in machines]).items() if world.size > 1 else ():
+        rates = measure_rates(world, device, groups)
+        failed = [rate for rate in rates if rate.error]
+        for rate in failed:
+            debug = "NCCL_DEBUG=INFO shows why" if network == "NCCL" else "check the network between the machines"
+            report.error(f"all-reduce {kind} ({network}) fails on {name_ranks(rate.ranks)}: {rate.error}; {debug}")
+        if failed:
+            return False
+        report.line(_describe_rates(kind, network, rates))
+        median = statistics.median(rate.bus for rate in rates)
+        for rate in rates:
+            if rate.bus < _SLOW * median:
+                report.warning(
+                    f"all-reduce {kind}: {name_ranks(rate.ranks)} at {rate.bus:.2f} GB/s, the median is {median:.2f}; look for "
+                    "a slow link or GPU there"
+                )
+    return True
+
+
 def kinds_of(machines: Sequence[Sequence[int]]) -> dict[str, list[list[int]]]:
-    """The groups that are measured, by kind, each a list of ranks; those of one rank are left to themselves."""
+    """The groups that are measured, by kind, each a list of ranks; groups of one rank are skipped."""
     within = [[*machine] for machine in machines]
     most = max(map(len, machines))
     between = [[machine[number] for machine in machines if number < len(machine)] for number in range(most)]
@@ -74,6 +99,15 @@ def measure_rates(world: World, device: torch.device, groups: list[list[int]]) -
     return [*rates.values()]
 
 
+def _describe_rates(kind: str, network: str, rates: list[Rate]) -> str:
+    slowest = min(rates, key=lambda rate: rate.bus)
+    which = f", the slowest of {len(rates)} groups at once ({name_ranks(slowest.ranks)})" if len(rates) > 1 else ""
+    return (
+        f"all-reduce {kind} ({network}, {slowest.bytes >> 20} MiB, {len(slowest.ranks)} ranks, median): "
+        f"{slowest.algorithm:.2f} GB/s, bus {slowest.bus:.2f} GB/s{which}"
+    )
+
+
 def _measure(world: World, groups: list[list[int]], device: torch.device, size: int) -> float:
     """Median seconds of an all-reduce of ``size`` bytes in this rank's group; 0 if it is in none."""
     network = "nccl" if device.type == "cuda" else "gloo"
@@ -97,14 +131,14 @@ def _measure(world: World, groups: list[list[int]], device: torch.device, size: 
 
 
 def _within(seconds: float, work: Callable[[], float]) -> tuple[float | None, str | None]:
-    """What ``work`` gives, or why it does not: NCCL waits in C for a peer that it cannot reach, and hears no signal."""
+    """The result of ``work``, or why there is none: NCCL waits in C for a peer that it cannot reach, and handles no signal."""
     found: list[float] = []
     errors: list[str] = []
 
     def run() -> None:
         try:
             found.append(work())
-        except Exception as error:  # a probe: whatever a driver or a network raises is its answer
+        except Exception as error:  # a probe: whatever a driver or a network raises is the reason
             errors.append(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
     thread = threading.Thread(target=run, name="all-reduce", daemon=True)

@@ -2,7 +2,7 @@
 
     offset = theirs - (sent + received) / 2,   uncertain by (received - sent) / 2
 
-Of several questions the one that was answered fastest counts. Source: RFC 5905, section 8.
+The fastest of several answers counts. Source: RFC 5905, section 8.
 """
 
 import time
@@ -12,8 +12,11 @@ import torch
 import torch.distributed as dist
 
 from fastmae.train.distributed.world import World
+from fastmae.train.doctor.findings import Report
+from fastmae.train.doctor.inventory import Inventory
 
 _QUESTIONS = 8
+_APART = 0.5  # seconds from which on log lines of several machines cannot be put in order
 
 
 class Offset(NamedTuple):
@@ -22,6 +25,21 @@ class Offset(NamedTuple):
     rank: int
     seconds: float
     uncertainty: float
+
+
+def compare_clocks(report: Report, world: World, machines: list[list[Inventory]]) -> None:
+    """Report how far the machines' clocks differ."""
+    offsets = clock_offsets(world, [machine[0].rank for machine in machines])
+    for offset in offsets:
+        if abs(offset.seconds) - offset.uncertainty > _APART:
+            host = next(machine[0].host for machine in machines if machine[0].rank == offset.rank)
+            report.warning(
+                f"clock of {host} (rank {offset.rank}): {offset.seconds:+.3f} s from rank 0's, +- {offset.uncertainty:.3f} s; "
+                "start an NTP client (chronyd) there"
+            )
+    if offsets:
+        furthest = max(offsets, key=lambda offset: abs(offset.seconds))
+        report.line(f"clocks: at most {furthest.seconds:+.4f} s from rank 0's, +- {furthest.uncertainty:.4f} s")
 
 
 def clock_offsets(world: World, leaders: list[int]) -> list[Offset]:

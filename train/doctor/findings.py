@@ -1,4 +1,4 @@
-"""What a look before the start has found: lines that rank 0 writes as they come, and how many of them are errors."""
+"""What the preflight check finds: lines that rank 0 prints at once, and how many of them are errors."""
 
 import sys
 from collections.abc import Hashable, Iterable, Mapping
@@ -7,25 +7,25 @@ from fastmae.train.distributed.world import World
 
 
 class Report:
-    """The report of all processes. Each of them makes the same one from what was gathered; rank 0 writes it."""
+    """The report. Each process makes the same one from what was gathered; rank 0 prints it."""
 
     def __init__(self, world: World):
         self.world = world
         self.errors = self.warnings = 0
 
     def line(self, text: str) -> None:
-        """Something that was found, and is fine."""
+        """Print a finding that is no problem."""
         if self.world.is_main:
             print(text)
             sys.stdout.flush()  # what comes next may hang
 
     def error(self, text: str) -> None:
-        """Something that would make a run fail, with what to do."""
+        """Print what would make a run fail, and what to do."""
         self.errors += 1
         self.line(f"error: {text}")
 
     def warning(self, text: str) -> None:
-        """Something that may make a run slower, or its results harder to read, with what to do."""
+        """Print what may make a run slower, or its results harder to read, and what to do."""
         self.warnings += 1
         self.line(f"warning: {text}")
 

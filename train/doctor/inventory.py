@@ -24,7 +24,7 @@ from fastmae.kernels import dispatch
 from fastmae.train.distributed.world import World
 
 _VARIABLES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FASTMAE_", "PYTORCH_", "OMP_NUM_THREADS", "TORCHINDUCTOR_", "TRITON_")
-_ANSWER = 10.0  # seconds for nvidia-smi, which a driver in trouble does not give back
+_ANSWER = 10.0  # seconds for nvidia-smi, which hangs if the driver is broken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,12 @@ class Gpu:
     """The GPU of a process."""
 
     index: int
-    """Among those that the process sees."""
+    """Among the visible GPUs of the process."""
     name: str
     total: int
     """Bytes of memory."""
     free: int
-    """Bytes that nobody uses."""
+    """Bytes that are not in use."""
     uuid: str
     modes: str
     """MIG, ECC and compute mode as nvidia-smi gives them; empty where it does not answer."""
@@ -56,16 +56,16 @@ class Inventory:
     """Why the process has no GPU although one is asked for."""
     versions: dict[str, str] = field(default_factory=dict)
     shared: tuple[int, int] | None = None
-    """Bytes of /dev/shm, free and in all; None where there is none."""
+    """Bytes of /dev/shm, free and total; None where there is none."""
     files: tuple[int, int] = (0, 0)
-    """Open files, now and at most."""
+    """Limits of open files, soft and hard."""
     cores: int = 0
     variables: dict[str, str] = field(default_factory=dict)
-    """Those of the environment that steer communication and kernels."""
+    """Environment variables that affect communication and kernels."""
 
 
 def take_inventory(world: World, device: str) -> Inventory:
-    """That of this process. ``device``: auto, cpu or cuda, as a run takes it."""
+    """Of this process. ``device``: auto, cpu or cuda, as in a run."""
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     gpu, wrong = _gpu(world) if on_gpu else (None, None)
     shared = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
@@ -84,7 +84,7 @@ def take_inventory(world: World, device: str) -> Inventory:
 
 
 def machines_of(everyone: list[Inventory]) -> list[list[Inventory]]:
-    """The processes of each machine: those of one host, unless their numbers on it repeat, as of containers that share one."""
+    """The processes of each machine: those of one host, unless local ranks repeat, as in containers that share one."""
     machines: list[list[Inventory]] = []
     for one in everyone:
         found = (m for m in machines if m[0].host == one.host and one.local_rank not in {other.local_rank for other in m})
@@ -97,7 +97,7 @@ def machines_of(everyone: list[Inventory]) -> list[list[Inventory]]:
 
 
 def versions() -> dict[str, str]:
-    """Of everything whose version may decide on what a process computes or sends."""
+    """Of everything whose version may change what a process computes or sends."""
     found = {
         "fastmae": f"{fastmae.__version__}, sources {_sources()}",
         "python": platform.python_version(),
@@ -111,7 +111,7 @@ def versions() -> dict[str, str]:
     if torch.version.cuda is not None:
         with contextlib.suppress(RuntimeError, AttributeError, ImportError):
             found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-        with contextlib.suppress(RuntimeError):  # of a library that does not fit this torch
+        with contextlib.suppress(RuntimeError):  # of a library that does not match this torch
             found["cudnn"] = str(torch.backends.cudnn.version())
     with contextlib.suppress(OSError):
         driver = re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())
@@ -134,12 +134,12 @@ def _gpu(world: World) -> tuple[Gpu | None, str | None]:
     if not visible:
         reason = "a CPU build of torch" if torch.version.cuda is None else "is the driver loaded, CUDA_VISIBLE_DEVICES right?"
         return None, f"torch sees no CUDA device ({reason})"
-    index = 0 if visible == 1 else world.local_rank  # a launcher may show each process one only
+    index = 0 if visible == 1 else world.local_rank  # a launcher may make one GPU visible to each process
     if index >= visible:
         return None, f"process {world.local_rank} of its machine sees {visible} GPUs; start fewer processes there"
     try:
         found = torch.cuda.get_device_properties(index)
-        torch.cuda.empty_cache()  # what a look at this machine has left is not another process's
+        torch.cuda.empty_cache()  # memory that this process still caches is not another's
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError as error:
         return None, f"its GPU {index} does not answer: {str(error).partition(chr(10))[0]}"

@@ -1,6 +1,6 @@
 """The largest batch whose training step fits the GPU: found by trying it, forward, backward and update, uncompiled.
 
-Not in it: what NCCL and DDP take besides (about a gigabyte), and images that the loader has on the GPU ahead of the step.
+Not included: memory of NCCL and DDP (about 1 GB), and batches that the loader prefetches to the GPU.
 """
 
 import gc
@@ -16,7 +16,7 @@ from fastmae.train.step.loss_module import LossModule, MaskedLoss
 from fastmae.train.step.optimizer import make_optimizer, parameter_groups
 from fastmae.train.step.step import MicroBatch, Step
 
-MOST = 8192  # images; larger batches on one GPU are nobody's
+MOST = 8192  # images; no GPU needs larger batches
 _STEPS = 2  # the first one makes the moments, the second is like all others
 _PRECISION = 16  # the answer is at most a sixteenth too small
 
@@ -28,11 +28,11 @@ class Found:
     largest: int
     """Images; 0 if not even one fits."""
     peak: int
-    """Bytes that torch has taken for the largest batch that fits."""
+    """Bytes that torch has allocated for the largest batch that fits."""
 
 
 def largest_batch(fits: Callable[[int], bool], asked: int, most: int = MOST) -> int:
-    """The largest batch of ``fits``, looked for around ``asked``, to a sixteenth; 0 if not even 1 fits."""
+    """The largest batch that ``fits``, searched from ``asked`` on, to a sixteenth; 0 if not even 1 does."""
     low, high = 0, most + 1
     batch = min(asked, most)
     while low < most:
@@ -53,7 +53,7 @@ def largest_batch(fits: Callable[[int], bool], asked: int, most: int = MOST) -> 
 
 def try_batches(config: ModelConfig, mask_ratio: float, autocast: torch.dtype | None, device: torch.device,
                 asked: int) -> Found:  # fmt: skip
-    """The largest batch of a step on ``device``, a GPU. Memory is given back afterwards."""
+    """The largest batch of a step on ``device``, a GPU. Memory is freed afterwards."""
     trial = None
     try:
         trial = _Trial(config, mask_ratio, autocast, device)
@@ -80,7 +80,7 @@ class _Trial:
                          autocast=autocast)  # fmt: skip
 
     def fits(self, batch: int) -> bool:
-        """Whether steps of ``batch`` images go through."""
+        """Whether steps of ``batch`` images fit."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         try:

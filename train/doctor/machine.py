@@ -1,4 +1,4 @@
-"""Say what this machine has, what fastmae will use of it, and why not the faster thing."""
+"""``fastmae doctor`` on one machine: versions, devices, and which kernels and attention are used and why not faster ones."""
 
 import importlib.metadata
 import platform
@@ -26,11 +26,11 @@ _OPTIONAL = {"tensorboard": "a run's TensorBoard log"}
 
 
 def report() -> list[str]:
-    """The lines that `fastmae doctor` prints."""
+    """The lines that ``fastmae doctor`` prints."""
     has_gpu = torch.cuda.is_available()
     device = "cuda" if has_gpu else "cpu"
     dtype = torch.bfloat16 if has_gpu else torch.float32
-    attention = _attention(device, dtype)  # first: another process probes it, which this one's hold on the GPU may keep out
+    attention = _attention(device, dtype)  # first: a separate process probes it, and this one's use of the GPU may exclude that
     return [
         f"fastmae {fastmae.__version__}, Python {sys.version.split()[0]}, {platform.system()} {platform.machine()}",
         *_packages(),
@@ -65,7 +65,7 @@ def _devices(has_gpu: bool) -> list[str]:
 
 
 def _loading() -> list[str]:
-    """What loader processes need of the machine, and what of it is short."""
+    """Resources of the machine that loader processes need, and which are too small."""
     cores = usable_cores()
     shared = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
     lines = ["loading data:"]
@@ -78,18 +78,16 @@ def _loading() -> list[str]:
         )
         lines.append(f"  /dev/shm: {shared.free / 2**30:.1f} of {shared.total / 2**30:.1f} GiB free{advice}")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    short = (
-        f"; few for many shards, which are then opened again and again: ulimit -n {min(hard, FILES)}" if soft < FILES else ""
-    )
+    short = f"; too few to keep many shards open: ulimit -n {min(hard, FILES)}" if soft < FILES else ""
     lines.append(f"  open files: {soft} a process, {hard} at most{short}")
     info = read_launcher()
     ranks = info.local_size if info.launcher != "none" and info.local_size else max(1, torch.cuda.device_count())
     threads = torch.get_num_threads()
     workers = default_workers(ranks)
-    lines.append(f"  processes: {cores} cores, {ranks} training here: --workers {workers} for each is the default")
+    lines.append(f"  processes: {cores} cores, training processes: {ranks}, --workers {workers} by default")
     if ranks * threads > cores and ranks > 1:
         each = max(1, cores // ranks)
-        lines.append(f"  threads: {ranks} ranks x {threads} of torch's on {cores} cores: set OMP_NUM_THREADS={each}")
+        lines.append(f"  threads: {ranks} ranks x {threads} torch threads on {cores} cores: set OMP_NUM_THREADS={each}")
     return lines
 
 
@@ -104,7 +102,7 @@ def _kernels(device: str) -> list[str]:
     images = torch.rand(1, 3, 32, 32, device=device)
     try:
         gather_patches(images, torch.zeros(1, 1, dtype=torch.int32, device=device), 16)
-    except Exception as error:  # a probe: whatever a compiler or driver raises is its answer
+    except Exception as error:  # a probe: whatever a compiler or driver raises is the reason
         return [f"{head}, Triton {triton.__version__} does not work here: {type(error).__name__}: {error}"]
     return [f"{head}, Triton {triton.__version__} works{' in the interpreter' if dispatch.INTERPRETED else ''}"]
 
@@ -117,6 +115,6 @@ def _attention(device: str, dtype: torch.dtype) -> list[str]:
         lines.append(f"  {shape}: auto uses {resolve('auto', device, dtype, shape)}")
     for backend in BACKENDS:
         found = (why_not(backend, device, dtype, shape) for shape in shapes)
-        reasons = {reason.partition(" with inputs")[0] for reason in found if reason}  # what follows are pages of shapes
+        reasons = {reason.partition(" with inputs")[0] for reason in found if reason}  # followed by pages of shapes
         lines.append(f"  {backend}: {'; '.join(sorted(reasons)) or 'works'}")
     return lines + [f"  {note}" for note in notes()]

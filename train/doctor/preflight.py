@@ -1,10 +1,8 @@
-"""A look before the start: all processes of a run meet, and rank 0 reports what would make the run fail, or slow.
+"""The preflight check: all processes of a run join, and rank 0 reports what would make the run fail, or slow.
 
 In the order of what each part needs: first what was gathered over gloo, then data and output, clocks, all-reduces, and the
-batch. Lines come as they are found, so that a part that hangs is the one after the last line.
+batch. Lines are printed as they are found: a part that hangs is the one after the last line.
 """
-
-import statistics
 
 import torch
 
@@ -13,26 +11,26 @@ from fastmae.train.config.precision import AUTOCAST, precision_of
 from fastmae.train.config.recipes import Recipe
 from fastmae.train.config.run import Run
 from fastmae.train.config.settings import DoctorSettings
+from fastmae.train.distributed.join import join_world, leave_world
 from fastmae.train.distributed.launcher import read_launcher
-from fastmae.train.distributed.world import World, join_world, leave_world
-from fastmae.train.doctor.bandwidth import Rate, kinds_of, measure_rates
-from fastmae.train.doctor.clocks import clock_offsets
-from fastmae.train.doctor.comparison import compare
-from fastmae.train.doctor.estimate import estimate_step
-from fastmae.train.doctor.findings import Report, name_ranks
-from fastmae.train.doctor.fit import check_fit
+from fastmae.train.distributed.world import World
+from fastmae.train.doctor.bandwidth import check_rates
+from fastmae.train.doctor.clocks import compare_clocks
+from fastmae.train.doctor.findings import Report, describe_groups, group_ranks, name_ranks
+from fastmae.train.doctor.fit import check_fit, estimate_step
 from fastmae.train.doctor.inventory import Inventory, machines_of, take_inventory
+from fastmae.train.doctor.machine import FILES, SHARED
 from fastmae.train.doctor.shared_paths import check_data, check_out, check_stage
 
-_CLOCKS = 0.5  # seconds from which on lines of several machines cannot be put in order
-_PATIENCE = 300.0  # seconds until all have come, and for each thing that is gathered
-_SLOW = 0.5  # of the median rate of groups of one kind
+_PATIENCE = 300.0  # seconds until all have joined, and for each thing that is gathered
+_MUST_AGREE = ("fastmae", "torch", "nccl")  # what processes send each other depends on them
+_USED = 0.9  # share of a GPU's memory that is free if no other process uses it
 
 
 def preflight(settings: DoctorSettings) -> int:
-    """The look of this process at the run of ``settings``, together with all others; the exit code, 2 if there are errors.
+    """Check the run of ``settings``, together with all other processes; the exit code, 2 if there are errors.
 
-    Raises InputError on wrong settings, LostProcessError if not all processes come.
+    Raises InputError on wrong settings, LostProcessError if not all processes join.
     """
     run = settings.run()
     recipe = settings.resolve(read_launcher().size) if settings.preset or settings.recipe else None
@@ -47,7 +45,7 @@ def preflight(settings: DoctorSettings) -> int:
 def examine(world: World, run: Run, recipe: Recipe | None, *, has_data: bool, has_out: bool) -> int:
     """The report of all processes of ``world``, which has joined on the CPU; the number of errors, the same on each.
 
-    ``recipe``: None where no model was given. ``has_data``, ``has_out``: whether those of ``run`` are to be looked at.
+    ``recipe``: None where no model was given. ``has_data``, ``has_out``: whether those of ``run`` are checked.
     """
     report = Report(world)
     everyone = world.gather([take_inventory(world, run.device)])
@@ -66,57 +64,82 @@ def examine(world: World, run: Run, recipe: Recipe | None, *, has_data: bool, ha
         check_stage(report, world, everyone, run.data, run.stage)
     if has_out:
         check_out(report, world, everyone, run.out, estimate and estimate.parameters, run.keep)
-    _compare_clocks(report, world, machines)
-    # Where one process has no GPU none can use its own: collectives would wait, and the run does not start anyway.
+    compare_clocks(report, world, machines)
+    # Where one process has no GPU none can use its own: collectives would wait, and the run would not start anyway.
     can_compute = not any(one.gpu_error for one in everyone) and len({one.gpu is None for one in everyone}) == 1
     if can_compute:
-        can_compute = _measure(report, world, machines, device)
+        can_compute = check_rates(report, world, machines, device)
     if recipe is not None and can_compute:
         check_fit(report, world, run, recipe, device)
     report.line(f"errors: {report.errors}, warnings: {report.warnings}")
     return report.errors
 
 
-def _compare_clocks(report: Report, world: World, machines: list[list[Inventory]]) -> None:
-    offsets = clock_offsets(world, [machine[0].rank for machine in machines])
-    for offset in offsets:
-        if abs(offset.seconds) - offset.uncertainty > _CLOCKS:
-            host = next(machine[0].host for machine in machines if machine[0].rank == offset.rank)
-            report.warning(
-                f"clock of {host} (rank {offset.rank}): {offset.seconds:+.3f} s from rank 0's, +- {offset.uncertainty:.3f} s; "
-                "start an NTP client (chronyd) there"
+def compare(report: Report, everyone: list[Inventory], machines: list[list[Inventory]]) -> None:
+    """Report what each machine has, and what differs between the processes."""
+    report.line(f"{_count(len(everyone), 'process', 'es')} on {_count(len(machines), 'machine', 's')}")
+    for machine in machines:
+        for gpu, ranks in group_ranks({one.rank: _describe(one) for one in machine}).items():
+            report.line(f"  {machine[0].host}: {name_ranks(ranks)}, {gpu}")
+        _check_limits(report, machine[0], [one.rank for one in machine])
+    names = sorted({name for one in everyone for name in one.versions})
+    same = []
+    for name in names:
+        found = {one.rank: one.versions.get(name, "missing") for one in everyone}
+        if len(set(found.values())) == 1:
+            same.append(f"{name} {found[0]}")
+        elif name in _MUST_AGREE:
+            report.error(f"{name} differs: {describe_groups(found)}; install the same version everywhere")
+        else:
+            report.warning(f"{name} differs: {describe_groups(found)}; install the same version everywhere")
+    report.line(f"the same on all ranks: {', '.join(same)}")
+    for name in sorted({name for one in everyone for name in one.variables}):
+        found = {one.rank: one.variables.get(name, "unset") for one in everyone}
+        if len(set(found.values())) > 1:
+            report.warning(f"{name} differs: {describe_groups(found)}; set it the same for all ranks")
+    _check_gpus(report, everyone)
+
+
+def _count(number: int, noun: str, plural: str) -> str:
+    return f"{number} {noun}{plural if number != 1 else ''}"
+
+
+def _describe(one: Inventory) -> str:
+    if one.gpu is None:
+        return f"CPU, {one.cores} cores"
+    modes = f", {one.gpu.modes}" if one.gpu.modes else ""
+    return f"{one.gpu.name}, {one.gpu.total / 2**30:.1f} GiB{modes}"
+
+
+def _check_limits(report: Report, one: Inventory, ranks: list[int]) -> None:
+    """Check shared memory and open files of a machine."""
+    where = f"{one.host} ({name_ranks(ranks)})"
+    if one.shared is None:
+        report.warning(f"{where}: /dev/shm is missing; NCCL and streams need it: mount a tmpfs there")
+    elif one.shared[0] < SHARED:
+        report.warning(
+            f"{where}: /dev/shm has {one.shared[0] / 2**30:.1f} of {one.shared[1] / 2**30:.1f} GiB free, short for NCCL and "
+            f"streams; give it {SHARED >> 30} GiB (docker: --shm-size {SHARED >> 30}g)"
+        )
+    if one.files[0] < FILES:
+        report.warning(f"{where}: {one.files[0]} open files a process, {one.files[1]} at most; ulimit -n {FILES}")
+
+
+def _check_gpus(report: Report, everyone: list[Inventory]) -> None:
+    for reason, ranks in group_ranks({one.rank: one.gpu_error for one in everyone if one.gpu_error}).items():
+        report.error(f"no GPU on {name_ranks(ranks)}: {reason}")
+    gpus = {one.rank: one.gpu for one in everyone if one.gpu is not None}
+    without = [one.rank for one in everyone if one.gpu is None and not one.gpu_error]
+    if gpus and without:
+        report.error(f"{name_ranks(without)} would train on the CPU, {name_ranks(gpus)} on GPUs; give --device for all")
+    models = {rank: f"{gpu.name} with {gpu.total / 2**30:.0f} GiB" for rank, gpu in gpus.items()}
+    if len(set(models.values())) > 1:
+        report.warning(f"GPUs differ, the slowest and smallest decide: {describe_groups(models)}")
+    for uuid, ranks in group_ranks({rank: gpu.uuid for rank, gpu in gpus.items() if gpu.uuid}).items():
+        if len(ranks) > 1:
+            report.error(
+                f"{name_ranks(ranks)} share one GPU ({uuid}); start one process for each, or check CUDA_VISIBLE_DEVICES"
             )
-    if offsets:
-        furthest = max(offsets, key=lambda offset: abs(offset.seconds))
-        report.line(f"clocks: at most {furthest.seconds:+.4f} s from rank 0's, +- {furthest.uncertainty:.4f} s")
-
-
-def _measure(report: Report, world: World, machines: list[list[Inventory]], device: torch.device) -> bool:
-    """All-reduces; whether they work."""
-    network = "NCCL" if device.type == "cuda" else "gloo"
-    for kind, groups in kinds_of([[one.rank for one in machine] for machine in machines]).items() if world.size > 1 else ():
-        rates = measure_rates(world, device, groups)
-        failed = [rate for rate in rates if rate.error]
-        for rate in failed:
-            debug = "NCCL_DEBUG=INFO shows why" if network == "NCCL" else "check the network between the machines"
-            report.error(f"all-reduce {kind} ({network}) fails on {name_ranks(rate.ranks)}: {rate.error}; {debug}")
-        if failed:
-            return False
-        report.line(_describe_rates(kind, network, rates))
-        median = statistics.median(rate.bus for rate in rates)
-        for rate in rates:
-            if rate.bus < _SLOW * median:
-                report.warning(
-                    f"all-reduce {kind}: {name_ranks(rate.ranks)} at {rate.bus:.2f} GB/s, the median is {median:.2f}; look for "
-                    "a slow link or GPU there"
-                )
-    return True
-
-
-def _describe_rates(kind: str, network: str, rates: list[Rate]) -> str:
-    slowest = min(rates, key=lambda rate: rate.bus)
-    which = f", the slowest of {len(rates)} groups at once ({name_ranks(slowest.ranks)})" if len(rates) > 1 else ""
-    return (
-        f"all-reduce {kind} ({network}, {slowest.bytes >> 20} MiB, {len(slowest.ranks)} ranks, median): "
-        f"{slowest.algorithm:.2f} GB/s, bus {slowest.bus:.2f} GB/s{which}"
-    )
+    for rank, gpu in gpus.items():
+        if gpu.free < _USED * gpu.total:
+            report.warning(f"rank {rank}: {(gpu.total - gpu.free) / 2**30:.1f} GiB of its GPU are in use by another process")

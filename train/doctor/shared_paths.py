@@ -1,4 +1,4 @@
-"""Whether ``--data`` and ``--out`` are there, and the same, for every process."""
+"""Whether ``--data`` and ``--out`` exist and are the same for every process."""
 
 import shutil
 from pathlib import Path
@@ -41,7 +41,7 @@ def check_data(report: Report, world: World, data: str, allow_pipe: bool) -> Non
 
 
 def check_stage(report: Report, world: World, everyone: list[Inventory], data: str, root: Path) -> None:
-    """Each machine's own disk must have room for the copy of ``data``; one process of each machine looks."""
+    """Each machine's own disk must have space for the copy of ``data``; one process of each machine looks."""
     answers = world.gather([(world.rank, _room_to_stage(data, root))] if world.local_rank == 0 else [])
     if wrong := {rank: text for rank, (fits, text) in answers if not fits}:
         for text, ranks in group_ranks(wrong).items():
@@ -52,7 +52,7 @@ def check_stage(report: Report, world: World, everyone: list[Inventory], data: s
 
 
 def check_out(report: Report, world: World, everyone: list[Inventory], out: Path, parameters: int | None, keep: int) -> None:
-    """``out`` must be one folder that every process can write, with room for checkpoints."""
+    """``out`` must be one folder that every process can write, with disk space for checkpoints."""
     try:
         make_folder(out)
         wrong = None
@@ -75,32 +75,32 @@ def check_out(report: Report, world: World, everyone: list[Inventory], out: Path
     room = f", a checkpoint takes {one / 1e9:.2f} GB and {keep} are kept" if one else ""
     report.line(f"--out {out}: the same folder on every rank, {free} bytes ({free / 1e9:.1f} GB) free{room}")
     if one and free < one:
-        report.error(f"--out {out}: {free} bytes are free, one checkpoint needs {one}; make room, or give another --out")
+        report.error(f"--out {out}: {free} bytes are free, one checkpoint needs {one}; free disk space, or give another --out")
     elif one and free < (keep + 1) * one:
         report.warning(
-            f"--out {out}: {free} bytes are free, --keep {keep} needs {(keep + 1) * one} while it saves; make room, or give a "
-            "smaller --keep"
+            f"--out {out}: {free} bytes are free, --keep {keep} needs {(keep + 1) * one} while it saves; free disk space, or "
+            "give a smaller --keep"
         )
 
 
 def _room_to_stage(data: str, root: Path) -> tuple[bool, str]:
-    """Whether the copy of ``data`` fits this machine's disk, and the bytes."""
+    """Whether a copy of ``data`` fits this machine's disk, and a message with the bytes."""
     try:
         index = Index.load(data, check_shards=False)
     except InputError as error:
         return False, f"--stage copies indexed shards: {error}"
     needed = lacking_bytes(index, staged_folder(root, index))
     if not needed:
-        return True, "the copy is there"
+        return True, "already copied"
     parent = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if needed > free:
-        return False, f"{root}: {needed} bytes are needed, {free} are free; make room, or give another --stage"
-    return True, f"{needed / 1e9:.2f} GB to copy to each machine, there is room"
+        return False, f"{root}: {needed} bytes are needed, {free} are free; free disk space, or give another --stage"
+    return True, f"{needed / 1e9:.2f} GB to copy to each machine, enough disk space"
 
 
 def _open(data: str, processes: int, allow_pipe: bool) -> str:
-    """What ``data`` is, for the comparison: its fingerprint. Reads a few samples of an index."""
+    """A description of ``data`` with its fingerprint, to compare. Reads a few samples of indexed shards."""
     if (Path(data) / JSON_NAME).is_file():
         index = Index.load(data)
         reader = ShardReader(index)

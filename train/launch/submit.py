@@ -17,6 +17,7 @@ import tyro
 from fastmae.errors import InputError, RequeueError
 from fastmae.optional import require
 from fastmae.train.cli.main import main as fastmae_main
+from fastmae.train.config.run import optional
 from fastmae.train.config.settings import PretrainSettings, switches
 
 _SAVING = 120  # seconds between the signal and the time limit
@@ -28,40 +29,40 @@ class Submission:
     """Submit a pretraining run. The flags of `fastmae pretrain` follow after --."""
 
     folder: Path
-    """For submitit's files and the output of all processes; on a disk that all nodes see."""
+    """Folder for submitit's files and the output of all processes, on a file system that all nodes share."""
     nodes: int = 1
-    """Nodes."""
+    """Number of nodes."""
     gpus: int = 8
-    """GPUs of each node, one process each."""
-    processes: int | None = None
-    """Processes on each node, if not one a GPU."""
+    """GPUs per node, one process each."""
+    processes: optional(int, "INT", "one per GPU") = None
+    """Processes per node."""
     cpus: int = 12
-    """Cores of each process."""
+    """Cores per process."""
     hours: float = 24
     """Time limit of each start of the job."""
     restarts: int = 50
-    """Starts after a time limit; those after a preemption are not counted."""
-    partition: str | None = None
+    """Restarts after a time limit; those after a preemption are not counted."""
+    partition: optional(str, "STR", "none") = None
     """Slurm's partition."""
-    account: str | None = None
+    account: optional(str, "STR", "none") = None
     """Slurm's account."""
-    qos: str | None = None
+    qos: optional(str, "STR", "none") = None
     """Slurm's quality of service."""
-    constraint: str | None = None
+    constraint: optional(str, "STR", "none") = None
     """Slurm's constraint on nodes."""
-    cluster: Literal["slurm", "local"] | None = None
-    """By default slurm where there is srun, and this machine elsewhere."""
+    cluster: optional(Literal["slurm", "local"], "{slurm,local}", "slurm if srun is installed, else local") = None
+    """Slurm, or this machine."""
     wait: bool = False
-    """Wait for the run to end, and fail if it does."""
+    """Wait for the run to end; exit with 1 if it failed."""
 
     @property
     def tasks(self) -> int:
-        """Processes on each node."""
+        """Processes per node."""
         return max(1, self.gpus) if self.processes is None else self.processes
 
 
 class Pretraining:
-    """A run as submitit calls it, in each process."""
+    """A run, as submitit calls it in each process."""
 
     def __init__(self, flags: list[str]):
         self.flags = flags
@@ -92,7 +93,7 @@ class Pretraining:
 
 
 def submit(submission: Submission, flags: list[str]):
-    """Submit the run; return submitit's job. Raises InputError on flags that cannot be right, before they wait in a queue."""
+    """Submit the run; return submitit's job. Raises InputError on flags that cannot be right, before they are queued."""
     submitit = require("submitit", "submitting jobs", "'fastmae[submitit]'")
     _check(submission)
     settings = tyro.cli(tyro.conf.OmitArgPrefixes[PretrainSettings], prog="fastmae pretrain", args=switches(flags))

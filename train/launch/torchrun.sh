@@ -5,7 +5,7 @@
 #   several, on each  NNODES=4 HEAD=node001 ./torchrun.sh --recipe reference-l --data SHARDS --out RUN
 #
 # SHARDS and RUN must be the same folders on all machines. HEAD is the name of one of them, which the others can reach at
-# PORT; two runs that share it need a JOB and a PORT each. What may be changed stands here, and can be given as a variable:
+# PORT; two runs that share it need a JOB and a PORT each. These settings may be changed here or given as variables:
 NNODES=${NNODES:-1}
 PORT=${PORT:-29400}
 JOB=${JOB:-fastmae}

@@ -18,11 +18,12 @@ from fastmae.train.config.resumed import write_settings
 from fastmae.train.config.run import Run
 from fastmae.train.console import outlived
 from fastmae.train.distributed.background import Background
+from fastmae.train.distributed.join import join_world, leave_world
 from fastmae.train.distributed.launcher import default_workers, read_launcher
 from fastmae.train.distributed.shared_folder import check_shared
 from fastmae.train.distributed.signals import StopSignals
 from fastmae.train.distributed.watch import Watch
-from fastmae.train.distributed.world import World, is_of_collective, join_world, leave_world
+from fastmae.train.distributed.world import World, is_of_collective
 from fastmae.train.pretrain.attention_choice import probe_attention
 from fastmae.train.pretrain.out_of_memory import out_of_memory
 from fastmae.train.pretrain.setup import Setup, set_up

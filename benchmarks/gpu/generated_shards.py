@@ -1,6 +1,6 @@
-"""``python made_shards.py FOLDER COUNT``: shards of made pictures, where nobody's photographs are at hand.
+"""``python generated_shards.py FOLDER COUNT``: shards of generated images, where there are no photographs.
 
-JPEGs of 256 x 256 pixels and about 30 kB, as photographs of that size have: they cost what those cost to read and decode.
+JPEGs of 256 x 256 pixels and about 30 kB, like photographs of that size, so that reading and decoding cost as much.
 """
 
 import shutil
@@ -18,7 +18,7 @@ _SIDE, _DIFFERENT = 256, 128
 
 
 def make_shards(folder: Path, count: int) -> None:
-    """Write ``count`` pictures, of which 128 differ, to shards in ``folder``."""
+    """Write ``count`` images, of which 128 differ, to shards in ``folder``."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(count):

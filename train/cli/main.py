@@ -19,24 +19,15 @@ from fastmae.errors import CheckpointError, DivergedError, InputError, LostProce
 from fastmae.files import open_home
 from fastmae.train import console
 from fastmae.train.cli.interrupt import end, interrupts
+from fastmae.train.cli.runs import doctor, of_resumed_run, pretrain
 from fastmae.train.cli.shards import Images, build, index, info, verify
-from fastmae.train.config.resumed import with_settings_of_run
 from fastmae.train.config.run import optional
-from fastmae.train.config.settings import DoctorSettings, PretrainSettings, switches
-from fastmae.train.distributed.launcher import read_launcher
+from fastmae.train.config.settings import switches
 
 Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 In = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
 Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-
-
-def pretrain(settings: tyro.conf.OmitArgPrefixes[PretrainSettings]) -> None:
-    """Pretrain a masked autoencoder on shards."""
-    run = settings.run()
-    from fastmae.train.pretrain.pretrain import pretrain as run_pretraining
-
-    run_pretraining(settings.resolve(world_size=read_launcher().size), run)
 
 
 def reconstruct(
@@ -93,26 +84,6 @@ def convert(src: In, dst: Out, encoder_only: bool = False) -> None:
         weights = weights.encoder()
     save_weights(weights, dst)
     print(f"{dst}: {len(weights.tensors)} tensors")
-
-
-def doctor(settings: tyro.conf.OmitArgPrefixes[DoctorSettings]) -> int:
-    """Print versions, devices, and which kernels and attention are used and why not faster ones; under a launcher, or with a
-    run's own flags, what would make that run fail."""
-    launched = read_launcher()
-    if settings.distributed and launched.launcher == "none":
-        raise InputError(
-            "--distributed looks at the processes of a launcher, and none has started this one: torchrun --nproc-per-node 8 -m "
-            "fastmae.train doctor, or srun, with the flags of the run; docs/launch.md shows how on several machines"
-        )
-    if launched.size == 1 and not settings.distributed:
-        from fastmae.train.doctor.machine import report as describe_machine
-
-        print("\n".join(describe_machine()))
-        if not settings.is_of_run:
-            return 0
-    from fastmae.train.doctor.preflight import preflight
-
-    return preflight(settings)
 
 
 def demo(out: Path = Path("runs/demo"), steps: int = 1400, workers: int = 1) -> None:
@@ -181,7 +152,7 @@ def _run(arguments: list[str]) -> int:
             else:
                 if arguments[:1] in (["pretrain"], ["doctor"]):
                     arguments = switches(arguments)
-                commands = {**COMMANDS, **{f.__name__: _of_resumed_run(f, arguments[1:]) for f in (pretrain, doctor)}}
+                commands = {**COMMANDS, **{f.__name__: of_resumed_run(f, arguments[1:]) for f in (pretrain, doctor)}}
                 return _run_one(commands, "fastmae", "Masked-autoencoder pretraining.", arguments)
     except (InputError, DivergedError, LostProcessError, CheckpointError, RequeueError) as error:
         console.report(str(error))
@@ -192,19 +163,6 @@ def _run(arguments: list[str]) -> int:
             return InputError.exit_code
         raise
     return 0
-
-
-def _of_resumed_run(command: Callable, arguments: list[str]) -> Callable:
-    """``command``, which takes settings, with those of the run that it resumes where ``arguments`` give none."""
-
-    @functools.wraps(command)
-    def run(settings):
-        settings, path = with_settings_of_run(settings, arguments)
-        if path is not None and read_launcher().rank == 0:
-            print(f"settings that are not given are the run's own, {path}")
-        return command(settings)
-
-    return run
 
 
 def _system_error(error: Exception) -> str | None:

@@ -3,7 +3,7 @@
     python -m tests.soak --faults 100 --seed 0 --out FOLDER
 
 Two processes train a very small model. Each start of the run meets one fault, drawn by the seed (the moments, as clocks go,
-differ from time to time), and the next start goes on. In the end weights, moments and the loss of every step are compared,
+differ from time to time), and the next start continues. In the end weights, moments and the loss of every step are compared,
 bit for bit, with those of a run without faults. The exit code is 0 if all are equal and every process ended as it should.
 """
 
@@ -31,7 +31,7 @@ from tests.support.pictures import make_picture
 from tests.support.runs import assert_same_bits
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-STEPS = 15  # of the run, per fault: more than a start goes on by
+STEPS = 15  # of the run, per fault: more than one start makes
 ANSWERED = 60.0  # seconds in which a process must end once another is gone
 
 
@@ -171,7 +171,7 @@ def killed_worker(soak: Soak, crew: Crew) -> str:
 
 
 def full_disk(soak: Soak, crew: Crew) -> str:
-    """Of rank 1: some saves fail, and the run goes on; or too many, and it ends."""
+    """Of rank 1: some saves fail, and the run continues; or too many, and it ends."""
     with contextlib.suppress(AssertionError):  # ended by itself
         soak.let_train(crew, 40)
     crew.send(signal.SIGTERM)

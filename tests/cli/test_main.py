@@ -334,7 +334,7 @@ def test_a_missing_package_is_named_with_its_install_command(world, capsys, monk
     assert "decoding JPEGs needs simplejpeg" in (text := capsys.readouterr().err) and "pip install simplejpeg" in text
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    assert main([a.format(**world) for a in PRETRAIN]) == 0  # and goes on, where it can
+    assert main([a.format(**world) for a in PRETRAIN]) == 0  # and resumes, where it can
     assert "TensorBoard's log needs tensorboard" in (text := capsys.readouterr().err) and "pip install tensorboard;" in text
     assert (world["out"] / "metrics.jsonl").is_file() and not (world["out"] / "tensorboard").exists()
 

@@ -1,4 +1,4 @@
-"""Processes that are suspended for longer than they would wait for something: they go on, as if no time had passed.
+"""Processes that are suspended for longer than they would wait for something: they continue, as if no time had passed.
 
 They are stopped together, and stopped once. Runs of several processes: ``test_lost_processes.py``.
 """

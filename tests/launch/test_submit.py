@@ -71,7 +71,7 @@ LOCAL = ["--cluster", "local", "--gpus", "0", "--hours", "0.05", "--wait"]
 
 @pytest.mark.cluster
 def test_submitit_runs_two_processes_and_requeues_them(tmp_path, shard_folder):
-    """The signal that submitit sends before a time limit, sent by hand: both save, the first one requeues, both go on."""
+    """The signal that submitit sends before a time limit, sent by hand: both save, the first one requeues, both resume."""
     pytest.importorskip("submitit", reason="needs the extra `submitit`")
     flags = ["tiny", "--data", shard_folder, *FLAGS, "--batch-size", "4", "--steps", "30", "--out", tmp_path / "run"]
     arguments = ["--folder", tmp_path / "jobs", *LOCAL, "--processes", "2", "--", *flags, "--save-every", "1000"]

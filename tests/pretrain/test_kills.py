@@ -1,4 +1,4 @@
-"""kill -9 at random steps of real runs: each goes on by itself, to the bits of a run that nobody disturbed."""
+"""kill -9 at random steps of real runs: each resumes by itself, bitwise equal to a run that nobody disturbed."""
 
 import random
 import signal

@@ -37,7 +37,7 @@ def test_six_steps_equal_three_and_three_resumed_bit_for_bit(shard_folder, tmp_p
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["at once", "resumed"])
 def test_each_update_is_made_at_its_own_learning_rate(stopped, shard_folder, tmp_path, monkeypatch):
-    """Three steps of warm-up from 0, then three of half a cosine, also where a run goes on."""
+    """Three steps of warm-up from 0, then three of half a cosine, also where a run is resumed."""
     used, recipe = [], replace(RECIPE, warmup_epochs=5)
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: used.append([float(g["lr"]) for g in optimizer.param_groups]))
     try:

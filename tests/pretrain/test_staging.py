@@ -79,7 +79,7 @@ def test_a_signal_ends_the_copy_and_the_run_reads_the_original(shard_folder, tmp
 
     monkeypatch.setattr(stage, "_blocks", slow)
     (data, lines), _ = stage_once(shard_folder, tmp_path, signals)
-    assert data == str(shard_folder) and "was interrupted; the next start goes on with it" in lines[0]
+    assert data == str(shard_folder) and "was interrupted; the next start continues it" in lines[0]
     monkeypatch.setattr(stage, "_blocks", blocks)
     assert stage_once(shard_folder, tmp_path)[0][0] != str(shard_folder)
 
@@ -170,7 +170,7 @@ def test_a_signal_while_shards_are_copied_ends_the_run_well(shard_folder, tmp_pa
         crew.wait_for(lambda: list((tmp_path / "disk").glob("*/.*.partial")))
         crew.send(signal.SIGTERM, 1)
         assert crew.end() == [85, 85], crew.text()
-        assert "was interrupted; the next start goes on with it" in crew.text(0)
+        assert "was interrupted; the next start continues it" in crew.text(0)
     assert not list((tmp_path / "disk").glob("*/.*.partial"))
 
 

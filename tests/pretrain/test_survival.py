@@ -65,7 +65,7 @@ def test_torchrun_starts_a_killed_run_again_and_it_ends_well(undisturbed, shard_
 @pytest.mark.parametrize(("change", "how"), [(faults.to_nan, "ddp"), (faults.with_nan_gradient, "ddp"),
                                              (faults.to_nan, "fsdp"), (faults.with_nan_gradient, "fsdp")])  # fmt: skip
 def test_a_bad_step_of_one_process_is_skipped_by_all(change, how, shard_folder, tmp_path):
-    """Weights and moments after that step are those before it, and the run goes on."""
+    """Weights and moments after that step are those before it, and the run continues."""
     flags = ("--steps", 8, "--blr", "0.05", "--save-every", 1, "--keep", 9, "--parallel", how, "--check-replicas", "1")
     with Crew(2, shard_folder, tmp_path / "run", *flags, fault=partial(faults.change_loss, change, 5, 5, 1)) as crew:
         assert crew.end() == [0, 0], crew.text()

@@ -1,4 +1,4 @@
-"""A machine without a C or C++ compiler: a run that must compile says so in one line, and one that need not goes on."""
+"""A machine without a C or C++ compiler: a run that must compile says so in one line, and one that need not continues."""
 
 import re
 import subprocess
@@ -61,7 +61,7 @@ def test_a_run_that_may_compile_goes_on_without_and_says_so_once(without_compile
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(
-        r"fastmae: goes on without torch\.compile, slower: no C\+\+ compiler works here \(CXX=.*apt-get install", line
+        r"fastmae: continues without torch\.compile, slower: no C\+\+ compiler works here \(CXX=.*apt-get install", line
     )
 
 

@@ -13,7 +13,7 @@ from fastmae.model.mae import MAE
 from fastmae.model.masking import random_masking
 from fastmae.train.distributed.world import World
 from fastmae.train.step.loss_module import LossModule
-from fastmae.train.step.parallelize import gradients_stay, parallelize
+from fastmae.train.step.parallelize import no_reduction, parallelize
 from fastmae.train.step.step import _WARM_UPS
 from tests.support.forked import run_together
 from tests.support.runs import free_port
@@ -48,7 +48,7 @@ def compiled_process(rank, size, port, folder):
     for _ in range(_WARM_UPS):
         module(images, *masking).backward()
     module.zero_grad()
-    with gradients_stay(module):
+    with no_reduction(module):
         module(images, *masking).backward()
     module(images, *masking).backward()
     gradients = {name.rpartition("model.")[2]: p.grad for name, p in module.named_parameters() if p.requires_grad}

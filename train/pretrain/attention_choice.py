@@ -1,4 +1,4 @@
-"""Which attention a run computes with, the same on all of its processes, and the same again where it is resumed."""
+"""Which attention a run computes with, the same on all of its ranks, and the same again where it is resumed."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +28,7 @@ class AttentionChoice:
     backends: dict[str, str]
     """A backend's name for each ``Shape``, written for people."""
     xformers: str | None = None
-    """Why xformers, the usual choice, was no contender; None if it was, or was not asked for."""
+    """Why xformers, the usual choice, was no candidate; None if it was, or another was asked for."""
     notes: tuple[str, ...] = ()
     """Lines for people: what differs from the checkpoint, and how backends were probed."""
 
@@ -45,7 +45,7 @@ class AttentionChoice:
 
 def probe_attention(recipe: Recipe, run: Run) -> None:
     """On a GPU, try the backends that the run may use, in the process of rank 0 and before that opens its GPU: one in
-    exclusive-process mode takes no second process. The results are remembered; ``choose_attention`` looks at them.
+    exclusive-process mode takes no second process. The results are kept for ``choose_attention``.
 
     Raises InputError on a device or launcher's environment that contradicts itself.
     """
@@ -60,7 +60,7 @@ def probe_attention(recipe: Recipe, run: Run) -> None:
 
 
 def run_shapes(recipe: Recipe) -> list[Shape]:
-    """The attention shapes that training meets, at all of its image sizes."""
+    """The attention shapes of training, at all of its image sizes."""
     shapes = []
     for size in (recipe.model.img_size, *(size for _, size in recipe.progressive)):
         model = replace(recipe.model, img_size=size)
@@ -70,16 +70,16 @@ def run_shapes(recipe: Recipe) -> list[Shape]:
 
 
 def choose_attention(recipe: Recipe, dtype: torch.dtype, world: World, checkpoint: Checkpoint | None = None) -> AttentionChoice:
-    """Fix what ``recipe.model.attention`` stands for on the run's shapes.
+    """Choose what ``recipe.model.attention`` stands for on the run's shapes.
 
     ``checkpoint``: the one that is resumed. What auto chose then is used again, on whatever machine, unless it does not work
-    there. Timings differ from process to process, so the main one measures and the others take its word. Raises InputError,
-    on every process, if a backend asked for by name cannot run.
+    there. Timings differ from rank to rank, so rank 0 measures, and the others use its choice. Raises InputError,
+    on every rank, if a backend asked for by name cannot run.
     """
     shapes, wanted, device = run_shapes(recipe), recipe.model.attention, world.device.type
     choose = _choose if wanted == "auto" else _take_named
-    word = world.by_main(lambda: json.dumps(asdict(choose(wanted, shapes, device, dtype, _Saved.of(checkpoint)))))
-    found = json.loads(word)
+    chosen_json = world.by_main(lambda: json.dumps(asdict(choose(wanted, shapes, device, dtype, _Saved.of(checkpoint)))))
+    found = json.loads(chosen_json)
     choice = AttentionChoice(**{**found, "notes": tuple(found["notes"])})
     chosen = {shape: choice.backends[str(shape)] for shape in shapes}
     if wanted == "auto":
@@ -126,7 +126,7 @@ def _choose(_: str, shapes: list[Shape], device: str, dtype: torch.dtype, saved:
     for shape, reason in reasons.items():
         if reason is not None:
             lines.append(f"attention {before[shape]} of the checkpoint does not work here, {reason}; "
-                         f"{chosen[shape]} is taken for {shape}")  # fmt: skip
+                         f"{chosen[shape]} is used for {shape}")  # fmt: skip
     xformers = why_not("xformers", device, dtype, shapes[0]) if device == "cuda" else None
     return AttentionChoice(device=device, dtype=_name(dtype), backends={str(s): b for s, b in chosen.items()},
                            xformers=xformers, notes=(*lines, *notes()))  # fmt: skip
@@ -139,17 +139,16 @@ def _take_named(name: str, shapes: list[Shape], device: str, dtype: torch.dtype,
             probe(device, dtype, shapes)
             others = [b for b in BACKENDS if not any(why_not(b, device, dtype, s) for s in shapes)]
             raise InputError(
-                f"attention {name} does not work here for {shape}, {reason}; leave it to auto, or choose "
-                f"{' or '.join(others) or 'another'}"
+                f"attention {name} does not work here for {shape}, {reason}; choose auto or {' or '.join(others) or 'another'}"
             )
     before = sorted({b for s, b in saved.backends.items() if s in map(str, shapes)} - {name}) if saved else []
-    lines = [f"attention {name} is used as asked for, the checkpoint's was {' and '.join(before)}"] if before else []
+    lines = [f"attention {name} is used as given, the checkpoint's was {' and '.join(before)}"] if before else []
     return AttentionChoice(device=device, dtype=_name(dtype), backends={str(s): name for s in shapes},
                            notes=(*lines, *notes()))  # fmt: skip
 
 
 def _prepare_everywhere(chosen: dict[Shape, str], world: World) -> None:
-    """Import what the backends need. Raises InputError, on every process, if one of them lacks something."""
+    """Import what the backends need. Raises InputError, on every rank, if a rank lacks something."""
     wrong = None
     try:
         for shape, backend in chosen.items():
@@ -159,7 +158,7 @@ def _prepare_everywhere(chosen: dict[Shape, str], world: World) -> None:
     except InputError as error:
         wrong = error
     if world.any(wrong is not None)[0]:
-        raise wrong or InputError("attention: another process of this run lacks what it needs, and says so; choose another one")
+        raise wrong or InputError("attention does not work on another rank, whose output has the reason; choose another")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,8 +1,8 @@
-"""Memory that a run does not get: recognised whatever raised it, and put into one line that says what needs less.
+"""Out of memory: recognised whatever raised it, and put into one line that names settings that need less.
 
-On a GPU torch's allocator raises OutOfMemoryError, compiled code wraps it, and cuBLAS, cuDNN and NCCL have words of their own;
-on a CPU torch, oneDNN, C++ and numpy each have theirs; a loader's worker sends its traceback. The kernel's own out-of-memory
-killer sends SIGKILL, of which no process can tell.
+On a GPU torch's allocator raises OutOfMemoryError, compiled code wraps it, and cuBLAS, cuDNN and NCCL have messages of their
+own; on a CPU so have torch, oneDNN, C++ and numpy; a loader's worker sends its traceback. The kernel's own out-of-memory
+killer sends SIGKILL, which no process can report.
 """
 
 import errno
@@ -21,18 +21,18 @@ _CPU = re.compile(
     r"can't allocate memory|not enough memory|cannot allocate memory|bad_alloc|could not create a memory object|MemoryError",
     re.I,
 )
-_SETTLED = (InputError, DivergedError, CheckpointError, RequeueError)  # which say already what they lack
-_OF_BATCH = ("reading data", "in a step", "drawing")  # what takes less of a smaller batch
-_WORKER = re.compile(r"worker process failed|DataLoader worker process")  # the words of our pool's, of torch's
+_EXPLAINED = (InputError, DivergedError, CheckpointError, RequeueError)  # which state their reason already
+_OF_BATCH = ("reading data", "in a step", "drawing")  # what needs less with a smaller batch
+_WORKER = re.compile(r"worker process failed|DataLoader worker process")  # of our pool, of torch's
 _ASKED = re.compile(r"tried to allocate ([\d.]+ [KMGTPE]iB|\d+ bytes)|Unable to allocate ([\d.]+ [KMGTPE]iB)", re.I)
 _CAPACITY = re.compile(r"total capacity of ([\d.]+ [KMGTPE]iB) of which ([\d.]+ [KMGTPE]iB|\d+ bytes) is free")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error``, or what it came from, says that memory could not be had."""
+    """Whether ``error``, or its cause, is that memory could not be had."""
     return (
         isinstance(error, Exception)
-        and not isinstance(error, _SETTLED)
+        and not isinstance(error, _EXPLAINED)
         and any(
             isinstance(e, MemoryError)
             or (isinstance(e, OSError) and e.errno == errno.ENOMEM)
@@ -43,7 +43,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException, recipe: Recipe, run: Run, world: World, doing: str) -> InputError | None:
-    """The error to raise for ``error``, met while ``doing``; None if memory is not what it lacks."""
+    """The error to raise for ``error``, raised while ``doing``; None if it is none of memory."""
     if not is_out_of_memory(error):
         return None
     text = "\n".join(str(e) for e in chain(error))
@@ -53,10 +53,10 @@ def out_of_memory(error: BaseException, recipe: Recipe, run: Run, world: World, 
     head = f"{who}out of memory on {world.device if _GPU.search(text) else 'the CPU'}, {doing}{_figures(text)}"
     if doing == "starting":
         return InputError(f"{head}: the model, its gradients and moments do not fit; {_smaller_model(run, world)}")
-    if doing not in _OF_BATCH and not _GPU.search(text):  # a checkpoint's copy, shards that are staged: whatever the batch
+    if doing not in _OF_BATCH and not _GPU.search(text):  # a checkpoint's copy, staging: whatever the batch
         fewer = f", or --workers {run.workers // 2} instead of {run.workers}" if (run.workers or 0) > 1 else ""
         return InputError(f"{head}: give the job more memory{fewer}")
-    pictures = " --draw-every None does without pictures;" if doing == "drawing" else ""
+    pictures = " --draw-every None draws no pictures;" if doing == "drawing" else ""
     return InputError(f"{head}:{pictures} {_smaller_batch(recipe, run, world)}")
 
 
@@ -66,7 +66,7 @@ def smaller_batch(effective_batch: int, batch_size: int, processes: int) -> int 
 
 
 def _smaller_batch(recipe: Recipe, run: Run, world: World) -> str:
-    """What makes a step need less, as flags that can be given at once."""
+    """Flags with which a step needs less."""
     size = smaller_batch(recipe.effective_batch, run.batch_size, world.size)
     ways = []
     if size is not None:
@@ -85,8 +85,8 @@ def _smaller_batch(recipe: Recipe, run: Run, world: World) -> str:
 
 def _smaller_model(run: Run, world: World) -> str:
     if run.parallel == "ddp" and world.size > 1:
-        return "--parallel fsdp shards them over the processes"
-    return "choose a smaller model, a device with more memory, or more processes with --parallel fsdp"
+        return "--parallel fsdp shards them over the ranks"
+    return "choose a smaller model, a device with more memory, or more ranks with --parallel fsdp"
 
 
 def _less_loading(recipe: Recipe, run: Run, world: World) -> str:

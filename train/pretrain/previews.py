@@ -20,7 +20,7 @@ from fastmae.shards.index import JSON_NAME, Index
 from fastmae.shards.read import ShardReader
 from fastmae.train.distributed.world import World
 from fastmae.train.pretrain.log import RunLog
-from fastmae.train.step.parallelize import is_cut, whole
+from fastmae.train.step.parallelize import full, is_sharded
 
 _IMAGES = 8
 
@@ -44,7 +44,7 @@ class Drawing:
     @torch.no_grad()
     def draw(self, step: int, log: RunLog) -> None:
         """Put a picture into ``log``. Every rank takes part: of a sharded model none has all parameters."""
-        model = self._full_model() if is_cut(self.model) else self.model
+        model = self._full_model() if is_sharded(self.model) else self.model
         if not self.world.is_main or self._images is None:
             return
         images = self._images.to(self.world.device)
@@ -58,7 +58,7 @@ class Drawing:
         return torch.autocast(self.world.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
     def _full_model(self) -> MAE:
-        state = {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
+        state = {name: full(tensor) for name, tensor in self.model.state_dict().items()}
         with torch.random.fork_rng(devices=[self.world.device] if self.world.device.type == "cuda" else []):
             model = MAE(self.model.config).to(self.world.device)
         model.load_state_dict(state)

@@ -1,8 +1,8 @@
-"""``--stage``: one process of each machine copies the shards to the machine's own disk, and the others wait for it.
+"""``--stage``: one rank of each node copies the shards to the node's own disk, and the others wait for it.
 
-A copy may take longer than any timeout of a collective. So it is made in a thread, and all processes look at it together every
+A copy may take longer than any timeout of a collective. So it is made in a thread, and all ranks look at it together every
 second: each look is a heartbeat, a copy that fails or a signal ends the wait of all, and the watch counts the time without
-progress anywhere.
+progress on any node.
 """
 
 import threading
@@ -23,10 +23,10 @@ _LOOKS_PER_LINE = 10
 
 
 def stage_data(run: Run, world: World, watch: Watch, signals: StopSignals) -> tuple[str, list[str]]:
-    """Where this process reads ``run.data``: the copy under ``run.stage``, once it is complete on all machines; and a line
+    """Where this process reads ``run.data``: the copy under ``run.stage``, once it is complete on all nodes; and a line
     about it for the log.
 
-    After a signal it is the original, which the run then hardly reads. Raises, on every process, InputError or DataError if
+    After a signal it is the original, which the run then hardly reads. Raises, on every rank, InputError or DataError if
     there is nothing that could be copied, or it cannot be.
     """
     if run.stage is None:
@@ -40,7 +40,7 @@ def stage_data(run: Run, world: World, watch: Watch, signals: StopSignals) -> tu
         if copying is not None:
             copying.end()
     if is_stopped:
-        return run.data, [f"the copy of {run.data} to {folder} was interrupted; the next start goes on with it"]
+        return run.data, [f"the copy of {run.data} to {folder} was interrupted; the next start continues it"]
     copies = world.gather([(copying.copy.copied - copying.copy.skipped, copying.copy.total)] if copying else [])
     copied, total = (max(figures) for figures in zip(*copies, strict=True))
     how = (
@@ -60,11 +60,11 @@ class _Copying:
         self._thread.start()
 
     def is_busy(self) -> bool:
-        """Whether it goes on."""
+        """Whether it is still running."""
         return self._thread.is_alive()
 
     def has_moved(self) -> bool:
-        """Whether there was progress since this was asked last; a wait for another process that copies counts as such."""
+        """Whether there was progress since this was asked last; waiting for another process that copies counts as such."""
         self._seen, before = self.copy.copied, self._seen
         return self._seen != before or self.copy.waits_for is not None
 
@@ -73,14 +73,14 @@ class _Copying:
         return self.copy.copied, self.copy.total, self.copy.waits_for
 
     def end(self) -> None:
-        """Stop it, if it goes on."""
+        """Stop it, if it is running."""
         self.copy.stop()
         self._thread.join()
 
     def _run(self) -> None:
         try:
             self.copy.run()
-        except Exception as error:  # raised in the main thread, ours to mend or the user's
+        except Exception as error:  # raised in the main thread
             self.error = error
 
 
@@ -94,7 +94,7 @@ def _folder(run: Run) -> str:
 
 
 def _wait(copying: _Copying | None, world: World, watch: Watch, signals: StopSignals) -> bool:
-    """Until no process copies any more; whether that was for a signal. Raises what a copy has raised, on every process."""
+    """Until no rank copies any more; whether a signal ended it. Raises what a copy has raised, on every rank."""
     line = _Line(world)
     look = 0
     while True:
@@ -108,7 +108,7 @@ def _wait(copying: _Copying | None, world: World, watch: Watch, signals: StopSig
             watch.alive("staging shards")
         if failed:
             reasons = world.gather([str(copying.error)] if has_failed else [])
-            raise copying.error if has_failed else InputError(f"{reasons[0]} (another process of this run)")
+            raise copying.error if has_failed else InputError(f"{reasons[0]} (on another rank)")
         if stopped or not busy:
             return busy
         if look % _LOOKS_PER_LINE == 0:
@@ -116,20 +116,20 @@ def _wait(copying: _Copying | None, world: World, watch: Watch, signals: StopSig
 
 
 class _Line:
-    """The line about all copies together that the main process writes every ten seconds."""
+    """The line about all copies together that rank 0 writes every ten seconds."""
 
     def __init__(self, world: World):
         self.world = world
         self._before, self._at = 0, time.monotonic()
 
     def write(self, copies: list[tuple[int, int, str | None]]) -> None:
-        """``copies``: bytes copied, bytes in all, and the process that is waited for, of each machine."""
+        """``copies``: bytes copied, bytes in all, and the process that is waited for, of each node."""
         copied, total = (sum(figures) for figures in list(zip(*copies, strict=True))[:2])
         now = time.monotonic()
         speed = (copied - self._before) / (now - self._at)
         self._before, self._at = copied, now
-        machines = f" on {len(copies)} machines" if len(copies) > 1 else ""
+        nodes = f" on {len(copies)} nodes" if len(copies) > 1 else ""
         waits = sorted({process for *_, process in copies if process})
         waiting = f", waiting for {waits[0]}, which copies the same shards" if waits else ""
         if self.world.is_main:
-            print(f"staging: {copied / 1e9:.2f} of {total / 1e9:.2f} GB{machines}, {speed / 1e9:.2f} GB/s{waiting}", flush=True)
+            print(f"staging: {copied / 1e9:.2f} of {total / 1e9:.2f} GB{nodes}, {speed / 1e9:.2f} GB/s{waiting}", flush=True)

@@ -1,4 +1,4 @@
-"""Keep memory that tensors on the CPU have given back, instead of returning it to the system and asking for it anew.
+"""Keep memory that tensors on the CPU have freed, instead of returning it to the system and allocating it again.
 
 A step frees and takes gigabytes. By default glibc returns large blocks at once, and the system clears every page of the next
 one before it may be used. Source: the GNU C library's manual, section "Malloc Tunable Parameters".
@@ -10,7 +10,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Tell this process's malloc to keep what is freed, from now on; whether it listens. Peak memory stays as it is."""
+    """Have this process's malloc keep what is freed; whether it does. Peak memory does not change."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not glibc

@@ -62,20 +62,20 @@ def use_local_folders(device: torch.device) -> Path | None:
 
 
 class CompileCache:
-    """The file of one run's compiled code for one kind of device. All processes make it together, before the first step."""
+    """The file of one run's compiled code for one kind of device. All ranks make it together, before the first step."""
 
     def __init__(self, recipe: Recipe, run: Run, world: World):
         is_off = run.compile == "off" or (run.compile == "auto" and world.device.type == "cpu")
         folder = None if is_off else cache_folder()
         self.path = folder and folder / f"compiled-{_hash(_program(recipe, run, world))}.bin"
         self._known: set[tuple[str, str]] = set()
-        # Code differs by the device's number as well. Of the processes that share a file the first one writes it.
+        # Code differs by the device's number as well. Of the ranks that share a file the first one writes it.
         files = world.gather([str(self.path)])
         self._writes = self.path is not None and files.index(str(self.path)) == world.rank
         self._notes = not is_off and folder is None
 
     def load(self) -> list[str]:
-        """Take over what an earlier start has kept; lines about it for the log."""
+        """Load what an earlier start has kept; lines about it for the log."""
         if self._notes:
             return ["compiled code is not kept for the next start: there is no home folder; set FASTMAE_CACHE to a folder"]
         if self.path is None:
@@ -87,8 +87,8 @@ class CompileCache:
         except FileNotFoundError:
             return []
         except Exception as error:  # torch's own as well: whatever it finds wrong costs time alone
-            return [f"{self.path}: compiled code is not taken from there, {getattr(error, 'strerror', None) or error}"]
-        with contextlib.suppress(OSError):  # a cache that is read alone
+            return [f"{self.path}: compiled code is not loaded from there, {getattr(error, 'strerror', None) or error}"]
+        with contextlib.suppress(OSError):  # a read-only cache
             os.utime(self.path)  # in use
         self._known = _keys(info)
         return [f"compiled code of an earlier start: {self.path}"] if self._known else []
@@ -153,7 +153,7 @@ def _checked(data: bytes) -> bytes:
 
 
 def _keys(info: object) -> set[tuple[str, str]]:
-    """Kind and key of every artifact that torch has told of."""
+    """Kind and key of every artifact."""
     return {(kind, key) for kind, keys in info.artifacts.items() for key in keys} if info is not None else set()
 
 
@@ -169,7 +169,7 @@ def _identity(device: torch.device) -> list:
 
 
 def _program(recipe: Recipe, run: Run, world: World) -> list:
-    """What tells the programs of runs apart: torch looks closer itself, so that a wrong guess costs time alone."""
+    """What distinguishes the programs of runs; torch compares more itself, so that a collision costs time alone."""
     settings = [run.batch_size, run.precision, run.compile, run.parallel, run.reduce, run.cuda_graphs, recipe.mask_ratio]
     return [_identity(world.device), str(world.device), asdict(recipe.model), recipe.progressive, settings, world.size > 1]
 

@@ -58,8 +58,8 @@ def compiler_error(error: BaseException, run: Run, world: World) -> InputError |
 
 
 def first_step(step: Step, batches: Sequence[MicroBatch], lr: float, *, world: World, how: str) -> StepResult:
-    """The first step of a process, in which everything is compiled. ``how``: ``Run.compile``; with ``auto`` a run that lacks a
-    compiler goes on without torch.compile, and says so."""
+    """The first step of a rank, in which everything is compiled. ``how``: ``Run.compile``; with ``auto`` a run that lacks a
+    compiler continues without torch.compile, with a message."""
 
     def work() -> StepResult:
         if world.size > 1:
@@ -72,7 +72,7 @@ def first_step(step: Step, batches: Sequence[MicroBatch], lr: float, *, world: W
         if how != "auto" or (what := lacking(error)) is None:
             raise
     who = f"rank {world.rank}: " if world.size > 1 else ""
-    report(f"{who}goes on without torch.compile, slower: {what}")
+    report(f"{who}continues without torch.compile, slower: {what}")
     torch.compiler.set_stance("force_eager")  # for good: what was compiled is called as it was written
     step.optimizer.zero_grad(set_to_none=True)
     return work()

@@ -20,7 +20,7 @@ _WARM_UP = 3  # steps run plainly, on a side stream, before the capture
 class GraphedStep(Step):
     """A ``Step`` that is captured after a few calls. Every batch must have the sizes of the first.
 
-    Raises InputError on a CPU, or for a module of several processes, whose collectives are not captured.
+    Raises InputError on a CPU, or for a module of several ranks, whose collectives are not captured.
     """
 
     def __init__(self, module, optimizer, loss, **settings):
@@ -28,7 +28,7 @@ class GraphedStep(Step):
         if self.device.type != "cuda":
             raise InputError(f"cuda graphs need a CUDA device, and this run is on {self.device.type}; remove --cuda-graphs")
         if isinstance(module, DistributedDataParallel | FSDPModule):
-            raise InputError("cuda graphs work in a run of one process only; remove --cuda-graphs")
+            raise InputError("cuda graphs work with one rank only; remove --cuda-graphs")
         self.stream = torch.cuda.Stream(self.device)  # one for all: the allocator keeps what a stream frees for that stream
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None

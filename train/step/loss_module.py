@@ -24,7 +24,7 @@ class MicroBatch(NamedTuple):
 
 
 class LossModule(nn.Module):
-    """A model whose call is its training loss: the unit that is compiled and whose gradients are shared."""
+    """A model whose call is its training loss: the unit that is compiled and parallelized."""
 
     def __init__(self, model: MAE):
         super().__init__()
@@ -53,12 +53,12 @@ class MaskedLoss:
 
 
 def compiled(module: LossModule, how: str, processes: int = 1) -> nn.Module:
-    """``module``, compiled as ``how`` says, one of ``run.COMPILE``, for a run of so many processes.
+    """``module``, compiled as ``how``, one of ``run.COMPILE``, for a run of so many ranks.
 
     ``model``: one graph of the whole loss, so that work fuses across blocks. ``blocks``: one small graph that all blocks of
     a kind share, compiled in seconds. ``auto``: ``off`` on CPUs, where torch's own kernels are faster; on GPUs ``model``, or
-    ``blocks`` in a run of several processes, whose gradients are shared while earlier blocks still run backwards. ``model`` is
-    one graph there too: its gradients come all at once, and are shared when the backward pass has ended.
+    ``blocks`` in a run of several, whose gradients are reduced while earlier blocks still run backwards. ``model`` is one
+    graph there too: its gradients come all at once, and are reduced when the backward pass has ended.
     """
     if how == "auto":
         on_gpu = module.model.cls_token.is_cuda

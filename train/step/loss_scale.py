@@ -1,9 +1,9 @@
 """The dynamic loss scale of fp16 training, kept on the device.
 
-    scale <- scale / 2   after a gradient that is not finite        scale <- 2 scale   after 2000 finite ones on end
+    scale <- scale / 2   after a gradient that is not finite        scale <- 2 scale   after 2000 consecutive finite ones
 
-Powers of two, so that scaling costs no bit. torch's GradScaler decides for the tensors of its own process; here one decision
-for all, taken from the norm of the whole gradient, keeps cut models together too. Source: Micikevicius et al. 2017
+Powers of two, so that scaling costs no bit. torch's GradScaler decides for the tensors of its own rank; here one decision
+for all, taken from the norm of the whole gradient, keeps sharded models together too. Source: Micikevicius et al. 2017
 (arXiv 1710.03740), section 3.2, with GradScaler's numbers.
 """
 
@@ -20,7 +20,7 @@ class LossScale:
     def __init__(self, device: torch.device):
         self.value = torch.full((), _FIRST, device=device)
         self.good = torch.zeros((), dtype=torch.int32, device=device)
-        """Finite gradients on end."""
+        """Consecutive finite gradients."""
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it; loaded in place."""

@@ -1,11 +1,10 @@
-"""From a model to a model trained by many processes: compiled, then DDP or FSDP2. The model itself knows nothing of it.
+"""From a model to a model trained by many ranks: compiled, then DDP or FSDP2. The model itself knows nothing of it.
 
-- ``ddp``: every process holds everything; gradients are averaged in buckets while the backward pass still runs.
-- ``fsdp``: weights, gradients and moments are cut over all processes, one unit a block (FSDP2, ``fully_shard``).
-- ``hsdp``: cut over the processes of a machine, where links are fast, and replicated over machines.
+- ``ddp``: every rank holds the full model; gradients are averaged in buckets while the backward pass still runs.
+- ``fsdp``: weights, gradients and moments are sharded over all ranks, one unit a block (FSDP2, ``fully_shard``).
+- ``hsdp``: sharded over the ranks of a node, where links are fast, and replicated over nodes.
 
-Weights stay float32 and are gathered as such: what is computed in lower precision is autocast's affair, so that all three
-train on the same arithmetic.
+Weights stay float32 and are gathered as such: lower precision is autocast's, so that all three train on the same arithmetic.
 """
 
 import contextlib
@@ -30,11 +29,11 @@ from fastmae.train.step.loss_module import LossModule, compiled
 def parallelize(
     module: LossModule, world: World, *, how: str = "ddp", compile: str = "auto", reduce: str = "fp32"
 ) -> nn.Module:
-    """``module``, compiled and shared by the processes of ``world``; in a run of one, compiled alone.
+    """``module``, compiled and parallelized over the ranks of ``world``; compiled alone if there is one.
 
-    ``how``: one of ``PARALLEL``. ``compile``: as for ``compiled``. ``reduce``: the dtype in which gradients travel; bf16
-    halves the bytes, and rounds. Make the optimizer afterwards: ``fsdp`` and ``hsdp`` put other parameters in place. Raises
-    InputError on words that are none of these, on ``compile="model"`` of a cut model, or if machines differ in processes.
+    ``how``: one of ``PARALLEL``. ``compile``: as for ``compiled``. ``reduce``: the dtype in which gradients are reduced;
+    bf16 halves the bytes, and rounds. Make the optimizer afterwards: ``fsdp`` and ``hsdp`` replace the parameters. Raises
+    InputError on other values, on ``compile="model"`` of a sharded model, or if nodes differ in their number of ranks.
     """
     if how not in PARALLEL or reduce not in REDUCE:
         raise InputError(
@@ -45,8 +44,8 @@ def parallelize(
     if how == "ddp":
         return _replicated(compiled(module, compile, world.size), world, reduce)
     if compile == "model":
-        raise InputError("a model that is cut by fsdp or hsdp is compiled block by block: --compile blocks")
-    return _cut(compiled(module, compile, world.size), _mesh(world, how), reduce)
+        raise InputError("a model sharded by fsdp or hsdp is compiled block by block: --compile blocks")
+    return _sharded(compiled(module, compile, world.size), _mesh(world, how), reduce)
 
 
 def _replicated(module: nn.Module, world: World, reduce: str) -> DistributedDataParallel:
@@ -66,9 +65,9 @@ def _in_bf16(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures
     return bf16_compress_hook(group, bucket)  # under its own name DDP refuses it on gloo, which sums bf16 as well
 
 
-def _cut(module: LossModule, mesh: DeviceMesh, reduce: str) -> FSDPModule:
+def _sharded(module: LossModule, mesh: DeviceMesh, reduce: str) -> FSDPModule:
     policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if reduce == "bf16" else torch.float32)
-    # Tables of positions are constants, of first dimension 1: cut, they would be padded to one copy for each process.
+    # Tables of positions are constants, of first dimension 1: sharded, they would be padded to one copy for each rank.
     constants = {p for p in module.parameters() if not p.requires_grad}
     for block in (*module.model.blocks, *module.model.decoder_blocks):
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -78,19 +77,19 @@ def _cut(module: LossModule, mesh: DeviceMesh, reduce: str) -> FSDPModule:
 def _mesh(world: World, how: str) -> DeviceMesh:
     if how == "fsdp":
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    machines, rest = divmod(world.size, world.local_size)
+    nodes, rest = divmod(world.size, world.local_size)
     if rest:
-        raise InputError(f"hsdp needs the same number of processes on every machine, got {world.size}, {world.local_size} here")
+        raise InputError(f"hsdp needs the same number of ranks on every node, got {world.size}, {world.local_size} here")
     hosts = world.gather([socket.gethostname()])
     blocks = [set(hosts[i : i + world.local_size]) for i in range(0, world.size, world.local_size)]
     if any(len(block) > 1 for block in blocks):
-        raise InputError(f"hsdp needs the ranks of a machine to follow each other, got {hosts}; srun: --distribution=block")
-    return init_device_mesh(world.device.type, (machines, world.local_size), mesh_dim_names=("replicate", "shard"))
+        raise InputError(f"hsdp needs consecutive ranks on each node, got {hosts}; srun: --distribution=block")
+    return init_device_mesh(world.device.type, (nodes, world.local_size), mesh_dim_names=("replicate", "shard"))
 
 
 @contextlib.contextmanager
-def gradients_stay(module: nn.Module):
-    """Inside, backward passes add up gradients without sending them."""
+def no_reduction(module: nn.Module):
+    """Inside, backward passes accumulate gradients without reducing them over ranks."""
     if isinstance(module, DistributedDataParallel):
         with module.no_sync():
             yield
@@ -105,16 +104,16 @@ def gradients_stay(module: nn.Module):
 
 
 def groups_of(module: nn.Module) -> list[dist.ProcessGroup]:
-    """The groups that a cut ``module`` communicates in."""
+    """The groups that a sharded ``module`` communicates in."""
     meshes = {p.device_mesh for p in module.parameters() if isinstance(p, DTensor)}
     return [group for mesh in meshes for group in mesh.get_all_groups()]
 
 
-def is_cut(module: nn.Module) -> bool:
-    """Whether this process holds only a part of ``module``."""
+def is_sharded(module: nn.Module) -> bool:
+    """Whether this rank holds only a shard of ``module``."""
     return any(isinstance(p, DTensor) for p in module.parameters())
 
 
-def whole(x: Tensor) -> Tensor:
-    """All of ``x``, if this process holds a part of it; every process must ask."""
+def full(x: Tensor) -> Tensor:
+    """All of ``x``, of which this rank may hold a shard; a collective of all ranks then."""
     return x.full_tensor() if isinstance(x, DTensor) else x

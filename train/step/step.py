@@ -16,7 +16,7 @@ from torch.optim import AdamW
 
 from fastmae.train.step.loss_module import MicroBatch
 from fastmae.train.step.loss_scale import LossScale
-from fastmae.train.step.parallelize import gradients_stay, whole
+from fastmae.train.step.parallelize import full, no_reduction
 from fastmae.train.step.spikes import SpikeDetector
 
 _WARM_UPS = 2  # backward passes of a static graph after which DDP keeps its buckets (torch 2.13)
@@ -71,9 +71,9 @@ class Step:
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             is_last = number == len(batches) - 1
-            with contextlib.nullcontext() if is_last else gradients_stay(self.module):
+            with contextlib.nullcontext() if is_last else no_reduction(self.module):
                 loss += self._backward(self.loss(batch) / len(batches))
-        grad_norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True))
+        grad_norm = full(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True))
         if self.scale is not None:
             grad_norm = grad_norm / self.scale.value
         loss = self.mean(loss)

@@ -123,7 +123,7 @@ def a_stuck_loader_names_itself_before_the_watch_does(shards, folder, whole):
     with Crew(2, shards, folder / "run", *FLAGS, "--timeout", "12", fault=partial(faults.stuck_loader, 1)) as crew:
         assert crew.end(90) == [2, 2], crew.text()
         assert re.search(r"fastmae: no data for 6 s; loader workers: pid \d+ at \S+ .*Is the file system gone", crew.text(1))
-        assert "fastmae: another process of this run could not read its data; it says why" in crew.text(0)
+        assert "fastmae: another rank could not read its data; the reason is in that rank's output" in crew.text(0)
 
 
 @pytest.fixture(scope="module")

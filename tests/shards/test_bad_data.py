@@ -27,5 +27,5 @@ def test_bad_data_of_one_process_ends_all_of_them_with_its_reason(shard_folder, 
         text = crew.text()
     assert re.search(r"fastmae: 17 of 37 samples cannot be used, more than the budget of 0\.10%", text), text
     assert "Connection closed by peer" not in text and "backward" not in text
-    assert "fastmae: another process of this run could not read its data" in text or text.count("fastmae: 17 of 37") == 2
+    assert "fastmae: another rank could not read its data" in text or text.count("fastmae: 17 of 37") == 2
     assert len(set(re.findall(r"tar: (\w+)\.jpg: its \d+ bytes", text))) >= 17  # every sample that broke the budget is named

@@ -159,7 +159,7 @@ def test_a_copy_that_fails_on_one_machine_ends_all_with_its_reason(shard_folder,
     flags = ("--stage", tmp_path / "disk", "--steps", "1", "--warmup-epochs", "0")
     with Crew(2, shard_folder, tmp_path / "run", *flags, local=1, fault=partial(full_disk, 1)) as crew:
         assert crew.end() == [2, 2], crew.text()
-        assert "fastmae: no room for the copy here (another process of this run)" in crew.text(0), crew.text()
+        assert "fastmae: no room for the copy here (on another rank)" in crew.text(0), crew.text()
         assert "fastmae: no room for the copy here\n" in crew.text(1), crew.text()
 
 

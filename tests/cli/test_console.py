@@ -1,4 +1,4 @@
-"""A console that is closed, full, gone, unread or speaks ASCII: work continues to its end, what only prints ends as Unix does."""
+"""A console that is closed, full, gone, unread or speaks ASCII: work continues, what only prints ends as Unix does."""
 
 import errno
 import fcntl

@@ -34,9 +34,9 @@ def _bundled(model: MAE, count: int) -> tuple[Tensor, str]:
     """Random crops of the demo's photographs, drawn as for training. Raises ImportError or InputError if they are not here."""
     from fastmae.data.augment import DRAWS, Augment, draw_crop
     from fastmae.images.decode import decode
+    from fastmae.images.photographs import find_photographs
     from fastmae.images.recode import Recode, recode
     from fastmae.images.resize import resized_crop
-    from fastmae.train.cli.demo import find_photographs
 
     pictures = [decode(recode(path, Recode(resize=None)), model.config.in_chans) for path in find_photographs()]
     numbers = np.random.default_rng(0).random((count, DRAWS))

@@ -135,7 +135,7 @@ def test_photographs_come_from_shards_from_packages_or_are_generated(shard_folde
     assert images.shape == (40, 3, 32, 32) and source == f"37 images of {shard_folder.name}"
     assert torch.equal(images[0], images[37]) and not torch.equal(images[0], images[1])
 
-    monkeypatch.setattr("fastmae.train.cli.demo._PHOTOGRAPHS", ())
+    monkeypatch.setattr("fastmae.images.photographs._PHOTOGRAPHS", ())
     images, source = photographs(model, 5)
     assert source.startswith("generated images, because ") and torch.equal(images, generated(3, (32, 32), 5))
     neighbours = (images[..., 1:].float() - images[..., :-1].float()).abs().mean()

@@ -189,7 +189,7 @@ def test_a_damaged_file_is_not_given_to_torch_and_is_replaced(how, compiler, tmp
     damaged = {"cut": data[:-1], "flipped": data[:-1] + b"c", "another file": b"x" * 99, "empty": b""}[how]
     cache.path.write_bytes(damaged)
     again = open_cache(tmp_path)
-    assert again.load() == [f"{cache.path}: compiled code is not taken from there, it is damaged; the code is compiled again"]
+    assert again.load() == [f"{cache.path}: compiled code is not loaded from there, it is damaged; the code is compiled again"]
     assert compiler.loaded == [] and again.save() and cache.path.read_bytes() == data
 
 
@@ -206,7 +206,7 @@ def test_code_is_only_taken_from_a_file_of_one_s_own(how, compiler, tmp_path, mo
         cache.path.rename(tmp_path / "elsewhere")
         cache.path.symlink_to(tmp_path / "elsewhere") if how == "a link" else cache.path.mkdir()
     (line,) = open_cache(tmp_path).load()
-    assert line.startswith(f"{cache.path}: compiled code is not taken from there, ") and compiler.loaded == []
+    assert line.startswith(f"{cache.path}: compiled code is not loaded from there, ") and compiler.loaded == []
 
 
 def test_artifacts_that_torch_cannot_use_do_not_end_the_run(compiler, tmp_path, monkeypatch):
@@ -215,7 +215,7 @@ def test_artifacts_that_torch_cannot_use_do_not_end_the_run(compiler, tmp_path, 
     cache.save()
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda artifacts: 1 // 0)
     again = open_cache(tmp_path)
-    assert again.load() == [f"{cache.path}: compiled code is not taken from there, integer division or modulo by zero"]
+    assert again.load() == [f"{cache.path}: compiled code is not loaded from there, integer division or modulo by zero"]
 
 
 def test_a_cache_that_cannot_be_written_does_not_end_the_run(compiler, tmp_path):

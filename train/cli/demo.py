@@ -1,9 +1,5 @@
-"""``fastmae demo``, from images to reconstructions on ten real photographs: shards, pretraining, pictures and the report.
+"""``fastmae demo``, from images to reconstructions on ten real photographs: shards, pretraining, pictures and the report."""
 
-The photographs come inside scikit-image and scikit-learn (``pip install 'fastmae[demo]'``); nothing is downloaded.
-"""
-
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +10,7 @@ from tqdm import tqdm
 from fastmae.data.augment import Augment
 from fastmae.errors import InputError
 from fastmae.files import make_folder
+from fastmae.images.photographs import find_photographs
 from fastmae.images.recode import Recode
 from fastmae.model.config import ModelConfig
 from fastmae.model.pictures import plot_loss
@@ -27,15 +24,8 @@ from fastmae.train.pretrain.pretrain import pretrain
 from fastmae.train.pretrain.previews import load_images
 from fastmae.train.report.report import write_report
 
-# Colour photographs of things, not test charts: package, folder inside it, file.
-_PHOTOGRAPHS = (
-    *(("skimage", "data", f"{name}.png") for name in ("astronaut", "chelsea", "coffee", "ihc", "motorcycle_left")),
-    *(("skimage", "data", f"{name}.jpg") for name in ("hubble_deep_field", "retina", "rocket")),
-    *(("sklearn", "datasets/images", f"{name}.jpg") for name in ("china", "flower")),
-)
 _MARK = ".fastmae-demo"  # file in a folder that a demo may clear
 _FOLDERS = ("photographs", "shards", "tensorboard", "reconstructions")
-_PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
 def demo_recipe(steps: int) -> Recipe:
@@ -78,16 +68,3 @@ def demo(out: Path, *, steps: int = 1400, workers: int = 1) -> None:
     images = load_images(folder, model, len(photographs))
     draw_strip(model, images, out / "reconstruction.png", mask_ratio=recipe.mask_ratio, seed=1)
     print(f"look at {out / 'reconstruction.png'}, {out / 'loss.png'}, {out / 'report.html'}", file=sys.stderr)
-
-
-def find_photographs() -> list[Path]:
-    """Paths of the photographs inside the installed packages. Raises InputError if there are none."""
-    found = []
-    for package, folder, name in _PHOTOGRAPHS:
-        spec = importlib.util.find_spec(package)
-        path = Path(spec.origin).parent / folder / name if spec else None
-        if path and path.is_file():
-            found.append(path)
-    if not found:
-        raise InputError(f"the demo's photographs come with {' and '.join(_PACKAGES.values())}: pip install 'fastmae[demo]'")
-    return found

@@ -7,7 +7,8 @@ import shutil
 import pytest
 import xxhash
 
-from fastmae.train.step import step
+from fastmae.train.step import loss_module
+from fastmae.train.step.step import Step
 from tests.support.crew import Crew, run
 from tests.support.runs import assert_same_bits, losses
 
@@ -18,7 +19,7 @@ FLAGS = ("--steps", STEPS, "--blr", "0.05", "--save-every", "4", "--keep", "9")
 
 def note_samples(folder, rank):
     """Write down, for each micro-batch of each step, every sample's id and epoch and a digest of the patches it keeps."""
-    masking, warm_up, is_warm = step.random_masking, step.Step.warm_up, []
+    masking, warm_up, is_warm = loss_module.random_masking, Step.warm_up, []
 
     def noted(*arguments, sample_ids, epoch, **options):
         masks = masking(*arguments, sample_ids=sample_ids, epoch=epoch, **options)
@@ -32,7 +33,7 @@ def note_samples(folder, rank):
         warm_up(self, batch)
         is_warm.clear()
 
-    step.random_masking, step.Step.warm_up = noted, warmed_up
+    loss_module.random_masking, Step.warm_up = noted, warmed_up
 
 
 def samples(folder, accumulate=1):
@@ -134,7 +135,7 @@ def test_a_run_of_two_goes_on_with_its_own_bits(two, shard_folder, tmp_path):
 
 
 def without_warm_up(rank):
-    step.Step.warm_up = lambda self, batch: None
+    Step.warm_up = lambda self, batch: None
 
 
 def test_a_run_of_three_goes_on_with_its_own_bits(shard_folder, tmp_path):

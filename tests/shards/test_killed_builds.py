@@ -162,7 +162,7 @@ sys.exit(main())
     command = [sys.executable, "-c", code, "shards", "build", pictures, tmp_path / "out", "--workers", "2"]
     build = subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=60)
     assert build.returncode == 130 and build.stdout == ""
-    line = f"fastmae: {tmp_path}/out: interrupted; the same command continues from the shards that are finished"
+    line = f"fastmae: {tmp_path}/out: interrupted; the same command continues from the finished shards"
     assert build.stderr.splitlines()[-1] == line
     assert "Traceback" not in build.stderr and "ignored" not in build.stderr
 

@@ -55,18 +55,14 @@ class Recipe:
         numbers = (self.epochs, self.warmup_epochs, self.blr, self.min_lr, self.weight_decay, *self.betas)
         if not all(math.isfinite(n) for n in numbers):
             raise InputError(f"epochs, warm-up, blr, min_lr, weight_decay and betas must be finite, got {numbers}")
-        if not self.epochs > 0 or (self.steps is not None and self.steps < 1) or self.effective_batch < 1:
-            raise InputError(
-                "epochs, steps and effective batch must be positive, "
-                f"got {self.epochs}, {self.steps} and {self.effective_batch}"
-            )
+        for name in ("epochs", "steps", "effective_batch", "blr"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise InputError(f"{name.replace('_', '-')} must be positive, got {value}")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise InputError(f"warm-up must be shorter than the run, got {self.warmup_epochs} of {self.epochs} epochs")
-        if not self.blr > 0 or self.min_lr < 0 or self.weight_decay < 0:
-            raise InputError(
-                "blr must be positive, min_lr and weight_decay not negative, "
-                f"got {self.blr}, {self.min_lr} and {self.weight_decay}"
-            )
+        for name in ("min_lr", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
         if self.min_lr > self.lr:
             raise InputError(
                 f"min_lr must not exceed the peak rate, blr x effective batch / 256 = {self.lr:g}, or the rate would rise "

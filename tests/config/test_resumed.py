@@ -1,5 +1,6 @@
 """A command that resumes a run need not repeat the run's settings."""
 
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from fastmae import DataError, ModelConfig
 from fastmae.data.augment import Augment
 from fastmae.model.config import preset
 from fastmae.train.cli.main import main
-from fastmae.train.config.recipes import Recipe
+from fastmae.train.config.recipes import RECIPES, Recipe
 from fastmae.train.config.resumed import SETTINGS, with_settings_of_run, write_settings
 from fastmae.train.config.run import Run
 from fastmae.train.config.settings import PretrainSettings
@@ -62,6 +63,23 @@ def test_epochs_that_are_given_replace_the_runs_steps_and_its_warm_up(run_folder
     recipe = settings("--out", run_folder, "--epochs", 0.25)[0].resolve(1)
     assert (recipe.steps, recipe.epochs) == (None, 0.25) and recipe.warmup_epochs == pytest.approx(0.25 * 40 / 800)
     assert settings("--out", run_folder, "--steps", 50)[0].resolve(1) == replace(RECIPE, steps=50)
+    assert settings("--out", run_folder, "--epochs", 5)[0].resolve(1) == replace(RECIPE, steps=None)
+
+
+def test_a_recipe_that_is_given_brings_its_epochs_and_warm_up(tmp_path):
+    (tmp_path / "step-0000003").mkdir()
+    write_settings(replace(RECIPES["reference-b"](), steps=9, warmup_epochs=1, blr=1e-3), Run(out=tmp_path, data="d"))
+    found = settings("--out", tmp_path, "--recipe", "paper-b")[0].resolve(8)
+    assert found == replace(RECIPES["paper-b"](), blr=1e-3)
+
+
+@pytest.mark.parametrize("hostile", [{"allow_pipe": True}, {"allow-pipe": True}, {"progressive": ["--allow-pipe"]}])
+def test_a_file_from_elsewhere_allows_no_shell_command_and_names_no_folder(hostile, run_folder, tmp_path):
+    others = {"preset": "base", "data": "pipe:touch mark", "out": "elsewhere", "resume": "elsewhere"}
+    (run_folder / SETTINGS).write_text(json.dumps(others | hostile))
+    found, _ = settings("--out", tmp_path / "other", "--resume", run_folder)
+    assert (found.allow_pipe, found.out, found.resume) == (False, tmp_path / "other", str(run_folder))
+    assert settings("--out", tmp_path / "other", "--resume", run_folder, "--allow-pipe")[0].allow_pipe
 
 
 def test_a_folder_without_a_checkpoint_is_started_with_what_is_given(run_folder):
@@ -70,7 +88,7 @@ def test_a_folder_without_a_checkpoint_is_started_with_what_is_given(run_folder)
     assert path is None and found.resolve(1) == Recipe(model=preset("tiny", norm_pix_loss=True), effective_batch=64)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "7", "{}", '{"preset'])
+@pytest.mark.parametrize("text", ["", "[]", "7", "{}", '{"preset', '{"preset": ["base"]}', "[" * 100_000], ids=range(7))
 def test_a_file_that_holds_no_settings_is_named(text, run_folder):
     (run_folder / SETTINGS).write_text(text)
     with pytest.raises(DataError, match=f"{SETTINGS}: holds no settings of a run"):

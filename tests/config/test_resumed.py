@@ -57,6 +57,8 @@ def test_what_is_given_counts(run_folder):
     progressive = ((0.5, (64, 64)),)
     assert found.resolve(1) == replace(RECIPE, model=model, augment=augment, blr=1e-3, progressive=progressive)
     assert found.run() == Run(out=run_folder, **{**RUN, "batch_size": 64, "draw_every": 9, "async_save": True})
+    found = settings("--out", run_folder, "--stage", None, "--wandb", None, "--no-requeue-exit")[0].run()
+    assert (found.stage, found.wandb, found.requeue_exit) == (None, None, False)
 
 
 def test_epochs_that_are_given_replace_the_runs_steps_and_its_warm_up(run_folder):

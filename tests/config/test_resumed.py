@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from fastmae import DataError, ModelConfig
+from fastmae import DataError, InputError, ModelConfig
 from fastmae.data.augment import Augment
 from fastmae.model.config import preset
 from fastmae.train.cli.main import main
@@ -66,6 +66,13 @@ def test_epochs_that_are_given_replace_the_runs_steps_and_its_warm_up(run_folder
     assert (recipe.steps, recipe.epochs) == (None, 0.25) and recipe.warmup_epochs == pytest.approx(0.25 * 40 / 800)
     assert settings("--out", run_folder, "--steps", 50)[0].resolve(1) == replace(RECIPE, steps=50)
     assert settings("--out", run_folder, "--epochs", 5)[0].resolve(1) == replace(RECIPE, steps=None)
+
+
+def test_a_model_of_no_presets_sizes_is_named_as_one_to_resume_from_python(tmp_path):
+    (tmp_path / "step-0000003").mkdir()
+    write_settings(replace(RECIPE, model=replace(RECIPE.model, depth=3)), Run(out=tmp_path, data="d"))
+    with pytest.raises(InputError, match=r"a model of other sizes is resumed as it was started, by fastmae.train.api"):
+        settings("--out", tmp_path)[0].resolve(1)
 
 
 def test_a_recipe_that_is_given_brings_its_epochs_and_warm_up(tmp_path):

@@ -124,7 +124,10 @@ class PretrainSettings(Run):
 
     def _base(self, world_size: int) -> Recipe:
         if self.preset is None and self.recipe is None:
-            raise InputError("give a preset (tiny, small, base, large, huge) or --recipe")
+            raise InputError(
+                "give a preset (tiny, small, base, large, huge) or --recipe; a run of a model of other sizes is resumed as it "
+                "was started, by fastmae.train.api"
+            )
         if self.recipe is None:
             return Recipe(model=preset_config(self.preset, norm_pix_loss=True), effective_batch=self.batch_size * world_size)
         recipe = RECIPES[self.recipe]()

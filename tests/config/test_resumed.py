@@ -82,13 +82,23 @@ def test_a_recipe_that_is_given_brings_its_epochs_and_warm_up(tmp_path):
     assert found == replace(RECIPES["paper-b"](), blr=1e-3)
 
 
-@pytest.mark.parametrize("hostile", [{"allow_pipe": True}, {"allow-pipe": True}, {"progressive": ["--allow-pipe"]}])
-def test_a_file_from_elsewhere_allows_no_shell_command_and_names_no_folder(hostile, run_folder, tmp_path):
-    others = {"preset": "base", "data": "pipe:touch mark", "out": "elsewhere", "resume": "elsewhere"}
-    (run_folder / SETTINGS).write_text(json.dumps(others | hostile))
+def test_a_file_from_elsewhere_allows_no_shell_command_and_names_no_folder(run_folder, tmp_path):
+    others = {"preset": "base", "data": "pipe:touch mark", "out": "elsewhere", "resume": "elsewhere", "allow_pipe": True}
+    (run_folder / SETTINGS).write_text(json.dumps(others))
     found, _ = settings("--out", tmp_path / "other", "--resume", run_folder)
     assert (found.allow_pipe, found.out, found.resume) == (False, tmp_path / "other", str(run_folder))
     assert settings("--out", tmp_path / "other", "--resume", run_folder, "--allow-pipe")[0].allow_pipe
+
+
+@pytest.mark.parametrize("hostile", [{"tyro-write-completion": ["bash", "mark"]}, {"tyro_write_completion": ["bash", "mark"]},
+                                     {"progressive": ["--tyro-write-completion", "bash", "mark"]},
+                                     {"allow-pipe": True}, {"size_of_nothing": 3}])  # fmt: skip
+def test_a_file_holds_settings_and_no_other_flags(hostile, run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (run_folder / SETTINGS).write_text(json.dumps({"preset": None} | hostile))
+    with pytest.raises(DataError, match=rf"{SETTINGS}: holds no settings of a run"):
+        settings("--out", run_folder)
+    assert not Path("mark").exists()
 
 
 def test_a_folder_without_a_checkpoint_is_started_with_what_is_given(run_folder):
@@ -104,9 +114,8 @@ def test_a_file_that_holds_no_settings_is_named(text, run_folder):
         settings("--out", run_folder)
 
 
-@pytest.mark.parametrize("text", ['{"preset": null, "batch_size": "x"}', '{"preset": null, "size_of_nothing": 3}'])
-def test_a_value_that_is_none_of_a_setting_ends_the_program_as_a_flag_does(text, run_folder, capsys):
-    (run_folder / SETTINGS).write_text(text)
+def test_a_value_that_is_none_of_a_setting_ends_the_program_as_a_flag_does(run_folder, capsys):
+    (run_folder / SETTINGS).write_text('{"preset": null, "batch_size": "x"}')
     with pytest.raises(SystemExit) as stop:
         settings("--out", run_folder)
     assert stop.value.code == 2 and SETTINGS in capsys.readouterr().err.replace("\n", "").replace(" ", "").replace("│", "")

@@ -41,7 +41,7 @@ def with_settings_of_run(given: PretrainSettings, arguments: list[str]) -> tuple
     """``given``, which was parsed from ``arguments``, with the settings of the run that it resumes where none are given, and
     the file that holds these; None if no run is resumed, or it has no such file.
 
-    Raises DataError if the file holds no settings; ends the program as the parser does on one that is none of this version's.
+    Raises DataError if the file holds anything but settings; ends the program as the parser does on a wrong value.
     """
     if (path := _settings_file(given)) is None:
         return given, None
@@ -49,6 +49,8 @@ def with_settings_of_run(given: PretrainSettings, arguments: list[str]) -> tuple
         kept = json.loads(path.read_text())
         if (preset := kept.pop("preset")) not in (None, *PRESETS):
             raise ValueError(f"no preset is named {preset!r}")
+        if unknown := kept.keys() - {f.name for f in fields(given)}:  # the parser has flags of its own, which write files
+            raise ValueError(f"no setting is named {', '.join(sorted(unknown))}")
         # Lists first: a flag of any number of values must not take in a preset that follows it.
         values = sorted(kept.items(), key=lambda item: not isinstance(item[1], list))
         flags = [part for name, value in values for part in _flag(name, value)]
@@ -82,4 +84,7 @@ def _flag(name: str, value: object) -> list[str]:
         return [f"--{flag}" if value else f"--no-{flag}"]
     if value is None and name != "draw_every":  # None is the default of all others
         return []
-    return [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    values = [str(v) for v in (value if isinstance(value, list) else [value])]
+    if any(v.startswith("--") for v in values):
+        raise ValueError(f"{name} must not begin with --, got {values}")
+    return [f"--{flag}", *values]

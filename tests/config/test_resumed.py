@@ -1,16 +1,17 @@
 """A command that resumes a run need not repeat the run's settings."""
 
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import tyro
 
-from fastmae import DataError, ModelConfig
+from fastmae import DataError, InputError, ModelConfig
 from fastmae.data.augment import Augment
 from fastmae.model.config import preset
 from fastmae.train.cli.main import main
-from fastmae.train.config.recipes import Recipe
+from fastmae.train.config.recipes import RECIPES, Recipe
 from fastmae.train.config.resumed import SETTINGS, with_settings_of_run, write_settings
 from fastmae.train.config.run import Run
 from fastmae.train.config.settings import PretrainSettings
@@ -56,12 +57,48 @@ def test_what_is_given_counts(run_folder):
     progressive = ((0.5, (64, 64)),)
     assert found.resolve(1) == replace(RECIPE, model=model, augment=augment, blr=1e-3, progressive=progressive)
     assert found.run() == Run(out=run_folder, **{**RUN, "batch_size": 64, "draw_every": 9, "async_save": True})
+    found = settings("--out", run_folder, "--stage", None, "--wandb", None, "--no-requeue-exit")[0].run()
+    assert (found.stage, found.wandb, found.requeue_exit) == (None, None, False)
 
 
 def test_epochs_that_are_given_replace_the_runs_steps_and_its_warm_up(run_folder):
     recipe = settings("--out", run_folder, "--epochs", 0.25)[0].resolve(1)
     assert (recipe.steps, recipe.epochs) == (None, 0.25) and recipe.warmup_epochs == pytest.approx(0.25 * 40 / 800)
     assert settings("--out", run_folder, "--steps", 50)[0].resolve(1) == replace(RECIPE, steps=50)
+    assert settings("--out", run_folder, "--epochs", 5)[0].resolve(1) == replace(RECIPE, steps=None)
+
+
+def test_a_model_of_no_presets_sizes_is_named_as_one_to_resume_from_python(tmp_path):
+    (tmp_path / "step-0000003").mkdir()
+    write_settings(replace(RECIPE, model=replace(RECIPE.model, depth=3)), Run(out=tmp_path, data="d"))
+    with pytest.raises(InputError, match=r"a model of other sizes is resumed as it was started, by fastmae.train.api"):
+        settings("--out", tmp_path)[0].resolve(1)
+
+
+def test_a_recipe_that_is_given_brings_its_epochs_and_warm_up(tmp_path):
+    (tmp_path / "step-0000003").mkdir()
+    write_settings(replace(RECIPES["reference-b"](), steps=9, warmup_epochs=1, blr=1e-3), Run(out=tmp_path, data="d"))
+    found = settings("--out", tmp_path, "--recipe", "paper-b")[0].resolve(8)
+    assert found == replace(RECIPES["paper-b"](), blr=1e-3)
+
+
+def test_a_file_from_elsewhere_allows_no_shell_command_and_names_no_folder(run_folder, tmp_path):
+    others = {"preset": "base", "data": "pipe:touch mark", "out": "elsewhere", "resume": "elsewhere", "allow_pipe": True}
+    (run_folder / SETTINGS).write_text(json.dumps(others))
+    found, _ = settings("--out", tmp_path / "other", "--resume", run_folder)
+    assert (found.allow_pipe, found.out, found.resume) == (False, tmp_path / "other", str(run_folder))
+    assert settings("--out", tmp_path / "other", "--resume", run_folder, "--allow-pipe")[0].allow_pipe
+
+
+@pytest.mark.parametrize("hostile", [{"tyro-write-completion": ["bash", "mark"]}, {"tyro_write_completion": ["bash", "mark"]},
+                                     {"progressive": ["--tyro-write-completion", "bash", "mark"]},
+                                     {"allow-pipe": True}, {"size_of_nothing": 3}])  # fmt: skip
+def test_a_file_holds_settings_and_no_other_flags(hostile, run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (run_folder / SETTINGS).write_text(json.dumps({"preset": None} | hostile))
+    with pytest.raises(DataError, match=rf"{SETTINGS}: holds no settings of a run"):
+        settings("--out", run_folder)
+    assert not Path("mark").exists()
 
 
 def test_a_folder_without_a_checkpoint_is_started_with_what_is_given(run_folder):
@@ -70,16 +107,15 @@ def test_a_folder_without_a_checkpoint_is_started_with_what_is_given(run_folder)
     assert path is None and found.resolve(1) == Recipe(model=preset("tiny", norm_pix_loss=True), effective_batch=64)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "7", "{}", '{"preset'])
+@pytest.mark.parametrize("text", ["", "[]", "7", "{}", '{"preset', '{"preset": ["base"]}', "[" * 100_000], ids=range(7))
 def test_a_file_that_holds_no_settings_is_named(text, run_folder):
     (run_folder / SETTINGS).write_text(text)
     with pytest.raises(DataError, match=f"{SETTINGS}: holds no settings of a run"):
         settings("--out", run_folder)
 
 
-@pytest.mark.parametrize("text", ['{"preset": null, "batch_size": "x"}', '{"preset": null, "size_of_nothing": 3}'])
-def test_a_value_that_is_none_of_a_setting_ends_the_program_as_a_flag_does(text, run_folder, capsys):
-    (run_folder / SETTINGS).write_text(text)
+def test_a_value_that_is_none_of_a_setting_ends_the_program_as_a_flag_does(run_folder, capsys):
+    (run_folder / SETTINGS).write_text('{"preset": null, "batch_size": "x"}')
     with pytest.raises(SystemExit) as stop:
         settings("--out", run_folder)
     assert stop.value.code == 2 and SETTINGS in capsys.readouterr().err.replace("\n", "").replace(" ", "").replace("│", "")

@@ -90,3 +90,4 @@ def test_settings_that_are_not_given_are_the_recipes(name):
 def test_switches_take_the_values_that_they_were_once_given():
     old = ["tiny", "--flip", "False", "--norm-pix-loss", "True", "--checkpointing", "--out", "True", "--no-flip"]
     assert switches(old) == ["tiny", "--no-flip", "--norm-pix-loss", "--checkpointing", "--out", "True", "--no-flip"]
+    assert switches(["--flip=False", "--checkpointing=True", "--data=a"]) == ["--no-flip", "--checkpointing", "--data=a"]

@@ -100,7 +100,10 @@ class PretrainSettings(Run):
     def run(self) -> Run:
         """The part that says where and how fast. Raises InputError without data."""
         if self.data is None:
-            raise InputError("give --data: a folder of shards, or paths or URLs of tars; only a resumed run knows its own")
+            raise InputError(
+                "give --data: a folder of shards, or paths or URLs of tars; only a run that is resumed and has a settings.json "
+                "knows its own"
+            )
         return Run(**{f.name: getattr(self, f.name) for f in fields(Run)})
 
     def resolve(self, world_size: int) -> Recipe:
@@ -121,7 +124,10 @@ class PretrainSettings(Run):
 
     def _base(self, world_size: int) -> Recipe:
         if self.preset is None and self.recipe is None:
-            raise InputError("give a preset (tiny, small, base, large, huge) or --recipe")
+            raise InputError(
+                "give a preset (tiny, small, base, large, huge) or --recipe; a run of a model of other sizes is resumed as it "
+                "was started, by fastmae.train.api"
+            )
         if self.recipe is None:
             return Recipe(model=preset_config(self.preset, norm_pix_loss=True), effective_batch=self.batch_size * world_size)
         recipe = RECIPES[self.recipe]()
@@ -154,11 +160,15 @@ class DoctorSettings(PretrainSettings):
 
 
 def switches(arguments: list[str]) -> list[str]:
-    """``arguments`` of a run with ``--flip True`` and ``--flip False``, as of old, as ``--flip`` and ``--no-flip``."""
+    """``arguments`` of a run with ``--flip True`` and ``--flip=False``, as of old, as ``--flip`` and ``--no-flip``."""
     found: list[str] = []
     for argument in arguments:
-        if found and found[-1] in ("--norm-pix-loss", "--checkpointing", "--flip") and argument in ("True", "False"):
-            found[-1] = found[-1] if argument == "True" else f"--no-{found[-1][2:]}"
+        name, is_joined, value = argument.partition("=")
+        if not is_joined and found:
+            name, value = found[-1], argument
+        if name in ("--norm-pix-loss", "--checkpointing", "--flip") and value in ("True", "False"):
+            found = found if is_joined else found[:-1]
+            found.append(name if value == "True" else f"--no-{name[2:]}")
         else:
             found.append(argument)
     return found

@@ -29,11 +29,18 @@ class SpikeDetector:
     def score(self, loss: Tensor) -> Tensor:
         """z of ``loss``, a float32 scalar on the device, which is then remembered; 0 while too few are known, or if it is not
         finite."""
-        median = self.losses.nanmedian(dim=0).values  # without a dim some versions wait for the device
-        deviation = 1.4826 * (self.losses - median).abs().nanmedian(dim=0).values + _FLOOR * median.abs()
+        median = _median(self.losses)
+        deviation = 1.4826 * _median((self.losses - median).abs()) + _FLOOR * median.abs()
         is_finite = torch.isfinite(loss)
         z = torch.where(is_finite & (self.count >= _FEWEST), (loss - median) / deviation, 0.0)
         place = (self.count % _WINDOW).view(1)
         self.losses.index_copy_(0, place, torch.where(is_finite, loss, self.losses[place][0]).view(1))
         self.count.add_(is_finite)
         return z
+
+
+def _median(x: Tensor) -> Tensor:
+    """The lower median of the numbers in ``x``, NaN if there are none. torch's ``nanmedian`` has no deterministic kernel on
+    GPUs, and without a dim some versions of it wait for the device."""
+    last = (x.isnan().logical_not().sum() - 1).clamp(min=0)
+    return x.sort().values.index_select(0, (last // 2).view(1)).squeeze(0)  # NaN is sorted last

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from fastmae.clock import LOOK, RunClock
-from fastmae.errors import InputError
+from fastmae.errors import DataError, InputError
 from fastmae.fork import SIGNALS, fork, kill, readable, reap, uninterrupted
 from fastmae.messages import receive, send
 
@@ -67,7 +67,7 @@ class WorkerPool:
     """``workers`` processes that run ``work(task, at)``, or this process itself when there are none.
 
     ``work`` is inherited, tasks and replies are pickled. ``work`` calls ``at(sample)`` before each sample, so that a death can
-    be named.
+    be named. Raises DataError if the system starts no more of them.
     """
 
     def __init__(self, work: Callable[[Any, Callable[[int], None]], Any], workers: int):
@@ -184,8 +184,12 @@ class WorkerPool:
                             os._exit(1)
                     os.close(kept)  # now the worker alone holds it
                     self._processes[end] = pid
-        except BaseException:  # an interrupt, or no memory for a fork
+        except BaseException as error:  # an interrupt, or a limit on processes, memory or open files
             self.close()
+            if isinstance(error, OSError):
+                raise DataError(
+                    f"{self._count} worker processes cannot be started, {error.strerror}; use fewer --workers"
+                ) from error
             raise
         finally:
             tasks.close()

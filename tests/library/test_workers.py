@@ -149,6 +149,22 @@ def test_signals_to_the_process_group_leave_workers_at_work(number):
     assert len(replies) == 50 and not deaths
 
 
+def test_workers_that_cannot_be_started_are_one_error_and_leave_none(monkeypatch):
+    pids = []
+
+    def limited():
+        if len(pids) == 2:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        pids.append(fork())
+        return pids[-1]
+
+    monkeypatch.setattr("fastmae.workers.fork", limited)
+    message = "^3 worker processes cannot be started, Resource temporarily unavailable; use fewer --workers$"
+    with pytest.raises(DataError, match=message):
+        WorkerPool(double, 3)
+    assert not any(is_alive(pid) for pid in pids)
+
+
 def test_workers_end_when_their_parent_is_killed():
     code = """
 import os, sys, time

@@ -9,10 +9,9 @@ import contextlib
 import itertools
 import mmap
 import os
-import pickle
 import signal
 import socket
-import sys
+import time
 import traceback
 import weakref
 from collections import deque
@@ -23,14 +22,14 @@ import numpy as np
 import torch
 
 from fastmae.clock import LOOK, RunClock
-from fastmae.errors import InputError
-from fastmae.files import anonymous_file
+from fastmae.errors import DataError, InputError
 from fastmae.fork import SIGNALS, fork, kill, readable, reap, uninterrupted
+from fastmae.messages import receive, send
 
 MAX_DEATHS = 3  # workers that may die while one result is waited for
 MAX_CRASHES = 2  # of a worker at one sample, which is to blame then
-_IN_FLIGHT = 128  # tasks in the sockets, whose buffers hold some 160 messages of the following size: no send ever waits
-_INLINE = 512  # bytes; a larger message is sent as the handle of an anonymous file
+_BUFFER = 1 << 20  # bytes asked for of a socket's buffer; systems grant a part of it, room for some hundred messages
+_RETRY = 0.01  # seconds until a worker tries again to send
 _LOOK = 2.0  # seconds between a worker's looks at whether its parent is still there
 
 
@@ -68,7 +67,7 @@ class WorkerPool:
     """``workers`` processes that run ``work(task, at)``, or this process itself when there are none.
 
     ``work`` is inherited, tasks and replies are pickled. ``work`` calls ``at(sample)`` before each sample, so that a death can
-    be named.
+    be named. Raises DataError if the system starts no more of them.
     """
 
     def __init__(self, work: Callable[[Any, Callable[[int], None]], Any], workers: int):
@@ -76,7 +75,6 @@ class WorkerPool:
         self._numbers = itertools.count()
         self._waiting: deque[int] = deque()
         self._open: dict[int, Any] = {}  # in the order of submission
-        self._in_flight = 0
         self._at = np.frombuffer(mmap.mmap(-1, 8 * max(workers, 1)), np.int64)
         # A pipe that ends with a process -> its pid, in the order of the workers.
         self._processes: dict[int, int] = {}
@@ -133,21 +131,21 @@ class WorkerPool:
         return list(zip(self.pids, self._at.tolist(), strict=False))
 
     def _hand_out(self) -> None:
-        while self._processes and self._waiting and self._in_flight < _IN_FLIGHT:
+        """Send tasks until the socket is full; never wait for a worker, which may wait to send a result itself."""
+        while self._processes and self._waiting:
             number = self._waiting[0]
             try:
-                _send(self._tasks, (number, self._open[number]))
+                if not send(self._tasks, (number, self._open[number]), socket.MSG_DONTWAIT):
+                    return
             except ConnectionError:  # no worker is left; ``collect`` finds that
                 return
             self._waiting.popleft()
-            self._in_flight += 1
 
     def _drain(self) -> list[Done]:
         done = []
         with contextlib.suppress(BlockingIOError):
-            while message := _receive(self._results, socket.MSG_DONTWAIT):  # none when no worker is left
+            while message := receive(self._results, socket.MSG_DONTWAIT):  # none when no worker is left
                 number, *result = message
-                self._in_flight -= 1
                 done.append(Done(self._open.pop(number), *result))
         return done
 
@@ -168,7 +166,8 @@ class WorkerPool:
         self._tasks, tasks = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._results, results = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sockets += (self._tasks, self._results)
-        self._in_flight = 0
+        for end in (self._tasks, results):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         self._at[:] = -1
         parent = os.getpid()
         try:
@@ -185,8 +184,12 @@ class WorkerPool:
                             os._exit(1)
                     os.close(kept)  # now the worker alone holds it
                     self._processes[end] = pid
-        except BaseException:  # an interrupt, or no memory for a fork
+        except BaseException as error:  # an interrupt, or a limit on processes, memory or open files
             self.close()
+            if isinstance(error, OSError):
+                raise DataError(
+                    f"{self._count} worker processes cannot be started, {error.strerror}; use fewer --workers"
+                ) from error
             raise
         finally:
             tasks.close()
@@ -205,9 +208,11 @@ class WorkerPool:
         torch.set_num_threads(1)
         _close(self._sockets)
         with contextlib.suppress(ConnectionError):  # the parent is gone
-            while message := _receive(tasks):
+            while message := receive(tasks):
                 number, task = message
-                _send(results, (number, *self._run(task, worker)))
+                reply = number, *self._run(task, worker)
+                while not send(results, reply):
+                    time.sleep(_RETRY)
         os._exit(0)
 
     def _end_all(self, dead: set[int]) -> list[Death]:
@@ -215,27 +220,6 @@ class WorkerPool:
         codes = [(pid, reap(pid, 0 if end in dead else os.WNOHANG)) for end, pid in self._processes.items()]
         _kill(self._processes, [pid for pid, code in codes if code is None])
         return [Death(i, pid, -code, int(self._at[i])) for i, (pid, code) in enumerate(codes) if code is not None]
-
-
-def _send(end: socket.socket, message: tuple) -> None:
-    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-    if len(data) <= _INLINE:
-        end.send(data)
-        return
-    with os.fdopen(anonymous_file("fastmae-message"), "wb") as file:
-        file.write(data)
-        file.flush()
-        socket.send_fds(end, [b"\0"], [file.fileno()])
-
-
-def _receive(end: socket.socket, flags: int = 0) -> tuple | None:
-    """The next message, None if the other side is gone. Raises BlockingIOError with MSG_DONTWAIT if there is none yet."""
-    data, files, *_ = end.recvmsg(_INLINE, socket.CMSG_LEN(4), flags | socket.MSG_CMSG_CLOEXEC)  # recv_fds ignores flags
-    for _, _, handle in files:
-        with os.fdopen(int.from_bytes(handle, sys.byteorder), "rb") as file:
-            file.seek(0)
-            return pickle.load(file)
-    return pickle.loads(data) if data else None
 
 
 def _end(owner: int, processes: dict[int, int], sockets: list[socket.socket]) -> None:

@@ -88,9 +88,8 @@ class PageLocks:
         if code == 0:
             weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
         else:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # the error would otherwise be that of the next kernel, whose check clears it
+            # The error would otherwise be that of the next kernel, whose check clears it.
+            with contextlib.suppress(RuntimeError):
                 torch.ones(1, device=self.device) + 1
             size = memory.numel() >> 20
             warnings.warn(f"{size} MiB cannot be page-locked (CUDA error {code}), so copies to the GPU wait", stacklevel=2)

@@ -89,11 +89,12 @@ def hold_plan(out: Path, settings: dict, listing: Listing) -> Iterator[Plan]:
     Raises InputError if the folder holds shards but no unfinished build, or one of other settings or images, or if another
     process is building there.
     """
-    _refuse_shards(out)
+    if not (out / UNFINISHED).exists():
+        _refuse_shards(out)
     with _locked(out):
         plan = Plan(out)
         try:
-            _refuse_shards(out)  # the process that held the lock before may have finished
+            _refuse_shards(out)  # the process that held the lock before may have finished, or may have been killed just here
         except InputError:
             plan.remove()
             raise

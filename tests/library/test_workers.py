@@ -4,6 +4,7 @@ import faulthandler
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fastmae import DataError
+from fastmae.fork import fork, reap
 from fastmae.workers import WorkerPool
 from tests.support.processes import is_alive, wait_until
 
@@ -121,6 +123,21 @@ def test_large_messages_arrive_both_ways_and_leave_no_handle_open():
     assert sorted(replies) == sorted((text, text[::-1], None) for text in texts)
 
 
+def test_more_large_messages_than_a_user_may_have_on_their_way_arrive():
+    pid = fork()
+    if pid == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+            if os.getuid() == 0:  # whom this limit does not bind
+                os.setuid(65534)
+            pool = WorkerPool(lambda task, at: task[0][::-1], 2)
+            replies, _ = run(pool, [bytes([i]) + bytes(1000) for i in range(250)])
+            os._exit(0 if len({reply for _, reply in replies}) == 250 else 1)
+        finally:
+            os._exit(2)
+    assert reap(pid, 0) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals_to_the_process_group_leave_workers_at_work(number):
     pool = WorkerPool(slowly, 2)
@@ -132,9 +149,26 @@ def test_signals_to_the_process_group_leave_workers_at_work(number):
     assert len(replies) == 50 and not deaths
 
 
+def test_workers_that_cannot_be_started_are_one_error_and_leave_none(monkeypatch):
+    pids = []
+
+    def limited():
+        if len(pids) == 2:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        pids.append(fork())
+        return pids[-1]
+
+    monkeypatch.setattr("fastmae.workers.fork", limited)
+    message = "^3 worker processes cannot be started, Resource temporarily unavailable; use fewer --workers$"
+    with pytest.raises(DataError, match=message):
+        WorkerPool(double, 3)
+    assert not any(is_alive(pid) for pid in pids)
+
+
 def test_workers_end_when_their_parent_is_killed():
     code = """
 import os, sys, time
+from fastmae.fork import fork, reap
 from fastmae.workers import WorkerPool
 pool = WorkerPool(lambda task, at: time.sleep(0.05), 3)
 for i in range(1000):

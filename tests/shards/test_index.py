@@ -107,7 +107,8 @@ def load_all(folder: Path) -> bool:
     try:
         index = Index.load(folder)
     except DataError as error:
-        assert re.match(rf"({re.escape(str(folder))}|/etc/passwd).*: ", str(error), re.DOTALL)
+        # A shard's name may be an absolute path of few letters, such as "/".
+        assert re.match(rf"({re.escape(str(folder))}.*|/etc/passwd|/.{{0,4}}): ", str(error), re.DOTALL)
         return False
     reader = ShardReader(index)
     for i in range(len(index)):

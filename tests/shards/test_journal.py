@@ -189,6 +189,13 @@ def test_shards_without_a_plan_or_with_an_index_are_refused(source, complete, tm
     assert not (tmp_path / "complete" / UNFINISHED).exists()
 
 
+def test_a_refused_build_that_was_killed_leaves_no_shards_that_seem_unfinished(source, complete, tmp_path):
+    (tmp_path / "complete" / UNFINISHED).mkdir()  # and was killed before it looked at the shards
+    with pytest.raises(InputError, match="holds shards already"):
+        build(source, tmp_path / "complete")
+    assert not (tmp_path / "complete" / UNFINISHED).exists() and contents(tmp_path / "complete") == complete
+
+
 def test_two_builds_into_one_folder_are_refused_and_the_first_is_unharmed(source, complete, tmp_path):
     out, refused = tmp_path / "out", []
 

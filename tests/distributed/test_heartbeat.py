@@ -125,7 +125,7 @@ def test_stacks_are_asked_of_all(three):
 def test_time_in_which_all_were_suspended_does_not_count(three, monkeypatch):
     later = 0.0
     monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + later))
-    monkeypatch.setattr(clock, "_MOST", TIMEOUT / 2)
+    monkeypatch.setattr(clock, "_MAX_INTERVAL", TIMEOUT / 2)
     later = 1000.0  # every deadline has passed
     assert [each.lost(TIMEOUT) for each in three] == [None] * 3
     silence(three[1])

@@ -267,7 +267,7 @@ def test_a_process_that_comes_once_the_run_goes_waits_for_the_next_start(reports
 
 def test_torchruns_store_leads_to_rank_0_of_this_start(reports, monkeypatch):
     """What an earlier start has left there is a port where nobody listens, or by now somebody else."""
-    monkeypatch.setattr(store, "_SETTLES", 0.3)
+    monkeypatch.setattr(store, "_FIRST_KEY", 0.3)
     options = {"is_master": True, "timeout": timedelta(seconds=5), "wait_for_workers": False}
     agents, others = (dist.TCPStore(HOST, 0, **options) for _ in range(2))
     start = Start(2, port=agents.port, has_agent_store=True)

@@ -4,6 +4,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from fastmae.train.report.charts import BINS, Chart, bins
 
@@ -88,3 +89,12 @@ def test_any_values_are_drawn(points, from_zero):
 def test_thousands_of_points_make_a_small_chart():
     points = [(float(x), np.sin(x / 1000) + 2 + x % 2) for x in range(50_000)]
     assert len(chart(points).draw()) < 100_000
+
+
+@pytest.mark.parametrize("last", [2000.0, 1_000_000.0])
+def test_labels_lie_inside_the_picture(last, monkeypatch):
+    boxes = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: boxes.append((figure.get_tightbbox(), figure.bbox_inches)))
+    chart([(1.0, 1e-5), (last, 3e-5)]).draw()
+    ((drawn_on, page),) = boxes
+    assert drawn_on.x0 >= 0 and drawn_on.y0 >= 0 and drawn_on.x1 <= page.x1 and drawn_on.y1 <= page.y1

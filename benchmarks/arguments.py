@@ -8,7 +8,7 @@ from pathlib import Path
 from fastmae.benchmarks.scaling.cluster import Cluster, explained
 from fastmae.cores import usable_cores
 from fastmae.errors import InputError
-from fastmae.train.config.run import COMPILE
+from fastmae.train.config.modes import COMPILE
 
 MODELS = ("tiny", "small", "base", "large", "huge")
 _REFERENCE_MODELS = MODELS[2:]

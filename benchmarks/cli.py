@@ -20,7 +20,7 @@ from fastmae.benchmarks.scaling.cluster import Cluster
 from fastmae.errors import InputError
 from fastmae.train import console
 from fastmae.train.cli.interrupt import end, interrupts
-from fastmae.train.cli.main import check_kernels
+from fastmae.train.config.modes import check_kernels
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastmae.errors import InputError
 from fastmae.model.config import ModelConfig
 from fastmae.model.mae import MAE
-from fastmae.train.config.run import PARALLEL, REDUCE
+from fastmae.train.config.modes import PARALLEL, REDUCE
 
 _VOTES = 2  # flags of ``World.any`` before a step: has a process failed, has one been asked to stop
 

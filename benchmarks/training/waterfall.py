@@ -90,6 +90,9 @@ def measure_waterfall(model: str, batch: int | None, device: torch.device, round
     began, longest = time.monotonic(), 0.0
     rows, notes = [{"switch": "fastmae", "adds": False, "speed": 1.0}], []
     switches = [s for s in SWITCHES if device.type in s.devices and (not only or any(w in s.name for w in only))]
+    if not switches:
+        known = "; ".join(s.name for s in SWITCHES if device.type in s.devices)
+        raise InputError(f"only must be a part of a switch's name on {device.type} ({known}), got {', '.join(only)}")
     losses: dict[str, tuple[float, float]] = {}
     with Worker(partial(fastmae_contender, workload), device) as plain:
         groups = [switches[i : i + together] for i in range(0, len(switches), together)]

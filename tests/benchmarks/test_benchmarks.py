@@ -23,6 +23,7 @@ from fastmae.model import linear
 from fastmae.model.config import preset
 
 CPU = torch.device("cpu")
+ON_CPU = "; ".join(s.name for s in waterfall.SWITCHES if "cpu" in s.devices)
 
 
 def workload(**more):
@@ -226,6 +227,10 @@ def test_the_last_line_is_one_json_document(capsys, tmp_path):
         (["step", "--models", "giant"], "model must be one of tiny, small, base, large, huge, got 'giant'"),
         (["step", "--models", "tiny", "--reference", "/nowhere"], "model must be one of base, large, huge, got 'tiny'"),
         (["waterfall", "--model", "giant"], "model must be one of tiny, small, base, large, huge, got 'giant'"),
+        (
+            ["waterfall", "--device", "cpu", "--only", "a b"],
+            f"only must be a part of a switch's name on cpu ({ON_CPU}), got a b",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, message, capsys):

@@ -71,6 +71,18 @@ print("done")"""
     assert python(code) == "done"
 
 
+def test_benchmarks_need_torch_triton_and_numpy_only():
+    """`make gpu` installs nothing. Those that read data need its packages."""
+    packages = ("tyro", "tqdm", "PIL", "matplotlib", "jinja2", "safetensors", "simplejpeg", "webdataset", "xxhash")
+    modules = ("cli", "training.step", "training.worker", "training.waterfall", "training.gradients", "kernels.speed",
+               "kernels.attention", "kernels.resources", "scaling.model", "scaling.page")  # fmt: skip
+    code = f"""import importlib, sys
+sys.modules.update(dict.fromkeys({packages}))
+for name in {modules}: importlib.import_module(f"fastmae.benchmarks.{{name}}")
+print("done")"""
+    assert python(code) == "done"
+
+
 def test_a_wrong_choice_of_kernels_is_one_line_of_benchmarks_too():
     command = [sys.executable, "-m", "fastmae.benchmarks", "readme"]
     done = subprocess.run(command, env={**os.environ, "FASTMAE_KERNELS": "cuda"}, capture_output=True, text=True, check=False)

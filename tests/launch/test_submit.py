@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from fastmae.train.config.resumed import write_settings
+from fastmae.train.config.run import Run
+from fastmae.train.config.settings import PretrainSettings
 from fastmae.train.launch import submit
 from tests.support.runs import FLAGS, finish, losses
 from tests.support.slurm import children_of, options_of, wait_for_a_step
@@ -37,6 +40,16 @@ def test_wrong_flags_are_refused_before_they_wait_in_a_queue(tmp_path, capsys, a
     assert submit.main(["--folder", str(tmp_path / "jobs"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "jobs").exists()
+
+
+def test_a_run_that_is_resumed_knows_its_own_settings_here_too(tmp_path, capsys):
+    pytest.importorskip("submitit", reason="needs the extra `submitit`")
+    (tmp_path / "run" / "step-0000001").mkdir(parents=True)
+    recipe = PretrainSettings(preset="tiny", out=tmp_path / "run").resolve(world_size=8)
+    write_settings(recipe, Run(data="shards", out=tmp_path / "run"))
+    flags = ["--cluster", "local", "--", "--out", str(tmp_path / "run"), "--mask-ratio", "2"]  # the one that is wrong
+    assert submit.main(["--folder", str(tmp_path / "jobs"), *flags]) == 2
+    assert "mask" in capsys.readouterr().err
 
 
 def test_submitit_asks_slurm_for_the_same_as_the_example(cluster, shard_folder):

@@ -4,6 +4,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from fastmae.train.report.charts import BINS, Chart, bins
 
@@ -88,3 +89,17 @@ def test_any_values_are_drawn(points, from_zero):
 def test_thousands_of_points_make_a_small_chart():
     points = [(float(x), np.sin(x / 1000) + 2 + x % 2) for x in range(50_000)]
     assert len(chart(points).draw()) < 100_000
+
+
+@pytest.mark.parametrize("last", [2000.0, 1_000_000.0])
+def test_labels_lie_inside_the_picture(last, monkeypatch):
+    outside = []
+
+    def measure(figure, *_, **__):
+        for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+            box, page = axis.get_tightbbox(), figure.bbox
+            outside.append((box.x0 < page.x0, box.y0 < page.y0, box.x1 > page.x1, box.y1 > page.y1))
+
+    monkeypatch.setattr(Figure, "savefig", measure)
+    chart([(1.0, 1e-5), (last, 3e-5)]).draw()
+    assert outside == [(False,) * 4] * 2

@@ -105,7 +105,8 @@ def test_what_is_no_finite_number_is_none(tmp_path):
 
 
 def test_lines_that_are_no_records_are_counted(tmp_path):
-    damaged = ["[1, 2]", "7", '{"loss": 1}', '{"step": -3}', '{"step": "x"}', '{"event": 4}', "[" * 90000, "\0"]
+    deep = [f'{{"event": "replaced", "sample": {"[" * n}{"]" * n}}}' for n in (200, 500, 900)]  # json reads them
+    damaged = ["[1, 2]", "7", '{"loss": 1}', '{"step": -3}', '{"step": "x"}', '{"event": 4}', "[" * 90000, "\0", *deep]
     history = read_history(write(tmp_path, measured(1), *(f"{line}\n" for line in damaged), "\n", "  \n"))
     assert steps(history) == [1] and history.unreadable == len(damaged)
 
@@ -126,7 +127,7 @@ def test_settings_are_flat_and_their_changes_are_named(tmp_path):
 
 @pytest.mark.parametrize("schema", [None, 0, 2, "1"])
 def test_another_schema_is_named(schema, tmp_path):
-    with pytest.raises(DataError, match=rf"metrics\.jsonl: schema must be 1, got {schema}; use the fastmae version"):
+    with pytest.raises(DataError, match=rf"metrics\.jsonl: schema must be 1, got {schema!r}; use the fastmae version"):
         read_history(write(tmp_path, start(), measured(10), start(10, 20.0, schema=schema)))
 
 

@@ -21,6 +21,7 @@ from fastmae.train import console
 from fastmae.train.cli.interrupt import end, interrupts
 from fastmae.train.cli.runs import doctor, of_resumed_run, pretrain
 from fastmae.train.cli.shards import Images, build, index, info, verify
+from fastmae.train.config.modes import check_kernels
 from fastmae.train.config.run import optional
 from fastmae.train.config.settings import switches
 
@@ -184,16 +185,6 @@ def _run_one(commands: dict[str, Callable], prog: str, description: str, argumen
     """Parse ``arguments``, and run the one of ``commands`` that they name; return its exit code, 0 if it has none."""
     checked = {name: _checked(command) for name, command in commands.items()}
     return tyro.extras.subcommand_cli_from_dict(checked, prog=prog, description=description, args=arguments) or 0
-
-
-def check_kernels() -> None:
-    """Raise InputError on a wrong ``FASTMAE_KERNELS`` before any work is done."""
-    from fastmae.kernels import dispatch  # and torch, without which this file can be read
-
-    try:
-        dispatch.mode()
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def _checked(command: Callable) -> Callable:

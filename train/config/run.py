@@ -2,18 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import tyro
 
 from fastmae.errors import InputError
 from fastmae.files import open_home
-
-Compile = Literal["auto", "off", "blocks", "model"]
-Parallel = Literal["ddp", "fsdp", "hsdp"]
-Reduce = Literal["fp32", "bf16"]
-Precision = Literal["auto", "bf16", "fp16", "fp32"]
-COMPILE, PARALLEL, REDUCE, PRECISION = map(get_args, (Compile, Parallel, Reduce, Precision))
+from fastmae.train.config.modes import COMPILE, PARALLEL, PRECISION, REDUCE, Compile, Parallel, Precision, Reduce
 
 
 def optional(kind: type, metavar: str, default: str) -> type:

@@ -17,6 +17,7 @@ import tyro
 from fastmae.errors import InputError, RequeueError
 from fastmae.optional import require
 from fastmae.train.cli.main import main as fastmae_main
+from fastmae.train.config.resumed import with_settings_of_run
 from fastmae.train.config.run import optional
 from fastmae.train.config.settings import PretrainSettings, switches
 
@@ -96,7 +97,9 @@ def submit(submission: Submission, flags: list[str]):
     """Submit the run; return submitit's job. Raises InputError on flags that cannot be right, before they are queued."""
     submitit = require("submitit", "submitting jobs", "'fastmae[submitit]'")
     _check(submission)
-    settings = tyro.cli(tyro.conf.OmitArgPrefixes[PretrainSettings], prog="fastmae pretrain", args=switches(flags))
+    flags = switches(flags)
+    settings = tyro.cli(tyro.conf.OmitArgPrefixes[PretrainSettings], prog="fastmae pretrain", args=flags)
+    settings, _ = with_settings_of_run(settings, flags)
     settings.run()
     settings.resolve(world_size=submission.nodes * submission.tasks)
     executor = submitit.AutoExecutor(

@@ -64,8 +64,9 @@ class Chart:
         figures, styles = (require(f"matplotlib.{part}", "`fastmae report`") for part in ("figure", "style"))
         with styles.context(["default", _STYLE]):
             figure = figures.Figure(figsize=_WIDE if self.name == "loss" else _SIZE)
-            width, height = figure.get_size_inches()  # margins are the same in all charts: 0.75 inches for labels of values
-            figure.subplots_adjust(0.75 / width, 0.45 / height, 1 - 0.15 / width, 1 - 0.2 / height)
+            # Margins are the same in all charts: 0.75 inches for labels of values, 0.35 for half of the last label below.
+            width, height = figure.get_size_inches()
+            figure.subplots_adjust(0.75 / width, 0.45 / height, 1 - 0.35 / width, 1 - 0.2 / height)
             self._plot(figure.subplots())
             file = io.StringIO()
             figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})

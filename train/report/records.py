@@ -13,6 +13,7 @@ from fastmae.train.pretrain.log import METRICS, METRICS_SCHEMA
 from fastmae.train.units import number
 
 MOST = 1e12  # steps, or seconds since 1970; a greater number is neither
+_DEEPEST = 100  # levels of lists and objects in a record; a run's settings have five
 _RECORD = re.compile(r'\{"(?:event|step)"')
 
 
@@ -39,7 +40,7 @@ def read_records(run: Path) -> tuple[list[dict], int]:
         raise DataError(f"{path}: none of its {len(records)} lines is a record of a run; it is damaged or another file")
     for record in found:
         if record.get("event") == "start" and (schema := record.get("schema")) != METRICS_SCHEMA:
-            raise DataError(f"{path}: schema must be {METRICS_SCHEMA}, got {schema}; use the fastmae version that wrote it")
+            raise DataError(f"{path}: schema must be {METRICS_SCHEMA}, got {schema!r}; use the fastmae version that wrote it")
     return found, len(records) - len(found)
 
 
@@ -59,9 +60,17 @@ def _parse(text: str) -> dict | None:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or not isinstance(found.get("event", ""), str):
+    if not isinstance(found, dict) or not isinstance(found.get("event", ""), str) or _depth(found) > _DEEPEST:
         return None
     step, when = number(found.get("step")), number(found.get("time"))
     found["step"] = step = int(step) if step is not None and 0 <= step < MOST else None
     found["time"] = when if when is not None and 0 <= when < MOST else None
     return found if "event" in found or step is not None else None
+
+
+def _depth(value: object) -> int:
+    """Levels of lists and objects; counted without recursion, which would end at a thousand."""
+    level, depth = [value], 0
+    while level := [c for c in level if isinstance(c, dict | list)]:
+        level, depth = [v for c in level for v in (c.values() if isinstance(c, dict) else c)], depth + 1
+    return depth

@@ -53,7 +53,7 @@ class MaskedLoss:
 
 
 def compiled(module: LossModule, how: str, processes: int = 1) -> nn.Module:
-    """``module``, compiled as ``how``, one of ``run.COMPILE``, for a run of so many ranks.
+    """``module``, compiled as ``how``, one of ``modes.COMPILE``, for a run of so many ranks.
 
     ``model``: one graph of the whole loss, so that work fuses across blocks. ``blocks``: one small graph that all blocks of
     a kind share, compiled in seconds. ``auto``: ``off`` on CPUs, where torch's own kernels are faster; on GPUs ``model``, or

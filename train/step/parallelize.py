@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmae.errors import InputError
-from fastmae.train.config.run import PARALLEL, REDUCE
+from fastmae.train.config.modes import PARALLEL, REDUCE
 from fastmae.train.distributed.world import World
 from fastmae.train.step.loss_module import LossModule, compiled
 

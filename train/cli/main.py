@@ -58,7 +58,7 @@ def reconstruct(
 
 
 def report(run: Run, out: optional(Path, "PATH", "RUN/report.html") = None) -> None:
-    """Write one self-contained HTML page about a run: curves, reconstructions, restarts, faults, settings.
+    """Write one self-contained HTML page about a run: curves, reconstructions, restarts, errors, settings.
 
     Args:
         run: A run's folder.
@@ -183,6 +183,11 @@ def _run_shards(arguments: list[str]) -> None:
 def _run_one(commands: dict[str, Callable], prog: str, description: str, arguments: list[str]) -> int:
     """Parse ``arguments``, and run the one of ``commands`` that they name; return its exit code, 0 if it has none."""
     checked = {name: _checked(command) for name, command in commands.items()}
+    name = next(iter(arguments), "-")
+    if name in checked:  # parsed alone: an error then suggests no other command's settings
+        return tyro.cli(checked[name], prog=f"{prog} {name}", args=arguments[1:]) or 0
+    if not name.startswith("-"):
+        raise InputError(f"no such command: {prog} {name}; the commands are {', '.join(commands)}")
     return tyro.extras.subcommand_cli_from_dict(checked, prog=prog, description=description, args=arguments) or 0
 
 

@@ -126,7 +126,7 @@ BAD = [  # the command, what its one line must say
     (["reconstruct", "{encoder}", "{images}"], "holds an encoder only, and pixels need the decoder too"),
     (["reconstruct", "{garbage}", "{images}"], "holds more than tensors; nothing in it was run (Unsupported operand 103)"),
     (["reconstruct", "{empty}", "{images}"], "no complete checkpoint in this folder"),
-    (["reconstruct", "{root}/nowhere.pth", "{images}"], "no such file"),
+    (["reconstruct", "{root}/nowhere", "{images}"], "nowhere: no such file or folder; give a run"),
     (["reconstruct", "{full}", "{page}"], "page.jpg: cannot be read as an image"),
     (["reconstruct", "{full}", "{dangling}"], "gone.jpg: cannot be read as an image"),
     (["reconstruct", "{full}", "{empty}"], "no images"),

@@ -238,7 +238,9 @@ def _read_pth(path: Path) -> Weights:
         with torch.serialization.safe_globals([argparse.Namespace]):
             document = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        text = re.sub(r"(?s)^Weights only load failed.*?(WeightsUnpickler error: |(?=Trying to load))", "", str(error))
+        reason = text.strip().partition("\n")[0].partition(". ")[0]  # without torch's advice to run the file
+        reason = reason or type(error).__name__
         raise DataError(f"{path}: damaged, or holds more than tensors; nothing in it was run ({reason})") from error
     tensors = document.get("model", document) if isinstance(document, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):

@@ -63,7 +63,9 @@ def test_a_wide_range_of_positive_values_is_drawn_logarithmically():
 def test_a_value_that_is_none_breaks_the_line_and_is_counted():
     one = chart([(0, 1.0), (1, 1.0), (2, None), (3, 2.0), (4, 2.0), (5, None), (6, 1.0), (7, 1.0)])
     assert len(line_of(ElementTree.fromstring(one.draw()))) == 3
-    assert one.missing == 2 and one.description == "last 1 at 7; lowest 1 at 0; highest 2 at 3; 2 of 8 not finite"
+    assert (
+        one.missing == 2 and one.description == "last 1 at step 7; lowest 1 at step 0; highest 2 at step 3; 2 of 8 not finite"
+    )
 
 
 def test_only_the_newest_of_many_restarts_are_drawn():

@@ -85,15 +85,15 @@ def test_the_head_says_how_the_run_stands(rich_run):
         assert said in words, said
 
 
-def test_restarts_faults_and_checkpoints_are_told(rich_run):
+def test_restarts_errors_and_checkpoints_are_listed(rich_run):
     page = page_of(rich_run)
     told = {name: html.unescape(re.sub(r"<[^>]+>+", " ", section(page, name))) for name in
-            ("restarts", "faults", "checkpoints", "configuration")}  # fmt: skip
+            ("restarts", "errors", "checkpoints", "configuration")}  # fmt: skip
     assert "2 restarts; at least 20 steps repeated (3 min), 2 measurements discarded" in told["restarts"]
     assert "killed, or crashed" in told["restarts"] and "stopped: SIGTERM" in told["restarts"]
     assert "step-0000200" in told["restarts"] and "step-0000300" in told["restarts"]
-    assert "30 replaced samples, 3 skipped updates, 1 loss spike, 1 dead worker." in told["faults"]
-    assert "10 more not shown." in told["faults"]
+    assert "30 replaced samples, 3 skipped updates, 1 loss spike, 1 dead worker." in told["errors"]
+    assert "10 more not shown." in told["errors"]
     assert "1 saved, in 3.5 s on average; 1 failed" in told["checkpoints"] and "2 GiB" in told["checkpoints"]
     changed = " ".join(told["configuration"].split())
     assert "2 run: workers 4 2 3 run: workers 2 4" in changed and "augment.scale 0.2, 1" in changed
@@ -267,7 +267,7 @@ def test_a_browser_shows_the_page_at_any_width(rich_run, tmp_path, browse, schem
     assert console == []
     for width, found in zip((400, 1400), json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom)[1])), strict=True):
         assert found["width"] == width and found["needed"] <= width  # nothing but tables scrolls sideways, inside the page
-        assert found["headings"] == ["Curves", "Reconstructions", "Restarts", "Faults", "Checkpoints", "Configuration"]
+        assert found["headings"] == ["Curves", "Reconstructions", "Restarts", "Errors", "Checkpoints", "Configuration"]
         assert len(found["curves"]) == 7 and all(natural > 500 and shown > 400 for natural, shown in found["curves"])
         assert len(found["images"]) == 6 and all(complete and size == 96 for complete, size in found["images"])
         assert found["fetched"] == [] and found["scripts"] == 0

@@ -19,7 +19,7 @@ from fastmae.errors import CheckpointError, DivergedError, InputError, LostProce
 from fastmae.files import open_home
 from fastmae.train import console
 from fastmae.train.cli.interrupt import end, interrupts
-from fastmae.train.cli.runs import doctor, of_resumed_run, pretrain
+from fastmae.train.cli.pretrain import doctor, of_resumed_run, pretrain
 from fastmae.train.cli.shards import Images, build, index, info, verify
 from fastmae.train.config.modes import check_kernels
 from fastmae.train.config.run import optional
@@ -59,7 +59,7 @@ def reconstruct(
 
 
 def report(run: Run, out: optional(Path, "PATH", "RUN/report.html") = None) -> None:
-    """Write one self-contained HTML page about a run: curves, reconstructions, restarts, faults, settings.
+    """Write one self-contained HTML page about a run: curves, reconstructions, restarts, errors, settings.
 
     Args:
         run: A run's folder.
@@ -184,6 +184,11 @@ def _run_shards(arguments: list[str]) -> None:
 def _run_one(commands: dict[str, Callable], prog: str, description: str, arguments: list[str]) -> int:
     """Parse ``arguments``, and run the one of ``commands`` that they name; return its exit code, 0 if it has none."""
     checked = {name: _checked(command) for name, command in commands.items()}
+    name = next(iter(arguments), "-")
+    if name in checked:  # parsed alone: an error then suggests no other command's settings
+        return tyro.cli(checked[name], prog=f"{prog} {name}", args=arguments[1:]) or 0
+    if not name.startswith("-"):
+        raise InputError(f"no such command: {prog} {name}; the commands are {', '.join(commands)}")
     return tyro.extras.subcommand_cli_from_dict(checked, prog=prog, description=description, args=arguments) or 0
 
 

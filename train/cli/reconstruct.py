@@ -77,6 +77,10 @@ def _encode(picture: Image.Image, kind: str, refusal: str) -> bytes:
 
 def weights_file(checkpoint: Path) -> Path:
     """The weights of ``checkpoint``: the file itself, or the one in the folder of a checkpoint or a run."""
+    if not checkpoint.exists():
+        raise DataError(
+            f"{checkpoint}: no such file or folder; give a run, one of its checkpoints, or a .safetensors or .pth file"
+        )
     if not checkpoint.is_dir():
         return checkpoint
     if (checkpoint / MODEL).is_file():

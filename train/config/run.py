@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from fastmae.errors import InputError
 from fastmae.files import open_home
@@ -13,7 +14,20 @@ from fastmae.train.config.modes import COMPILE, PARALLEL, PRECISION, REDUCE, Com
 
 def optional(kind: type, metavar: str, default: str) -> type:
     """``kind`` or None, where ``--help`` shows ``default``: what None stands for."""
-    return Annotated[kind | None, tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")]
+    shown = tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+    return Annotated[(kind | None, shown, *([one_of(get_args(kind))] if get_origin(kind) is Literal else []))]
+
+
+def one_of(choices: tuple[str, ...]) -> PrimitiveConstructorSpec:
+    """How one of ``choices``, or None if none is given, is parsed. Tyro's own way lists None as a choice, in no fixed order."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(choices)}}}",
+        instance_from_str=lambda given: given[0],
+        is_instance=lambda value: value is None or value in choices,
+        str_from_instance=lambda value: [str(value)],
+        choices=choices,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,13 @@ from fastmae.errors import InputError
 from fastmae.model.config import BACKENDS, PRESETS, ModelConfig
 from fastmae.model.config import preset as preset_config
 from fastmae.train.config.recipes import RECIPES, Recipe
-from fastmae.train.config.run import Run, optional
+from fastmae.train.config.run import Run, one_of, optional
 
 _PRESET = Annotated[
     Literal[*PRESETS] | None,
     tyro.conf.Positional,
-    tyro.conf.arg(metavar="[PRESET]", help_behavior_hint="(required without --recipe, unless a run is resumed)"),
+    one_of(tuple(PRESETS)),
+    tyro.conf.arg(name="preset", metavar="[PRESET]", help_behavior_hint="(required without --recipe, unless a run is resumed)"),
 ]
 _RECIPES = {name: Recipe(model=preset_config(name, norm_pix_loss=True)) for name in PRESETS}
 _RECIPES |= {name: make() for name, make in RECIPES.items()}
@@ -101,8 +102,7 @@ class PretrainSettings(Run):
         """The part that says where and how fast. Raises InputError without data."""
         if self.data is None:
             raise InputError(
-                "give --data: a folder of shards, or paths or URLs of tars; only a run that is resumed and has a settings.json "
-                "knows its own"
+                "give --data: a folder of shards, or paths or URLs of tars; a resumed run has it in its settings.json"
             )
         return Run(**{f.name: getattr(self, f.name) for f in fields(Run)})
 
@@ -142,7 +142,7 @@ class DoctorSettings(PretrainSettings):
     flags of a run: what would make that run fail, before it starts."""
 
     distributed: bool = False
-    """All processes of a launcher look together; so they do without it where a launcher has started several."""
+    """Check all processes of a launcher together, even if it has started one; with several that is the default."""
     data: optional(str, "STR", "not checked") = None
     """As for pretrain: whether every process reads the same."""
     out: optional(Path, "PATH", "not checked") = None

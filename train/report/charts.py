@@ -55,8 +55,8 @@ class Chart:
         """Last, lowest and highest value."""
         finite = [p for p in self.points if p[1] is not None]
         named = {"last": finite[-1], "lowest": min(finite, key=lambda p: p[1]), "highest": max(finite, key=lambda p: p[1])}
-        digits = ",.0f" if self.x_name == "step" else ",.4g"
-        parts = [f"{word} {y:.4g}{self.unit} at {x:{digits}}" for word, (x, y) in named.items()]
+        where = "at step {:,.0f}" if self.x_name == "step" else f"after {{:,.3g}} {self.x_name}"
+        parts = [f"{word} {y:.4g}{self.unit} {where.format(x)}" for word, (x, y) in named.items()]
         return "; ".join(parts + ([f"{self.missing} of {len(self.points)} not finite"] if self.missing else []))
 
     def draw(self) -> str:

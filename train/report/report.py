@@ -59,7 +59,7 @@ def _page(run: Path, history: History, now: float) -> str:
         charts=run_charts(history),
         pictures=pictures,
         drawn=drawn,
-        sections=[section(history) for section in (tables.restarts, tables.faults, tables.checkpoints, tables.configuration)],
+        sections=[section(history) for section in (tables.restarts, tables.errors, tables.checkpoints, tables.configuration)],
         now=format_time(now),
         unreadable=format_count(history.unreadable, "line") if history.unreadable else "",
         style=Markup(style),

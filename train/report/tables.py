@@ -1,4 +1,4 @@
-"""The sections of a run's page that are tables: restarts, faults, checkpoints, configuration."""
+"""The sections of a run's page that are tables: restarts, errors, checkpoints, configuration."""
 
 import re
 import statistics
@@ -65,7 +65,7 @@ def restarts(history: History) -> Section:
     return Section("restarts", text, [Table("Attempts", head, rows, newest=True)])
 
 
-def faults(history: History) -> Section:
+def errors(history: History) -> Section:
     """Replaced samples, skipped updates, loss spikes, dead workers, lost consoles."""
     names = ("replaced", "skipped", "spike", "worker_died", "console_lost")
     replaced, skipped, spikes, deaths, lost = (history.events.get(name, []) for name in names)
@@ -85,7 +85,7 @@ def faults(history: History) -> Section:
     updates = sum(int(number(e.get("updates")) or 0) for e in skipped)
     counts = {"replaced sample": len(samples), "skipped update": updates, "loss spike": len(spikes),
               "dead worker": len(deaths), "lost console": len(lost)}  # fmt: skip
-    return Section("faults", (", ".join(format_count(n, noun) for noun, n in counts.items() if n) or "None") + ".", tables)
+    return Section("errors", (", ".join(format_count(n, noun) for noun, n in counts.items() if n) or "None") + ".", tables)
 
 
 def checkpoints(history: History) -> Section:

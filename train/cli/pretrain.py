@@ -1,4 +1,4 @@
-"""The commands that take the settings of a run: ``fastmae pretrain`` and ``fastmae doctor``."""
+"""``fastmae pretrain``, and ``fastmae doctor``, which takes the same settings."""
 
 import functools
 from collections.abc import Callable

@@ -16,7 +16,7 @@ def open_home(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError as error:
-        raise InputError(f"{path}: the home folder that ~ stands for is not known; give the full path") from error
+        raise InputError(f"{path}: the home folder of ~ is not known; give the full path") from error
 
 
 @contextlib.contextmanager

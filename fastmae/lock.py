@@ -22,8 +22,8 @@ _ours: dict[Path, int] = {}  # locks of this process, with its pid: a forked chi
 class FolderLock:
     """Held from ``acquire`` to ``release``, or to the end of the process, however it ends.
 
-    A POSIX record lock: the system drops it with its process, children do not inherit it, and NFS knows it. Within one process
-    it excludes nobody and is lost when any handle of its file is closed, so locks of this process are kept in a table as well.
+    A POSIX record lock: the system releases it with its process, children do not inherit it, and NFS supports it. Within one
+    process it does not exclude, and closing any handle of its file releases it: locks of this process are in a table as well.
     """
 
     def __init__(self, folder: Path, what: str = "run", advice: str = "give another --out"):

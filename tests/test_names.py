@@ -86,7 +86,7 @@ def test_from_images_to_a_report(place, run):
     flags = ["pretrain", "tiny", "--data", shards, "--out", out, *FLAGS, "--draw-every", "2"]
     text = run(*flags, "--steps", "1", "--warmup-epochs", "0")
     assert f"done: 1 steps, {out}/step-0000001".replace("\udcff", SEEN) in text
-    assert "is no UTF-8, as TensorBoard's log must be; training goes on, with metrics.jsonl" in text
+    assert "is no UTF-8, as TensorBoard's log must be; training continues, with metrics.jsonl" in text
     assert f"resumed from {out}/step-0000001".replace("\udcff", SEEN) in run(*flags, "--steps", "2")
     assert {r["run"]["data"] for r in records(out) if r.get("event") == "start"} == {str(shards)}  # as it was given
     assert f"od{SEEN}d" in (out / "metrics.jsonl").read_text("ascii")

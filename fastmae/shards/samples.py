@@ -62,8 +62,8 @@ def label_of(text: bytes) -> int | None:
 
 def states_size(header: bytes | memoryview, size: int) -> bool:
     """Whether a tar header states ``size`` in octal, as ``ShardReader`` needs it."""
-    text = bytes(header[_SIZE]).rstrip(b" \0")
-    return re.fullmatch(rb" *[0-7]+", text) is not None and int(text, 8) == size
+    text = bytes(header[_SIZE]).rstrip(b" \0").lstrip(b" ")
+    return text.isdigit() and b"8" not in text and b"9" not in text and int(text, 8) == size
 
 
 def _groups(path: Path, listed: list[Member]) -> Iterator[dict[str, Member]]:

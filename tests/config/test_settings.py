@@ -62,7 +62,7 @@ def test_a_tilde_in_a_path_is_the_home_folder(shard_folder, tmp_path, monkeypatc
     assert (run.data, run.out, run.stage) == (str(tmp_path / "data"), tmp_path / "run", tmp_path / "disk")
     assert run.resume == f"exact:{tmp_path}/run/step-0000001"
     assert main(["shards", "info", "~/data"]) == 0
-    with pytest.raises(InputError, match=r"~nobody-of-this-name/run: the home folder that ~ stands for is not known"):
+    with pytest.raises(InputError, match=r"~nobody-of-this-name/run: the home folder of ~ is not known"):
         Run(data="d", out=Path("~nobody-of-this-name/run"))
 
 

@@ -16,7 +16,7 @@ def test_the_demo_runs_without_tensorboard_and_matplotlib(tmp_path):
     command = [sys.executable, "-c", WITHOUT, "demo", "--out", str(tmp_path), "--steps", "2", "--workers", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for package, follows in (("tensorboard", "training goes on, with metrics.jsonl"),
+    for package, follows in (("tensorboard", "training continues, with metrics.jsonl"),
                              ("matplotlib", "the demo continues without loss.png and report.html")):  # fmt: skip
         (line,) = [line for line in done.stderr.splitlines() if f"needs {package}" in line]
         assert line.endswith(f": pip install {package}; {follows}")

@@ -8,7 +8,7 @@ from fastmae.kernels.masked_mse import masked_mse, masked_mse_ref
 from fastmae.kernels.patches import gather_patches, gather_patches_ref
 from fastmae.kernels.philox import philox4x32, uniform
 from fastmae.kernels.random_masking import random_masking, random_masking_ref
-from fastmae.kernels.resized_crop import resized_crop, resized_crop_patches, resized_crop_patches_ref, resized_crop_ref
+from fastmae.kernels.resized_crop import resized_crop, resized_crop_ref
 from fastmae.kernels.take_rows import take_rows, take_rows_ref
 
 __all__ = [
@@ -22,8 +22,6 @@ __all__ = [
     "random_masking",
     "random_masking_ref",
     "resized_crop",
-    "resized_crop_patches",
-    "resized_crop_patches_ref",
     "resized_crop_ref",
     "take_rows",
     "take_rows_ref",

@@ -6,8 +6,7 @@
     k(t) = 3/2 |t|^3 - 5/2 |t|^2 + 1 below 1,  -1/2 |t|^3 + 5/2 |t|^2 - 4 |t| + 2 below 2,  0 from there on
 
 B images of any sizes are in one buffer; boxes are height x width, crops C x h x w; nothing is rounded between the two axes.
-``resized_crop_patches`` computes the same bytes for K patches of p x p only, as rows of P = C p p values, channel slowest:
-masked patches are never computed. Sources: Keys 1981 (doi 10.1109/TASSP.1981.1163711), a = -1/2; torch's ``interpolate``
+Sources: Keys 1981 (doi 10.1109/TASSP.1981.1163711), a = -1/2; torch's ``interpolate``
 with ``antialias=True``.
 """
 
@@ -18,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmae.kernels.dispatch import use_triton
-from fastmae.kernels.patches import patch_pixels
 
 _TILE = 16  # outputs of a program along each axis, and rows of the image resized along x at a time; one warp, 8 a thread
 
@@ -34,25 +32,7 @@ def resized_crop(
     shape or dtype; on a box outside its buffer only on a CPU, because checking a GPU's boxes would synchronise.
     """
     check_crops(pixels, offsets, widths, boxes, flips, size, channels)
-    return _resized_crop(pixels, offsets, widths, boxes, flips, *size, channels, None, 0)
-
-
-def resized_crop_patches(
-    pixels: Tensor, offsets: Tensor, widths: Tensor, boxes: Tensor, flips: Tensor, size: tuple[int, int],
-    ids: Tensor, patch_size: int, channels: int = 3,
-) -> Tensor:  # fmt: skip
-    """The patches ``ids`` of what ``resized_crop`` gives, the same bytes: (B, K, C p p) uint8, channel slowest in a row.
-
-    ``ids`` (B, K) int32 in [0, h/p w/p), row-major over the grid; the rest as in ``resized_crop``.
-    """
-    check_crops(pixels, offsets, widths, boxes, flips, size, channels)
-    if patch_size < 1 or size[0] % patch_size or size[1] % patch_size:
-        raise ValueError(f"size {tuple(size)} must be a multiple of the patch size {patch_size}")
-    if ids.dtype != torch.int32 or ids.ndim != 2 or ids.shape[0] != boxes.shape[0] or ids.device != pixels.device:
-        raise ValueError(
-            f"ids must be int32 ({boxes.shape[0]}, K) on {pixels.device}, got {ids.dtype} {tuple(ids.shape)} on {ids.device}"
-        )
-    return _resized_crop(pixels, offsets, widths, boxes, flips, *size, channels, ids, patch_size)
+    return _resized_crop(pixels, offsets, widths, boxes, flips, *size, channels)
 
 
 def resized_crop_ref(
@@ -67,15 +47,6 @@ def resized_crop_ref(
         crop = F.interpolate(box.float(), tuple(size), mode="bicubic", antialias=True)[0].round().clamp(0, 255)
         out[b] = crop.flip(2) if flip else crop
     return out
-
-
-def resized_crop_patches_ref(
-    pixels: Tensor, offsets: Tensor, widths: Tensor, boxes: Tensor, flips: Tensor, size: tuple[int, int],
-    ids: Tensor, patch_size: int, channels: int = 3,
-) -> Tensor:  # fmt: skip
-    """The twin of ``resized_crop_patches``: full crops, then their patches."""
-    crops = resized_crop_ref(pixels, offsets, widths, boxes, flips, size, channels)
-    return patch_pixels(crops, ids, patch_size, None, None).flatten(2).to(torch.uint8)
 
 
 def check_crops(
@@ -139,22 +110,17 @@ def _axis(i, length, size):
 
 
 @triton.jit
-def _resized_crop_kernel(out_ptr, pixels_ptr, offsets_ptr, widths_ptr, boxes_ptr, flips_ptr, ids_ptr, K, columns,
-                         h, w, cell_h, cell_w, C: tl.constexpr, HAS_IDS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)  # one program per tile and channel of a cell: a patch, or a full crop
+def _resized_crop_kernel(out_ptr, pixels_ptr, offsets_ptr, widths_ptr, boxes_ptr, flips_ptr, h, w,
+                         C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)  # one program per tile and channel of a crop
     c = program % C  # fastest, because the channels of a tile read the same bytes
-    tiles_x = tl.cdiv(cell_w, BLOCK)
-    tiles = tiles_x * tl.cdiv(cell_h, BLOCK)
+    tiles_x = tl.cdiv(w, BLOCK)
+    tiles = tiles_x * tl.cdiv(h, BLOCK)
     tile = (program // C % tiles).to(tl.int32)
-    cell = program // C // tiles
-    b = cell // K
-    u = tile // tiles_x * BLOCK + tl.arange(0, BLOCK)  # in the cell; y and x in the crop
+    b = program // C // tiles
+    u = tile // tiles_x * BLOCK + tl.arange(0, BLOCK)
     v = tile % tiles_x * BLOCK + tl.arange(0, BLOCK)
-    y, x = tl.minimum(u, cell_h - 1), tl.minimum(v, cell_w - 1)
-    if HAS_IDS:
-        patch = tl.load(ids_ptr + cell)
-        y += patch // columns * cell_h
-        x += patch % columns * cell_w
+    y, x = tl.minimum(u, h - 1), tl.minimum(v, w - 1)
     x = tl.where(tl.load(flips_ptr + b) != 0, w - 1 - x, x)
     top, left = tl.load(boxes_ptr + 4 * b), tl.load(boxes_ptr + 4 * b + 1)
     height, width = tl.load(boxes_ptr + 4 * b + 2), tl.load(boxes_ptr + 4 * b + 3)
@@ -181,51 +147,37 @@ def _resized_crop_kernel(out_ptr, pixels_ptr, offsets_ptr, widths_ptr, boxes_ptr
         row += BLOCK
     level = tl.minimum(tl.maximum(acc * norm_y[:, None] * norm_x[None, :], 0.0), 255.0)
     level = (level + 12582912.0) - 12582912.0  # 3 * 2**22: float32 drops the fraction, ties to even, as torch.round does
-    inside = (u < cell_h)[:, None] & (v < cell_w)[None, :]
-    out = out_ptr + (cell * C + c) * cell_h * cell_w + u[:, None] * cell_w + v[None, :]
+    inside = (u < h)[:, None] & (v < w)[None, :]
+    out = out_ptr + (b * C + c) * h * w + u[:, None] * w + v[None, :]
     tl.store(out, level.to(tl.uint8), mask=inside)
 
 
 def _resized_crop_triton(
-    pixels: Tensor, offsets: Tensor, widths: Tensor, boxes: Tensor, flips: Tensor, h: int, w: int, channels: int,
-    ids: Tensor | None, patch_size: int,
-) -> Tensor:  # fmt: skip
-    B, has_ids = boxes.shape[0], ids is not None
-    K, cell_h, cell_w = (ids.shape[1], patch_size, patch_size) if has_ids else (1, h, w)
-    out = _empty(pixels, boxes, h, w, channels, ids, patch_size)
+    pixels: Tensor, offsets: Tensor, widths: Tensor, boxes: Tensor, flips: Tensor, h: int, w: int, channels: int
+) -> Tensor:
+    out = pixels.new_empty(len(boxes), channels, h, w)
     if out.numel() == 0:
         return out
-    programs = B * K * channels * triton.cdiv(cell_h, _TILE) * triton.cdiv(cell_w, _TILE)
+    programs = len(boxes) * channels * triton.cdiv(h, _TILE) * triton.cdiv(w, _TILE)
     with torch.cuda.device_of(pixels):
         _resized_crop_kernel[(programs,)](
             out, pixels.contiguous(), offsets.contiguous(), widths.contiguous(), boxes.contiguous(),
-            flips.contiguous().view(torch.uint8), ids.contiguous() if has_ids else boxes, K, w // cell_w, h, w, cell_h, cell_w,
-            C=channels, HAS_IDS=has_ids, BLOCK=_TILE, num_warps=1,
+            flips.contiguous().view(torch.uint8), h, w, C=channels, BLOCK=_TILE, num_warps=1,
         )  # fmt: skip
     return out
 
 
-def _empty(pixels: Tensor, boxes: Tensor, h: int, w: int, channels: int, ids: Tensor | None, patch_size: int) -> Tensor:
-    if ids is None:
-        return pixels.new_empty(boxes.shape[0], channels, h, w)
-    return pixels.new_empty(*ids.shape, channels * patch_size**2)
-
-
 @torch.library.custom_op("fastmae::resized_crop", mutates_args=())
 def _resized_crop(
-    pixels: Tensor, offsets: Tensor, widths: Tensor, boxes: Tensor, flips: Tensor, h: int, w: int, channels: int,
-    ids: Tensor | None, patch_size: int,
-) -> Tensor:  # fmt: skip
+    pixels: Tensor, offsets: Tensor, widths: Tensor, boxes: Tensor, flips: Tensor, h: int, w: int, channels: int
+) -> Tensor:
     if pixels.device.type == "cpu":
         _check_boxes(pixels, offsets, widths, boxes, channels)
-    images = (pixels, offsets, widths, boxes, flips)
     if use_triton(pixels):
-        return _resized_crop_triton(*images, h, w, channels, ids, patch_size)
-    if ids is None:
-        return resized_crop_ref(*images, (h, w), channels)
-    return resized_crop_patches_ref(*images, (h, w), ids, patch_size, channels)
+        return _resized_crop_triton(pixels, offsets, widths, boxes, flips, h, w, channels)
+    return resized_crop_ref(pixels, offsets, widths, boxes, flips, (h, w), channels)
 
 
 @_resized_crop.register_fake
-def _(pixels, offsets, widths, boxes, flips, h, w, channels, ids, patch_size):
-    return _empty(pixels, boxes, h, w, channels, ids, patch_size)
+def _(pixels, offsets, widths, boxes, flips, h, w, channels):
+    return pixels.new_empty(boxes.shape[0], channels, h, w)

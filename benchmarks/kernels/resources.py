@@ -89,14 +89,12 @@ def _masks(patches: int) -> Case:
 
 
 def _crops(channels: int) -> Iterator[Case]:
-    """Crops as the loader makes them, and patches of crops."""
-    side, patch = 224, 16
+    """Crops as the loader makes them."""
+    side = 224
     pixels = torch.zeros(_B * 256 * 256 * channels, dtype=torch.uint8)
     boxes = torch.tensor([[0, 0, 200, 180]] * _B, dtype=torch.int32)
     images = (pixels, torch.arange(_B) * 256 * 256 * channels, torch.full((_B,), 256).int(), boxes, torch.arange(_B) > 0)
     yield f"C{channels}", partial(kernels.resized_crop, *images, (side, side), channels)
-    ids = torch.zeros(_B, _K, dtype=torch.int32)
-    yield f"C{channels} patches", partial(kernels.resized_crop_patches, *images, (side, side), ids, patch, channels)
 
 
 def _patches(channels: int, patch: int, side: int, pixels: str, compute: str, *, norm_pix: bool) -> Case:

@@ -1,4 +1,4 @@
-"""resized_crop: every byte against the formula in float64 and against torch's filter, and patches against full crops."""
+"""resized_crop: every byte against the formula in float64 and against torch's filter."""
 
 import mmap
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmae.kernels import gather_patches_ref, resized_crop, resized_crop_patches
+from fastmae.kernels import resized_crop
 from tests.support.twins import twin
 
 pytestmark = pytest.mark.worth(2)
@@ -134,21 +134,6 @@ def test_bytes_outside_the_box_are_never_used(device):
     assert not found.any()
 
 
-# patch, size, patches taken: a tile or several to a patch, one channel and three.
-@pytest.mark.parametrize(
-    ("C", "p", "size", "K"), [(3, 4, (8, 12), 5), (1, 16, (32, 48), 3), (3, 14, (14, 28), 2), (1, 40, (40, 80), 1)]
-)
-def test_patches_are_those_of_the_full_crop_byte_for_byte(C, p, size, K, device):
-    images = [noise(14, 31, C), noise(35, 40, C)]
-    boxes = [(0, 1, 2, 12, 25), (1, 0, 0, 35, 40), (1, 20, 7, 9, 11)]
-    arguments = (*batch(images, boxes, [True, False, True], device), size)
-    L = size[0] // p * (size[1] // p)
-    ids = torch.stack([torch.randperm(L)[:K] for _ in boxes]).to(torch.int32).to(device)
-    found = resized_crop_patches(*arguments, ids, p, C)
-    expected = gather_patches_ref(resized_crop(*arguments, C), ids, p, None, None, torch.uint8)
-    assert found.dtype == torch.uint8 and torch.equal(found, expected)
-
-
 def test_a_crop_is_the_same_alone_and_in_any_batch(device):
     images = [noise(24, 31, 3), noise(40, 17, 3)]
     pixels, *rest = batch(images, random_boxes(images, 5), [i % 2 == 0 for i in range(5)], device)
@@ -184,34 +169,24 @@ def test_no_images_give_no_crops(device):
     pixels, *rest = batch([noise(4, 6, 3)], [(0, 0, 0, 4, 6)], [False], device)
     none = [t[:0] for t in rest]
     assert resized_crop(pixels, *none, (8, 12)).shape == (0, 3, 8, 12)
-    ids = torch.zeros(0, 2, dtype=torch.int32, device=device)
-    assert resized_crop_patches(pixels, *none, (8, 12), ids, 4).shape == (0, 2, 48)
-    assert resized_crop_patches(pixels, *rest, (8, 12), ids.new_zeros(1, 0), 4).shape == (1, 0, 48)
 
 
 @pytest.mark.twin
 def test_op_passes_opcheck(device):
     images = [noise(9, 7, 3)]
     arguments = batch(images, random_boxes(images, 2), [True, False], device)
-    ids = torch.tensor([[0, 5], [3, 1]], dtype=torch.int32, device=device)
-    torch.library.opcheck(torch.ops.fastmae.resized_crop.default, (*arguments, 8, 12, 3, None, 0))
-    torch.library.opcheck(torch.ops.fastmae.resized_crop.default, (*arguments, 8, 12, 3, ids, 4))
+    torch.library.opcheck(torch.ops.fastmae.resized_crop.default, (*arguments, 8, 12, 3))
 
 
 @pytest.mark.twin
-def test_both_forms_compile_into_one_graph(device):
+def test_it_compiles_into_one_graph(device):
     images = [noise(9, 7, 3)]
-    ids = torch.tensor([[0, 5]], dtype=torch.int32, device=device)
-
-    def both(*arguments):
-        return resized_crop(*arguments, (8, 12)), resized_crop_patches(
-            *arguments, (8, 12), ids.expand(len(arguments[1]), -1), 4
-        )
-
-    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="inductor" if device == "cuda" else "aot_eager")
+    compiled = torch.compile(
+        resized_crop, fullgraph=True, dynamic=True, backend="inductor" if device == "cuda" else "aot_eager"
+    )
     for B in (2, 3):
         arguments = batch(images, random_boxes(images, B), [True] * B, device)
-        assert all(torch.equal(a, b) for a, b in zip(compiled(*arguments), both(*arguments), strict=True))
+        assert torch.equal(compiled(*arguments, (8, 12)), resized_crop(*arguments, (8, 12)))
 
 
 @pytest.mark.parametrize(
@@ -225,16 +200,13 @@ def test_both_forms_compile_into_one_graph(device):
         ({"flips": torch.zeros(2, dtype=torch.bool, device="meta")}, "flips must be on the pixels' device cpu, got meta"),
         ({"size": (8, 0)}, r"size must be two numbers \(h, w\) of at least 1"),
         ({"channels": 0}, "channels at least 1"),
-        ({"ids": torch.zeros(2, 3)}, r"ids must be int32 \(2, K\) on cpu"),
-        ({"patch_size": 5}, r"size \(8, 12\) must be a multiple of the patch size 5"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
     pixels, offsets, widths, boxes, flips = batch([noise(4, 6, 3)], [(0, 0, 0, 4, 6)] * 2, [False] * 2, "cpu")
-    good = {"pixels": pixels, "offsets": offsets, "widths": widths, "boxes": boxes, "flips": flips, "size": (8, 12),
-            "ids": torch.zeros(2, 3, dtype=torch.int32), "patch_size": 4}  # fmt: skip
+    good = {"pixels": pixels, "offsets": offsets, "widths": widths, "boxes": boxes, "flips": flips, "size": (8, 12)}
     with pytest.raises(ValueError, match=message):
-        resized_crop_patches(**{**good, **change})
+        resized_crop(**{**good, **change})
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,10 @@ class Events:
         Raises DivergedError, on every rank, after too many consecutive skipped updates; their sample ids are written first.
         """
         for line in self.world.gather(self.replaced):
-            self.log.say(f"replaced a sample that cannot be used: {line}")
+            self.log.line(f"replaced a sample that cannot be used: {line}")
             self.log.event("replaced", step=step, sample=line)
         for line in self.world.gather(self.deaths):
-            self.log.say(line)
+            self.log.line(line)
             self.log.event("worker_died", step=step, worker=line)
         self.replaced, self.deaths = [], []
         skipped, spiked = 0, 0
@@ -53,7 +53,7 @@ class Events:
             skipped += int(result.skipped > 0 and not is_spike)
             spiked += int(is_spike)
         if skipped:
-            self.log.say(f"step {step}: {format_count(skipped, 'update')} skipped, gradients were not finite")
+            self.log.line(f"step {step}: {format_count(skipped, 'update')} skipped, gradients were not finite")
             self.log.event("skipped", step=step, updates=skipped)
         if results and (count := int(results[-1].skipped)) >= self.run.max_skips:
             self.log.event("diverged", step=step, reason=f"{count} consecutive updates were skipped")
@@ -71,7 +71,7 @@ class Events:
                     "checkpoint", step=saved.step, folder=saved.folder.name, seconds=saved.seconds, bytes=saved.bytes
                 )
             else:
-                self.log.say(
+                self.log.line(
                     f"step {saved.step}: no checkpoint could be written: {saved.error}; older ones are kept, and training "
                     f"continues; after {MAX_FAILED} consecutive failures it stops"
                 )
@@ -82,7 +82,7 @@ class Events:
         loss, z = float(result.loss), float(result.spike)
         if z > self.run.spike_z:
             done = ", its update was skipped" if self.run.skip_spikes else ""
-            self.log.say(f"step {step}: loss spike, {loss:.4f} is {z:.1f} robust deviations above the recent losses{done}")
+            self.log.line(f"step {step}: loss spike, {loss:.4f} is {z:.1f} robust deviations above the recent losses{done}")
             self.log.event("spike", step=step, loss=loss, z=z, skipped=self.run.skip_spikes)
         return z > self.run.spike_z and self.run.skip_spikes
 

@@ -48,7 +48,7 @@ class RunLog:
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
 
-    def say(self, text: str) -> None:
+    def line(self, text: str) -> None:
         """One line for people."""
         if self.is_main:
             tqdm.write(text)
@@ -111,7 +111,7 @@ class RunLog:
             eta = f"  ETA {tqdm.format_interval((self.total_steps - step) * values['seconds_per_step'])}"
         text = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {speed}  {values['memory_bytes'] / 2**30:.1f} GiB"
         if is_first or self._bar.disable:
-            self.say(f"step {step}/{self.total_steps}  epoch {values['epoch']:.2f}  {text}{eta}")
+            self.line(f"step {step}/{self.total_steps}  epoch {values['epoch']:.2f}  {text}{eta}")
         else:
             self._bar.set_postfix_str(text)
 

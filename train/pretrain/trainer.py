@@ -50,7 +50,7 @@ class Trainer:
         batches = self._micro_batches(meter, events)
         try:
             for line in setup.notes + summary(setup):
-                log.say(line)
+                log.line(line)
             log.event("start", **start_event(setup))
             return self._loop(batches, meter, events, log)
         except DataError as error:
@@ -93,7 +93,7 @@ class Trainer:
             log.advance()
             done += 1
             for line in setup.cache.save() if is_new else ():
-                log.say(line)
+                log.line(line)
             is_last = done == setup.total_steps
             is_diverged = done % look_every == 0 and int(setup.step.skipped) >= run.max_skips
             saves = done % run.save_every == 0 or is_last
@@ -121,10 +121,10 @@ class Trainer:
         if self.saver.error:
             raise CheckpointError(f"the checkpoint of step {done} could not be written: {self.saver.error}")
         if self.stopped_by:
-            log.say(f"stopped by {self.stopped_by} after step {done}; the same command continues from {self.saver.newest}")
+            log.line(f"stopped by {self.stopped_by} after step {done}; the same command continues from {self.saver.newest}")
             log.event("stopped", step=done, reason=self.stopped_by)
         else:
-            log.say(f"done: {done} steps, {self.saver.newest}")
+            log.line(f"done: {done} steps, {self.saver.newest}")
         log.event("end", step=done)
         return self.saver.newest
 

@@ -16,7 +16,7 @@ from fastmae.model.config import ModelConfig
 from fastmae.model.pictures import plot_loss
 from fastmae.model.weights import load_model
 from fastmae.shards.build import write_shards
-from fastmae.train.checkpoint.format import MODEL
+from fastmae.train.checkpoint.format import MODEL, step_of
 from fastmae.train.cli.reconstruct import draw_strip
 from fastmae.train.config.recipes import Recipe
 from fastmae.train.config.run import Run
@@ -43,7 +43,8 @@ def demo_recipe(steps: int) -> Recipe:
 def demo(out: Path, *, steps: int = 1400, workers: int = 1) -> None:
     """Write shards, checkpoints, logs, ``loss.png``, ``reconstruction.png`` and ``report.html`` under ``out``.
 
-    Replaces an earlier demo. Raises InputError if the photographs' packages are missing or ``out`` cannot be written.
+    Replaces an earlier demo. Raises InputError if the photographs' packages are missing or ``out`` cannot be written,
+    KeyboardInterrupt if a signal has ended the training.
     """
     photographs = find_photographs()
     recipe = demo_recipe(steps)
@@ -51,7 +52,7 @@ def demo(out: Path, *, steps: int = 1400, workers: int = 1) -> None:
     if any(out.iterdir()) and not (out / _MARK).exists():
         raise InputError(f"{out}: is not empty and not the folder of a demo; give an empty folder as --out")
     (out / _MARK).touch()
-    for old in (*_FOLDERS, "step-*", "metrics.jsonl", "loss.png", "report.html"):
+    for old in (*_FOLDERS, "step-*", "metrics.jsonl", "settings.json", "loss.png", "report.html"):
         for path in out.glob(old):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder = make_folder(out / "photographs")
@@ -62,6 +63,8 @@ def demo(out: Path, *, steps: int = 1400, workers: int = 1) -> None:
     run = Run(data=str(out / "shards"), out=out, batch_size=recipe.effective_batch, workers=workers, log_every=25,
               save_every=400, draw_every=350)  # fmt: skip
     checkpoint = pretrain(recipe, run)
+    if step_of(checkpoint) < steps:
+        raise KeyboardInterrupt("the demo was stopped; the next one starts from step 0")
     plot_loss(out / "metrics.jsonl", out / "loss.png")
     write_report(out)
     model = load_model(checkpoint / MODEL).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -307,6 +307,15 @@ def test_a_wrong_choice_of_kernels_stops_every_command(command, capsys, monkeypa
     assert "FASTMAE_KERNELS must be one of auto, triton, torch, got 'cuda'" in capsys.readouterr().err
 
 
+def test_a_demo_that_is_stopped_ends_as_interrupted(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("skimage")
+    monkeypatch.setattr("fastmae.train.cli.demo.write_shards", lambda *_, **__: None)
+    monkeypatch.setattr("fastmae.train.cli.demo.pretrain", lambda recipe, run: run.out / "step-0000003")
+    assert main(["demo", "--out", str(tmp_path), "--steps", "4"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "fastmae: the demo was stopped; the next one starts from step 0"
+
+
+
 def test_demo_goes_the_whole_way(tmp_path):
     pytest.importorskip("skimage")
     assert main(["demo", "--out", str(tmp_path), "--steps", "2", "--workers", "0"]) == 0

@@ -84,7 +84,7 @@ def test_what_does_not_work_where_a_run_is_resumed_is_chosen_again_and_that_is_s
     found = choose_attention(RECIPE, FP32, ALONE, saved)
     assert found.backends == {str(SHAPES[0]): "math", str(SHAPES[1]): "sdpa"} and measured == SHAPES[:1]
     assert found.notes == (
-        f"attention flash of the checkpoint does not work here, no such kernel; math is taken for {SHAPES[0]}",
+        f"attention flash of the checkpoint does not work here, no such kernel; math is used for {SHAPES[0]}",
     )
     assert found.text == "math and sdpa"
 
@@ -111,7 +111,7 @@ def test_a_choice_that_cannot_be_understood_is_none(saved, tmp_path, measured):
 def test_a_backend_given_by_name_wins_over_the_checkpoints_and_that_is_said(tmp_path, measured):
     found = choose_attention(named("math"), FP32, ALONE, checkpoint(tmp_path / "saved"))
     assert found.text == "math" and measured == []
-    assert found.notes == ("attention math is used as asked for, the checkpoint's was flash",)
+    assert found.notes == ("attention math is used as given, the checkpoint's was flash",)
     same = choose_attention(named("flash"), FP32, ALONE, checkpoint(tmp_path / "saved"))
     assert same.text == "flash" and same.notes == ()
 
@@ -132,7 +132,7 @@ def test_a_name_that_does_not_work_is_an_error_that_names_others(monkeypatch):
     with pytest.raises(InputError) as error:
         choose_attention(named("flash"), FP32, ALONE)
     assert str(error.value) == (
-        f"attention flash does not work here for {SHAPES[0]}, no such kernel; leave it to auto, or choose sdpa or math"
+        f"attention flash does not work here for {SHAPES[0]}, no such kernel; choose auto or sdpa or math"
     )
 
 

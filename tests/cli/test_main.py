@@ -315,7 +315,6 @@ def test_a_demo_that_is_stopped_ends_as_interrupted(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().err.splitlines()[-1] == "fastmae: the demo was stopped; the next one starts from step 0"
 
 
-
 def test_demo_goes_the_whole_way(tmp_path):
     pytest.importorskip("skimage")
     assert main(["demo", "--out", str(tmp_path), "--steps", "2", "--workers", "0"]) == 0

@@ -5,6 +5,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+from fastmae.benchmarks.peers import NAMES as PEERS
 from fastmae.benchmarks.scaling.cluster import Cluster, explained
 from fastmae.cores import usable_cores
 from fastmae.errors import InputError
@@ -13,12 +14,13 @@ from fastmae.train.config.modes import COMPILE
 MODELS = ("tiny", "small", "base", "large", "huge")
 _REFERENCE_MODELS = MODELS[2:]
 _CONTENDERS = ("reference", "rival", "fastmae")
+_ALL_CONTENDERS = (*_CONTENDERS, *PEERS)
 _MODES = ("model", "blocks")
 
 # name -> (what it measures, its flags)
 _BENCHMARKS = {
     "step": ("a training step: the reference, its best rival and fastmae",
-             "device out models batches rounds minutes image-size reference contenders compile profile"),
+             "device out models batches rounds minutes image-size reference crossmae contenders compile profile"),
     "gradients": ("gradients of the compiled model against eager ones, on photographs",
                   "device out model batch image-size modes photographs"),
     "kernels": ("each op: its Triton kernel, its plain torch twin, and the twin compiled",
@@ -31,8 +33,8 @@ _BENCHMARKS = {
     "fed-step": ("the training step fed from shards, beside the same step fed from memory",
                  "device out data workers model batch image-size steps"),
     "all": ("attention, kernels, step and waterfall, one after the other",
-            "device out models model batches batch rounds minutes image-size reference contenders compile profile only "
-            "together"),
+            "device out models model batches batch rounds minutes image-size reference crossmae contenders compile profile "
+            "only together"),
     "scaling": ("a model, no measurement: step time and efficiency on 8 to 512 GPUs",
                 "models gpus effective-batch micro-batch docs"),
 }  # fmt: skip
@@ -121,8 +123,10 @@ _FLAGS: dict[str, dict] = {
     "gpu": _flag("run fed-step as well", action="store_true"),
     "reference": _flag("a clone of facebookresearch/mae; needs timm (default: a plain PyTorch twin of it)", type=Path,
                        metavar="CLONE"),
-    "contenders": _flag(f"some of {', '.join(_CONTENDERS)}", nargs="+", choices=_CONTENDERS, default=_CONTENDERS,
-                        metavar="CONTENDER"),
+    "crossmae": _flag("a clone of TonyLianLong/CrossMAE, for the contender of that name; needs timm", type=Path,
+                      metavar="CLONE"),
+    "contenders": _flag(f"some of {', '.join(_ALL_CONTENDERS)}; hf needs transformers, lightly its package", nargs="+",
+                        choices=_ALL_CONTENDERS, default=_CONTENDERS, metavar="CONTENDER"),
     "compile": _flag("what torch.compile compiles on a GPU: the full model (auto) or single blocks, which takes seconds",
                      choices=tuple(how for how in COMPILE if how != "off"), default="auto"),
     "modes": _flag("what torch.compile compiles: model, blocks", nargs="+", choices=_MODES, default=_MODES, metavar="MODE"),

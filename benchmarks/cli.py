@@ -101,7 +101,7 @@ def _step(options: argparse.Namespace) -> Iterator[Part]:
     models = _models(options, ["base"])
     section = step.measure_steps(models, options.batches, _device(options), clone=options.reference, rounds=options.rounds,
                                  minutes=options.minutes, image_size=options.image_size, contenders=options.contenders,
-                                 compile=options.compile, profile=options.profile)  # fmt: skip
+                                 compile=options.compile, profile=options.profile, crossmae=options.crossmae)  # fmt: skip
     batches = ["batch", *map(str, options.batches)] if options.batches else []  # results of the day at other batches stay
     name = [*models, *_size(options), *batches, *([options.compile] if options.compile != "auto" else [])]
     profiles = step.profiles(section)

@@ -38,11 +38,16 @@ def load_reference(clone: str | Path, draw: Draw | None = None) -> ModuleType:
 
     Raises InputError if it or timm is missing.
     """
-    path = Path(clone) / "models_mae.py"
+    return load_clone(clone, "models_mae.py", "facebookresearch/mae", draw)
+
+
+def load_clone(clone: str | Path, file: str, repository: str, draw: Draw | None = None) -> ModuleType:
+    """``load_reference`` for a ``file`` of a clone of ``repository``, which may be one that grew from the reference."""
+    path = Path(clone) / file
     if not path.is_file():
-        raise InputError(f"{path}: not found; give a clone of github.com/facebookresearch/mae")
-    with _todays_packages(), _on_path(Path(clone)):
-        spec = importlib.util.spec_from_file_location("reference_models_mae", path)
+        raise InputError(f"{path}: not found; give a clone of github.com/{repository}")
+    with _todays_packages(repository), _on_path(Path(clone)):
+        spec = importlib.util.spec_from_file_location(f"clone_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     if draw is not None:
@@ -52,12 +57,12 @@ def load_reference(clone: str | Path, draw: Draw | None = None) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _todays_packages() -> Iterator[None]:
-    _declare_torchvision_operators()
+def _todays_packages(repository: str) -> Iterator[None]:
+    declare_torchvision_operators()
     try:
         from timm.models import vision_transformer
     except ImportError as error:
-        raise InputError(f"the reference needs timm: pip install -c constraints.txt timm ({error})") from error
+        raise InputError(f"{repository} needs timm: pip install -c constraints.txt timm ({error})") from error
     block = vision_transformer.Block
 
     class Block(block):
@@ -76,7 +81,7 @@ def _todays_packages() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _on_path(folder: Path) -> Iterator[None]:
-    """``folder`` in front of the import path; its packages are forgotten afterwards, for they have names like ``util``."""
+    """``folder`` in front of the import path; its modules are forgotten afterwards, for they have names like ``util``."""
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
     try:
@@ -84,11 +89,13 @@ def _on_path(folder: Path) -> Iterator[None]:
     finally:
         sys.path.remove(str(folder))
         for name in set(sys.modules) - before:
-            if name.partition(".")[0] == "util":
+            top = folder / name.partition(".")[0]
+            if top.is_dir() or top.with_suffix(".py").is_file():
                 del sys.modules[name]
 
 
-def _declare_torchvision_operators() -> None:
+def declare_torchvision_operators() -> None:
+    """Make torchvision importable next to a torch without its operators, which asks for two of them by name."""
     if hasattr(torch.ops.torchvision, "nms"):
         return
     library = torch.library.Library("torchvision", "DEF")

@@ -3,7 +3,9 @@
 Every op runs its Triton kernel on CUDA tensors and its twin elsewhere; ``FASTMAE_KERNELS=auto|triton|torch`` overrides.
 """
 
+from fastmae.kernels.add_norm import add_norm, add_norm_ref
 from fastmae.kernels.decoder_input import decoder_input, decoder_input_ref
+from fastmae.kernels.gelu import gelu, gelu_ref
 from fastmae.kernels.masked_mse import masked_mse, masked_mse_ref
 from fastmae.kernels.patches import gather_patches, gather_patches_ref
 from fastmae.kernels.philox import philox4x32, uniform
@@ -12,10 +14,14 @@ from fastmae.kernels.resized_crop import resized_crop, resized_crop_ref
 from fastmae.kernels.take_rows import take_rows, take_rows_ref
 
 __all__ = [
+    "add_norm",
+    "add_norm_ref",
     "decoder_input",
     "decoder_input_ref",
     "gather_patches",
     "gather_patches_ref",
+    "gelu",
+    "gelu_ref",
     "masked_mse",
     "masked_mse_ref",
     "philox4x32",

@@ -1,6 +1,14 @@
 """Triton kernels of a masked autoencoder, each beside its reference twin in plain torch.
 
 Every op runs its Triton kernel on CUDA tensors and its twin elsewhere; ``FASTMAE_KERNELS=auto|triton|torch`` overrides.
+
+This folder needs torch and triton alone, and nothing of the other folders. To use an op in another program, put it into a
+folder ``fastmae`` on Python's path, without an ``__init__.py`` there::
+
+    mkdir -p site/fastmae && ln -s "$PWD/kernels" site/fastmae/kernels
+    PYTHONPATH=site python -c "from fastmae.kernels import masked_mse; help(masked_mse)"
+
+Each file is one op and imports at most ``dispatch``, ``patches`` and ``philox`` beside it.
 """
 
 from fastmae.kernels.add_norm import add_norm, add_norm_ref

@@ -1,7 +1,8 @@
 """Compile every kernel as it is launched, without a GPU, and read what the binary needs: registers, stack, shared memory.
 
-A stack means spilled registers; shared memory above 48 KiB would not launch everywhere. ``kernels --resources`` prints the
-table and checks its limits; ``benchmarks/results/resources.json`` is the committed one, which a test compares it with the code.
+A stack means spilled registers; shared memory above 48 KiB would not launch everywhere. From these and the launch's warps
+follows the predicted occupancy. ``kernels --resources`` prints the table and checks its limits;
+``benchmarks/results/resources.json`` is the committed one, which a test compares with the code.
 """
 
 import json
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from fastmae import kernels
 from fastmae.benchmarks.kernels.launches import Launch, launches
+from fastmae.benchmarks.kernels.occupancy import occupancy
 from fastmae.benchmarks.report import align
 from fastmae.model.config import preset
 from fastmae.model.mae import MAE
@@ -46,6 +48,8 @@ class Resources:
     """Bytes per thread; 0 unless registers spill."""
     shared: int
     """Bytes per program."""
+    occupancy: float
+    """Predicted: resident warps over a multiprocessor's most, 0 to 1."""
 
 
 def cases() -> Iterator[Case]:
@@ -165,7 +169,8 @@ def resources(launch: Launch) -> Resources:
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK"))
-    return Resources(registers, stack, compiled.metadata.shared)
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    return Resources(registers, stack, shared, occupancy(launch.target, registers=registers, shared=shared, warps=warps))
 
 
 def measure(targets: tuple[int, ...] = TARGETS) -> dict[str, object]:
@@ -215,8 +220,9 @@ def to_json(found: dict) -> str:
 
 
 def table(found: dict) -> list[list[str]]:
-    """Registers, stack bytes and shared bytes of each kernel on each target."""
-    lines = [["kernel", *(f"sm_{t}: regs / stack / shared" for t in TARGETS)]]
+    """Registers, stack bytes, shared bytes and predicted occupancy of each kernel on each target."""
+    lines = [["kernel", *(f"sm_{t}: regs / stack / shared / predicted occupancy" for t in TARGETS)]]
     for name, row in found["kernels"].items():
-        lines.append([name, *(f"{n['registers']} / {n['stack']} / {n['shared']}" for n in row.values())])
+        needs = (f"{n['registers']} / {n['stack']} / {n['shared']} / {n['occupancy']:.0%}" for n in row.values())
+        lines.append([name, *needs])
     return lines

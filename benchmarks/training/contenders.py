@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import fastmae.model.linear
+import fastmae.model.block.linear
 from fastmae.benchmarks.training.reference import Draw, load_reference
 from fastmae.benchmarks.training.twin import TwinMAE
 from fastmae.errors import InputError
@@ -115,7 +115,7 @@ def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, 
     for name in kernels_off:  # ops ask at each call: the compiled graph stays what it is
         importlib.import_module(f"fastmae.kernels.{name}").use_triton = lambda x: False
     if not onednn:
-        fastmae.model.linear._by_onednn = lambda x: False
+        fastmae.model.block.linear._by_onednn = lambda x: False
     model = MAE(config).to(workload.device)
     model.load_state_dict(workload.weights())
     optimizer = make_optimizer(parameter_groups(model, WEIGHT_DECAY), (0.9, 0.95))

@@ -22,7 +22,7 @@ _BENCHMARKS = {
     "gradients": ("gradients of the compiled model against eager ones, on photographs",
                   "device out model batch image-size modes photographs"),
     "kernels": ("each op: its Triton kernel, its plain torch twin, and the twin compiled",
-                "device out models batch resources save"),
+                "device out models batch check shape resources save"),
     "attention": ("each attention backend on the shapes of a training step", "device out models"),
     "waterfall": ("the training step with each optimisation switched off alone",
                   "device out model batch rounds minutes image-size only together"),
@@ -112,6 +112,9 @@ _FLAGS: dict[str, dict] = {
     "originals": _flag("shards of the original images, for the reference's pipeline (default: --data)", type=Path,
                        metavar="SHARDS"),
     "workers": _flag("loader processes, one per core", type=_positive, metavar="N", default=usable_cores()),
+    "check": _flag("no times: the greatest errors of each op against float64, beside torch's own", action="store_true"),
+    "shape": _flag("with --check: sizes as B=2,C=13,H=64,W=64,p=8,D=96: images, channels, height, width, patch, token's width "
+                   "(default: small ones; on a GPU ViT-B's too)", nargs="+", metavar="SIZES"),
     "resources": _flag("compile for sm_80, sm_90 and sm_100 without a GPU; print registers, stack and shared memory",
                        action="store_true"),
     "save": _flag("with --resources: write benchmarks/results/resources.json", action="store_true"),

@@ -119,6 +119,13 @@ def _gradients(options: argparse.Namespace) -> Iterator[Part]:
 
 
 def _kernels(options: argparse.Namespace) -> Iterator[Part]:
+    if getattr(options, "check", False):
+        from fastmae.benchmarks.kernels import check
+
+        yield "kernels check", check.measure_errors(options.shape, _device(options)), check.table
+        return
+    if getattr(options, "shape", None):
+        raise InputError("--shape needs --check; times are taken of --models")
     from fastmae.benchmarks.kernels import speed as kernels
 
     models = _models(options, ["base"])

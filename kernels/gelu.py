@@ -47,10 +47,10 @@ def gelu_ref(x: Tensor) -> Tensor:
 def gelu_bwd_ref(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """The twin of the backward op: x's gradient, and partial sums of it over rows (G, D), here all in the first of G."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    grad_x = torch.ops.aten.gelu_backward(grad.to(compute), x.to(compute))
+    grad_x = torch.ops.aten.gelu_backward(grad.to(compute).contiguous(), x.to(compute).contiguous())
     partial = grad_x.new_zeros(_groups(x), x.shape[-1])
     partial[:1] = grad_x.reshape(-1, x.shape[-1]).sum(0)
-    return grad_x.to(x.dtype).contiguous(), partial
+    return grad_x.to(x.dtype), partial
 
 
 def _groups(x: Tensor) -> int:

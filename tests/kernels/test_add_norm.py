@@ -223,10 +223,10 @@ def test_it_compiles_into_one_graph(backend, has_branch, device):
 @pytest.mark.twin
 def test_ops_pass_opcheck(device):
     x, branch, weight, bias, _ = inputs((3, 5, 20), torch.float32, torch.bfloat16, device, requires_grad=False)
-    for arguments in ((x, branch), (x, None), (x.mT.contiguous().mT, branch)):
+    for arguments in ((x.mT.contiguous().mT, branch), (x, None)):
         torch.library.opcheck(torch.ops.fastmae.add_norm.default, (*arguments, weight, bias, EPS, torch.bfloat16))
     total, normed, mean, rstd = add_norm_ref(x, branch, weight, bias, EPS, torch.bfloat16)
-    for grad_sum, low, sums in ((x, torch.bfloat16, 3), (None, torch.float32, 2), (x.mT.contiguous().mT, torch.bfloat16, 3)):
+    for grad_sum, low, sums in ((x.mT.contiguous().mT, torch.bfloat16, 3), (None, torch.float32, 2)):
         arguments = (normed, grad_sum, total, weight, mean, rstd, low, sums)
         torch.library.opcheck(torch.ops.fastmae.add_norm_bwd.default, arguments)
 

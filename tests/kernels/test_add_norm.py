@@ -85,11 +85,13 @@ def test_a_program_of_the_gradient_takes_many_tiles_of_rows(device, monkeypatch)
     assert_exact(inputs(shape, torch.float32, torch.float32, device), torch.float32, gradients_of_outputs(shape, device))
 
 
-def test_rows_far_from_zero_keep_their_variance(device):
-    """The mean of squares less the square of the mean would lose it."""
-    x, *rest = inputs((6, 48), torch.float32, torch.float32, device)
-    x = (x.detach() + 3000).requires_grad_()
-    assert_exact((x, *rest), torch.float32, gradients_of_outputs((6, 48), device))
+@pytest.mark.parametrize(("scale", "offset"), [(1, 3000), (1e-3, 0), (0, 1)], ids=["far from zero", "small", "flat"])
+def test_rows_of_any_scale_are_normalised_exactly(scale, offset, device):
+    """The mean of squares less the square of the mean would lose a variance far from zero; of a small one, eps is a part."""
+    x, branch, *rest = inputs((6, 48), torch.float32, torch.float32, device)
+    x, branch = ((scale * t.detach()).requires_grad_() for t in (x, branch))
+    x = (x.detach() + offset).requires_grad_()
+    assert_exact((x, branch, *rest), torch.float32, gradients_of_outputs((6, 48), device))
 
 
 @pytest.mark.parametrize("used", [0, 1])

@@ -1,11 +1,12 @@
 """add_norm: the residual sum, its LayerNorm and all their gradients against float64, in every pair of dtypes."""
 
+import importlib
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmae.kernels import add_norm
+from fastmae.kernels import add_norm, add_norm_ref
 from tests.support.exactness import assert_as_exact_as_torch
 from tests.support.twins import twin
 

@@ -14,8 +14,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from fastmae.benchmarks.kernels.cases import Sizes
 from fastmae.benchmarks.kernels.formulas import FORMULAS, Formula
-from fastmae.benchmarks.kernels.speed import Sizes
 from fastmae.errors import InputError
 from fastmae.kernels import dispatch
 from fastmae.model.config import ModelConfig

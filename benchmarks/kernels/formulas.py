@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmae import kernels
-from fastmae.benchmarks.kernels import speed
-from fastmae.benchmarks.kernels.speed import Sizes
+from fastmae.benchmarks.kernels.cases import CASES, Sizes
 from fastmae.kernels.masked_mse import EPS
 from fastmae.kernels.philox import MASKS, random_words
+from fastmae.model.block.block import LAYER_NORM_EPS
 
 Inputs = Callable[[Sizes, torch.device, torch.dtype], tuple]
 
@@ -79,6 +79,15 @@ def _decoder_input(x, mask_token, positions, ids_keep, ids_predict, dtype) -> Te
     return (rows + positions[where]).to(dtype)
 
 
+def _add_norm(x, branch, weight, bias, branch_bias, dtype) -> tuple[Tensor, Tensor]:
+    total = x + (branch.to(x.dtype) + (branch_bias - branch_bias.detach()))  # whose gradient alone is asked for
+    return total, F.layer_norm(total, x.shape[-1:], weight, bias, LAYER_NORM_EPS).to(dtype)
+
+
+def _gelu(x, bias) -> Tensor:
+    return F.gelu(x.to(bias.dtype) + (bias - bias.detach())).to(x.dtype)
+
+
 def _random_masking(seed, epochs, sample_ids, patches, kept, predicted) -> tuple[Tensor, ...]:
     shuffle = random_words(seed, MASKS, epochs, sample_ids, patches).argsort(dim=1, stable=True)
     return tuple(ids.int() for ids in (shuffle[:, :kept], shuffle[:, kept : kept + predicted], shuffle.argsort(1)))
@@ -98,7 +107,7 @@ def _resized_crop(pixels, offsets, widths, boxes, flips, size, channels) -> Tens
     return crops if pixels.is_floating_point() else crops.round().to(pixels.dtype)
 
 
-_INPUTS = {case.name: case.inputs for case in speed.CASES}
+_INPUTS, _OPS = ({case.name: getattr(case, kind) for case in CASES} for kind in ("inputs", "op"))
 FORMULAS = (
     Formula("gather_patches", _INPUTS["gather_patches"], kernels.gather_patches, _gather_patches),
     Formula("masked_mse", _INPUTS["masked_mse"], kernels.masked_mse, _masked_mse, ("loss",), {"pred": 0}),
@@ -106,6 +115,9 @@ FORMULAS = (
     Formula("take_rows with fill", _unshuffle_inputs, kernels.take_rows, _take_rows, differentiable={"x": 0, "fill": 3}),
     Formula("decoder_input", _INPUTS["decoder_input"], kernels.decoder_input, _decoder_input,
             differentiable={"x": 0, "mask_token": 1}),
+    Formula("add_norm", _INPUTS["add_norm"], _OPS["add_norm"], _add_norm, ("sum", "normed"),
+            {"x": 0, "branch": 1, "weight": 2, "bias": 3, "branch_bias": 4}),
+    Formula("gelu", _INPUTS["gelu"], kernels.gelu, _gelu, differentiable={"x": 0, "bias": 1}),
     Formula("random_masking", _INPUTS["random_masking"], kernels.random_masking, _random_masking,
             ("ids_keep", "ids_predict", "ids_restore"), is_exact=True),
     Formula("resized_crop", _crop_inputs, kernels.resized_crop, _resized_crop, is_exact=True),

@@ -8,7 +8,7 @@ folder ``fastmae`` on Python's path, without an ``__init__.py`` there::
     mkdir -p site/fastmae && ln -s "$PWD/kernels" site/fastmae/kernels
     PYTHONPATH=site python -c "from fastmae.kernels import masked_mse; help(masked_mse)"
 
-Each file is one op and imports at most ``dispatch``, ``patches`` and ``philox`` beside it.
+An op is the file of its name, and what that imports beside it.
 """
 
 from fastmae.kernels.add_norm import add_norm, add_norm_ref

@@ -21,8 +21,10 @@ _BENCHMARKS = {
              "device out models batches rounds minutes image-size reference contenders compile profile"),
     "gradients": ("gradients of the compiled model against eager ones, on photographs",
                   "device out model batch image-size modes photographs"),
+    "reference-run": ("a small run of the reference and one of fastmae, loss by loss",
+                      "device out reference photographs updates page"),
     "kernels": ("each op: its Triton kernel, its plain torch twin, and the twin compiled",
-                "device out models batch resources save"),
+                "device out models batch check shape resources save"),
     "attention": ("each attention backend on the shapes of a training step", "device out models"),
     "waterfall": ("the training step with each optimisation switched off alone",
                   "device out model batch rounds minutes image-size only together"),
@@ -112,6 +114,9 @@ _FLAGS: dict[str, dict] = {
     "originals": _flag("shards of the original images, for the reference's pipeline (default: --data)", type=Path,
                        metavar="SHARDS"),
     "workers": _flag("loader processes, one per core", type=_positive, metavar="N", default=usable_cores()),
+    "check": _flag("no times: the greatest errors of each op against float64, beside torch's own", action="store_true"),
+    "shape": _flag("with --check: sizes as B=2,C=13,H=64,W=64,p=8,D=96: images, channels, height, width, patch, token's width "
+                   "(default: small ones; on a GPU ViT-B's too)", nargs="+", metavar="SIZES"),
     "resources": _flag("compile for sm_80, sm_90 and sm_100 without a GPU; print registers, stack and shared memory",
                        action="store_true"),
     "save": _flag("with --resources: write benchmarks/results/resources.json", action="store_true"),
@@ -125,6 +130,9 @@ _FLAGS: dict[str, dict] = {
     "modes": _flag("what torch.compile compiles: model, blocks", nargs="+", choices=_MODES, default=_MODES, metavar="MODE"),
     "profile": _flag("also show the device's time of a step by kind of kernel", action="store_true"),
     "steps": _flag("timed steps of each", type=_positive, default=40, metavar="N"),
+    "updates": _flag("updates of each run", type=_positive, default=300, metavar="N"),
+    "page": _flag("write docs/reference.md, its picture and benchmarks/results/reference-run.json; needs --reference",
+                  action="store_true"),
     "only": _flag("only switches with one of these texts in their names (default: all)", nargs="+", metavar="TEXT", default=()),
     "together": _flag("switches to compile at the same time, if memory holds them", type=_positive, default=1, metavar="N"),
     "gpus": _flag("numbers of GPUs (default: 8 16 32 64 128 256 512)", type=_positive, nargs="+", metavar="N"),
@@ -132,5 +140,5 @@ _FLAGS: dict[str, dict] = {
     "micro-batch": _flag("most images per GPU at once", type=_positive, default=128, metavar="N"),
     "docs": _flag("write the tables and the chart of docs/scaling.md", action="store_true"),
 }  # fmt: skip
-_NAMES = {"turns": "rounds", "at-most": "minutes", "photographs": "data"}
+_NAMES = {"turns": "rounds", "at-most": "minutes", "photographs": "data", "updates": "steps", "page": "docs"}
 """The flag on the command line, where two benchmarks mean different things by it."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _ROOT = Path(__file__).resolve().parents[1]
 RESULTS = _ROOT / "benchmarks" / "results"
 SCALING = _ROOT / "docs" / "scaling.md"
+REFERENCE, REFERENCE_RUN = _ROOT / "docs" / "reference.md", RESULTS / "reference-run.json"
 
 Part = tuple[str, dict, Callable[[dict], list[list[str]]]]  # a section's name, the section, and what makes its table
 
@@ -118,7 +119,28 @@ def _gradients(options: argparse.Namespace) -> Iterator[Part]:
     yield " ".join(["gradients", options.model, *_size(options)]), section, gradients.table
 
 
+def _reference_run(options: argparse.Namespace) -> Iterator[Part]:
+    from fastmae.benchmarks.machine import environment
+    from fastmae.benchmarks.training import reference_page, reference_run
+
+    if options.docs and options.reference is None:
+        raise InputError("--docs needs --reference CLONE: the page is of the reference itself")
+    device = _device(options)
+    plan = reference_run.Plan(steps=options.steps, device=device)
+    section = {"environment": environment(device), **reference_run.measure_run(plan, options.reference, options.data)}
+    yield reference_page.NAME, section, reference_run.table
+    if options.docs and not section["wrong"]:
+        reference_page.write_page(REFERENCE, REFERENCE_RUN, section)
+
+
 def _kernels(options: argparse.Namespace) -> Iterator[Part]:
+    if getattr(options, "check", False):
+        from fastmae.benchmarks.kernels import check
+
+        yield "kernels check", check.measure_errors(options.shape, _device(options)), check.table
+        return
+    if getattr(options, "shape", None):
+        raise InputError("--shape needs --check; times are taken of --models")
     from fastmae.benchmarks.kernels import speed as kernels
 
     models = _models(options, ["base"])
@@ -210,6 +232,6 @@ def _models(options: argparse.Namespace, on_cpu: list[str]) -> list[str]:
     return options.models or (["base", "large", "huge"] if _device(options).type == "cuda" else on_cpu)
 
 
-_PARTS = {"step": _step, "gradients": _gradients, "kernels": _kernels, "attention": _attention, "waterfall": _waterfall,
-          "loader": _loader, "fed-step": _fed_step, "all": _all}  # fmt: skip
+_PARTS = {"step": _step, "gradients": _gradients, "reference-run": _reference_run, "kernels": _kernels,
+          "attention": _attention, "waterfall": _waterfall, "loader": _loader, "fed-step": _fed_step, "all": _all}  # fmt: skip
 _RUNS = {"kernels": _kernels_or_resources, "scaling": _scaling, "readme": _readme}

@@ -15,12 +15,13 @@ Source: Ba et al. 2016 (arXiv 1607.06450).
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from fastmae.kernels.dispatch import programs
+from fastmae.kernels.dispatch import programs, use_triton
 
-_TILE = 2048  # values of the gradient that a program holds
-_MOST_GROUPS = 400  # programs of the gradient: about three for each multiprocessor of an A100, H100 or B200
+_FWD_TILE = 2048  # values that a program holds
+_BWD_WARPS = 2560  # of all programs of the gradient, so that all run at once: 24 for each of an A100's 108 multiprocessors
 
 
 def add_norm(
@@ -65,7 +66,7 @@ def add_norm_ref(
     compute = torch.promote_types(x.dtype, torch.float32)
     total = x if branch is None else (x.to(compute) + branch.to(compute)).to(x.dtype)
     normed, mean, rstd = torch.native_layer_norm(total.to(compute), x.shape[-1:], weight.to(compute), bias.to(compute), eps)
-    return total, normed.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    return total.contiguous(), normed.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
 
 
 def add_norm_bwd_ref(
@@ -84,8 +85,8 @@ def add_norm_bwd_ref(
     partial = grad.new_zeros(_groups(total), sums, total.shape[-1])
     if total.numel():
         partial[0] = torch.stack([grad_weight, grad_bias, _column_sums(grad)][:sums])
-    grad_x = grad.to(total.dtype)
-    return grad_x, grad.to(branch_dtype) if branch_dtype != total.dtype else total.new_empty(0), partial
+    grad_x = grad.to(total.dtype).contiguous()
+    return grad_x, grad.to(branch_dtype).contiguous() if branch_dtype != total.dtype else total.new_empty(0), partial
 
 
 def _column_sums(grad: Tensor) -> Tensor:
@@ -96,21 +97,151 @@ def _rows(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
-def _tile(D: int) -> int:
-    """Rows of the gradient's tile."""
-    return max(1, _TILE // triton.next_power_of_2(D))
+def _columns(D: int) -> int:
+    return max(4, triton.next_power_of_2(D))
+
+
+def _bwd_launch(D: int) -> tuple[int, int, int]:
+    """Rows and columns that a program of the gradient holds at a time, and its warps: side by side across the columns, so
+    that a thread adds up rows by itself, with 8 values to a thread: twice as many leave room for half the programs."""
+    block_d = _columns(D)
+    warps = max(1, min(32, block_d // 128, max(8, block_d // 256)))
+    return max(1, 256 * warps // block_d), block_d, warps
 
 
 def _groups(x: Tensor) -> int:
-    """Programs of the gradient: of its shape alone, at most ``_MOST_GROUPS``, each with as many tiles of rows as the others."""
-    return programs(triton.cdiv(_rows(x), _tile(x.shape[-1])), _MOST_GROUPS)
+    """Programs of the gradient."""
+    block_r, _, warps = _bwd_launch(x.shape[-1])
+    return programs(triton.cdiv(_rows(x), block_r), _BWD_WARPS // warps)
+
+
+@triton.jit
+def _add_norm_fwd_kernel(
+    sum_ptr,
+    normed_ptr,
+    mean_ptr,
+    rstd_ptr,
+    x_ptr,
+    branch_ptr,
+    weight_ptr,
+    bias_ptr,
+    rows,
+    D,
+    EPS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK_R  # one program per BLOCK_R rows; rows * D may pass 2**31
+    # 4 columns to a thread suit float32; with 8, as bfloat16 would have it, float32 goes through shared memory to be stored.
+    r, d = tl.arange(0, BLOCK_R), tl.max_contiguous(tl.arange(0, BLOCK_D), 4)
+    is_row = first + r < rows
+    inside = is_row[:, None] & (d < D)[None, :]
+    at = r[:, None] * D + d[None, :]
+    x = tl.load(x_ptr + first * D + at, mask=inside, other=0.0)
+    if HAS_BRANCH:
+        branch = tl.load(branch_ptr + first * D + at, mask=inside, other=0.0)
+        x = (x.to(tl.float32) + branch.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + first * D + at, x, mask=inside)
+    x = x.to(tl.float32)
+    mean = tl.sum(x, 1) / D
+    deviation = tl.where(inside, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(deviation * deviation, 1) / D + EPS)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    y = deviation * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(normed_ptr + first * D + at, y.to(normed_ptr.dtype.element_ty), mask=inside)
+    tl.store(mean_ptr + first + r, mean, mask=is_row)
+    tl.store(rstd_ptr + first + r, rstd, mask=is_row)
+
+
+@triton.jit
+def _add_norm_bwd_kernel(grad_x_ptr, grad_branch_ptr, partial_ptr, grad_normed_ptr, grad_sum_ptr, sum_ptr, weight_ptr,
+                         mean_ptr, rstd_ptr, rows, D, tiles, HAS_GRAD_SUM: tl.constexpr, HAS_GRAD_BRANCH: tl.constexpr,
+                         SUMS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    group, groups = tl.program_id(0), tl.num_programs(0)  # one program per ``groups``-th tile of BLOCK_R rows
+    r, d = tl.arange(0, BLOCK_R), tl.max_contiguous(tl.arange(0, BLOCK_D), 4)  # as in the forward pass
+    at = r[:, None] * D + d[None, :]
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros([BLOCK_D], dtype=tl.float32)
+    grad_bias = tl.zeros([BLOCK_D], dtype=tl.float32)
+    grad_branch_bias = tl.zeros([BLOCK_D], dtype=tl.float32)
+    height = tl.full((), BLOCK_R, tl.int64)  # rows * D may pass 2**31
+    for tile in range(group, tiles, groups):
+        first = tile * height
+        is_row = first + r < rows
+        inside = is_row[:, None] & (d < D)[None, :]
+        mean = tl.load(mean_ptr + first + r, mask=is_row, other=0.0)
+        rstd = tl.load(rstd_ptr + first + r, mask=is_row, other=0.0)
+        grad = tl.load(grad_normed_ptr + first * D + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(sum_ptr + first * D + at, mask=inside, other=0.0).to(tl.float32)
+        grad_sum = 0.0
+        if HAS_GRAD_SUM:
+            grad_sum = tl.load(grad_sum_ptr + first * D + at, mask=inside, other=0.0).to(tl.float32)
+        n = (x - mean[:, None]) * rstd[:, None]
+        e = grad * weight[None, :]
+        grad_weight += tl.sum(grad * n, 0)
+        grad_bias += tl.sum(grad, 0)
+        dx = (e - (tl.sum(e, 1) / D)[:, None] - n * (tl.sum(e * n, 1) / D)[:, None]) * rstd[:, None] + grad_sum
+        tl.store(grad_x_ptr + first * D + at, dx.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        if HAS_GRAD_BRANCH:
+            tl.store(grad_branch_ptr + first * D + at, dx.to(grad_branch_ptr.dtype.element_ty), mask=inside)
+        if SUMS == 3:
+            grad_branch_bias += tl.sum(dx, 0)
+    partial_ptr += group * SUMS * D + d
+    tl.store(partial_ptr, grad_weight, mask=d < D)
+    tl.store(partial_ptr + D, grad_bias, mask=d < D)
+    if SUMS == 3:
+        tl.store(partial_ptr + 2 * D, grad_branch_bias, mask=d < D)
+
+
+def _add_norm_triton(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, D = _rows(x), x.shape[-1]
+    x = x.contiguous()
+    total = x if branch is None else torch.empty_like(x)
+    normed = torch.empty_like(x, dtype=dtype)
+    mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
+    block_d = _columns(D)
+    block_r = max(1, _FWD_TILE // block_d)
+    if rows:
+        with torch.cuda.device_of(x):
+            _add_norm_fwd_kernel[(triton.cdiv(rows, block_r),)](
+                total, normed, mean, rstd, x, x if branch is None else branch.contiguous(), weight.contiguous(),
+                bias.contiguous(), rows, D, EPS=eps, HAS_BRANCH=branch is not None, BLOCK_R=block_r, BLOCK_D=block_d,
+                num_warps=min(32, max(4, block_d // 512)),
+            )  # fmt: skip
+    return total, normed, mean, rstd
+
+
+def _add_norm_bwd_triton(
+    grad_normed: Tensor, grad_sum: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    branch_dtype: torch.dtype, sums: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, D = _rows(total), total.shape[-1]
+    total = total.contiguous()
+    grad_x = torch.empty_like(total)
+    has_grad_branch = branch_dtype != total.dtype
+    grad_branch = torch.empty_like(total, dtype=branch_dtype) if has_grad_branch else total.new_empty(0)
+    groups, (block_r, block_d, warps) = _groups(total), _bwd_launch(D)
+    partial = torch.empty(groups, sums, D, dtype=torch.float32, device=total.device)
+    if rows:
+        with torch.cuda.device_of(total):
+            _add_norm_bwd_kernel[(groups,)](
+                grad_x, grad_branch if has_grad_branch else grad_x, partial, grad_normed.contiguous(),
+                total if grad_sum is None else grad_sum.contiguous(), total, weight.contiguous(), mean, rstd,
+                rows, D, triton.cdiv(rows, block_r), HAS_GRAD_SUM=grad_sum is not None, HAS_GRAD_BRANCH=has_grad_branch,
+                SUMS=sums, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
+            )  # fmt: skip
+    return grad_x, grad_branch, partial
 
 
 @torch.library.custom_op("fastmae::add_norm", mutates_args=())
 def _add_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    body = add_norm_ref
+    body = _add_norm_triton if use_triton(x) else add_norm_ref
     total, *rest = body(x, branch, weight, bias, eps, dtype)
     return x.new_empty(0) if branch is None else total, *rest  # an op may not return what it was given
 
@@ -127,7 +258,7 @@ def _add_norm_bwd(
     grad_normed: Tensor, grad_sum: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
     branch_dtype: torch.dtype, sums: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    body = add_norm_bwd_ref
+    body = _add_norm_bwd_triton if use_triton(total) else add_norm_bwd_ref
     return body(grad_normed, grad_sum, total, weight, mean, rstd, branch_dtype, sums)
 
 

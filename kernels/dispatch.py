@@ -29,8 +29,8 @@ def warps(block: int) -> int:
 
 
 def programs(tiles: int, most: int) -> int:
-    """Programs that share ``tiles``, at most ``most``, with as nearly equal shares as can be. Of the shape alone, not of the device,
-    so that what they sum is the same everywhere; ``tiles`` may be symbolic."""
+    """Programs that share ``tiles`` as equally as at most ``most`` can. Not of the device, so that what they sum is the same
+    everywhere; ``tiles`` may be symbolic."""
     return triton.cdiv(tiles, torch.sym_max(1, triton.cdiv(tiles, most)))
 
 

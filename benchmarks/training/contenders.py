@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import fastmae.model.block.linear
-from fastmae.benchmarks.training.reference import Draw, load_reference
+from fastmae.benchmarks.training.reference import Draw, build_reference, load_reference
 from fastmae.benchmarks.training.twin import TwinMAE
-from fastmae.errors import InputError
 from fastmae.model.config import ModelConfig
 from fastmae.model.mae import MAE
 from fastmae.model.masking import random_masking
@@ -34,7 +33,6 @@ from fastmae.train.step.step import MicroBatch, Step
 
 NAMES = ("reference", "rival", "fastmae")
 MASK_RATIO, LR, WEIGHT_DECAY = 0.75, 1e-4, 0.05
-_REFERENCE_NAMES = {"base": "mae_vit_base_patch16", "large": "mae_vit_large_patch16", "huge": "mae_vit_huge_patch14"}
 
 
 @dataclass(frozen=True)
@@ -205,17 +203,7 @@ def _build(workload: Workload, fused: bool) -> tuple[nn.Module, Draw]:
     if workload.clone is None:
         model = TwinMAE(workload.config, fused, draw)
     else:
-        module = load_reference(workload.clone, draw)
-        config = workload.config
-        if config.img_size[0] != config.img_size[1]:
-            raise InputError(f"the reference takes square images, got {config.img_size}")
-        build = getattr(module, _REFERENCE_NAMES[workload.name])
-        model = build(norm_pix_loss=config.norm_pix_loss, img_size=config.img_size[0])
-        layers = [part for part in model.modules() if hasattr(part, "fused_attn")]  # timm's attention
-        if not layers:
-            raise InputError("this timm's attention has no fused_attn to switch; install timm 1.0 or newer")
-        for layer in layers:
-            layer.fused_attn = fused
+        model = build_reference(load_reference(workload.clone, draw), workload.config, fused)
     model.load_state_dict(workload.weights())
     return model.to(workload.device), draw
 

@@ -8,15 +8,17 @@ without torchvision's operators, ``torchvision::nms``. Nothing of it is copied; 
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmae.errors import InputError
+from fastmae.model.config import ModelConfig
 
 _operators: list[torch.library.Library] = []  # torch forgets operators whose library object is gone
 
@@ -38,16 +40,51 @@ def load_reference(clone: str | Path, draw: Draw | None = None) -> ModuleType:
 
     Raises InputError if it or timm is missing.
     """
-    path = Path(clone) / "models_mae.py"
-    if not path.is_file():
-        raise InputError(f"{path}: not found; give a clone of github.com/facebookresearch/mae")
+    path = _file(clone, "models_mae.py")
     with _todays_packages(), _on_path(Path(clone)):
-        spec = importlib.util.spec_from_file_location("reference_models_mae", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = _module(path)
     if draw is not None:
         module.torch = ModuleType("torch")  # its own: other modules' draws do not change
         module.torch.__dict__.update(torch.__dict__, rand=draw)
+    return module
+
+
+def build_reference(module: ModuleType, config: ModelConfig, fused: bool) -> nn.Module:
+    """The model of ``config`` by the clone's ``models_mae``, its attention step by step or ``fused`` by torch.
+
+    Raises InputError on images that are not square or not RGB, which the reference does not take, and on an older timm.
+    """
+    height, width = config.img_size
+    if height != width or config.in_chans != 3:
+        raise InputError(f"the reference takes square RGB images, got {height} x {width} of {config.in_chans} channels")
+    names = ("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads",
+             "mlp_ratio", "norm_pix_loss")  # fmt: skip
+    sizes = {name: getattr(config, name) for name in names}
+    model = module.MaskedAutoencoderViT(img_size=height, norm_layer=partial(nn.LayerNorm, eps=1e-6), **sizes)
+    layers = [part for part in model.modules() if hasattr(part, "fused_attn")]  # timm's attention
+    if not layers:
+        raise InputError("this timm's attention has no fused_attn to switch; install timm 1.0 or newer")
+    for layer in layers:
+        layer.fused_attn = fused
+    return model
+
+
+def load_schedule(clone: str | Path) -> Callable[[torch.optim.Optimizer, float, object], float]:
+    """``adjust_learning_rate(optimizer, epoch, args)`` of the clone's ``util/lr_sched.py``. Raises InputError if missing."""
+    return _module(_file(clone, "util/lr_sched.py")).adjust_learning_rate
+
+
+def _file(clone: str | Path, name: str) -> Path:
+    path = Path(clone) / name
+    if not path.is_file():
+        raise InputError(f"{path}: not found; give a clone of github.com/facebookresearch/mae")
+    return path
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"reference_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 

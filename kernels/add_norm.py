@@ -25,15 +25,9 @@ _BWD_WARPS = 2560  # of all programs of the gradient, so that all run at once: 2
 
 
 def add_norm(
-    x: Tensor,
-    branch: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    branch_bias: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    use_sum: bool = True,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, branch_bias: Tensor | None = None,
+    dtype: torch.dtype | None = None, use_sum: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The sum (..., D) in x's dtype, and its LayerNorm (..., D) in ``dtype``, by default x's.
 
     ``x`` and ``branch`` (..., D) floating point; without a branch the sum is ``x`` itself, and is not written. ``weight``
@@ -70,68 +64,37 @@ def add_norm_ref(
 
 
 def add_norm_bwd_ref(
-    grad_normed: Tensor, grad_sum: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
-    branch_dtype: torch.dtype, sums: int,
+    grad_normed: Tensor, grad_sum: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, low: torch.dtype,
+    sums: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The twin of the backward op: the gradients of x and, where their dtypes differ, of branch, and partial sums over rows
-    (G, ``sums``, D) of the gradients of weight, bias and, if they are three, branch_bias; here all in the first of G."""
+    """The twin of the backward op: the gradients of x and, if ``low``, its branch's dtype, is another, of the branch, and
+    partial sums (G, ``sums``, D) of the gradients of weight, bias and, the third, branch_bias; here all in the first of G."""
     compute = mean.dtype
     grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         grad_normed.to(compute), total.to(compute), total.shape[-1:], mean[..., None], rstd[..., None], weight.to(compute),
         weight.to(compute), [True, True, True],
     )  # fmt: skip
-    if grad_sum is not None:
-        grad = grad + grad_sum.to(compute)
-    partial = grad.new_zeros(_groups(total), sums, total.shape[-1])
-    if total.numel():
-        partial[0] = torch.stack([grad_weight, grad_bias, _column_sums(grad)][:sums])
+    grad = grad if grad_sum is None else grad + grad_sum.to(compute)
+    partial = grad.new_zeros(_bwd_launch(total)[0], sums, total.shape[-1])
+    partial[:1] = torch.stack([grad_weight, grad_bias, grad.reshape(-1, total.shape[-1]).sum(0)][:sums])
     grad_x = grad.to(total.dtype).contiguous()
-    return grad_x, grad.to(branch_dtype).contiguous() if branch_dtype != total.dtype else total.new_empty(0), partial
+    return grad_x, grad.to(low).contiguous() if low != total.dtype else total.new_empty(0), partial
 
 
-def _column_sums(grad: Tensor) -> Tensor:
-    return grad.flatten(0, -2).sum(0) if grad.ndim > 1 else grad
-
-
-def _rows(x: Tensor) -> int:
-    return x.numel() // x.shape[-1]
-
-
-def _columns(D: int) -> int:
-    return max(4, triton.next_power_of_2(D))
-
-
-def _bwd_launch(D: int) -> tuple[int, int, int]:
-    """Rows and columns that a program of the gradient holds at a time, and its warps: side by side across the columns, so
-    that a thread adds up rows by itself, with 8 values to a thread: twice as many leave room for half the programs."""
-    block_d = _columns(D)
+def _bwd_launch(x: Tensor) -> tuple[int, int, int, int]:
+    """Programs of the gradient, the rows and columns that each holds at a time, and its warps: side by side across the columns,
+    so that a thread adds up rows by itself, with 8 values to a thread: twice as many leave room for half the programs."""
+    D = x.shape[-1]
+    block_d = max(4, triton.next_power_of_2(D))
     warps = max(1, min(32, block_d // 128, max(8, block_d // 256)))
-    return max(1, 256 * warps // block_d), block_d, warps
-
-
-def _groups(x: Tensor) -> int:
-    """Programs of the gradient."""
-    block_r, _, warps = _bwd_launch(x.shape[-1])
-    return programs(triton.cdiv(_rows(x), block_r), _BWD_WARPS // warps)
+    block_r = max(1, 256 * warps // block_d)
+    return programs(triton.cdiv(x.numel() // D, block_r), _BWD_WARPS // warps), block_r, block_d, warps
 
 
 @triton.jit
-def _add_norm_fwd_kernel(
-    sum_ptr,
-    normed_ptr,
-    mean_ptr,
-    rstd_ptr,
-    x_ptr,
-    branch_ptr,
-    weight_ptr,
-    bias_ptr,
-    rows,
-    D,
-    EPS: tl.constexpr,
-    HAS_BRANCH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def _add_norm_fwd_kernel(sum_ptr, normed_ptr, mean_ptr, rstd_ptr, x_ptr, branch_ptr, weight_ptr, bias_ptr, rows, D,
+                         EPS: tl.constexpr, HAS_BRANCH: tl.constexpr,
+                         BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCK_R  # one program per BLOCK_R rows; rows * D may pass 2**31
     # 4 columns to a thread suit float32; with 8, as bfloat16 would have it, float32 goes through shared memory to be stored.
     r, d = tl.arange(0, BLOCK_R), tl.max_contiguous(tl.arange(0, BLOCK_D), 4)
@@ -156,8 +119,8 @@ def _add_norm_fwd_kernel(
 
 
 @triton.jit
-def _add_norm_bwd_kernel(grad_x_ptr, grad_branch_ptr, partial_ptr, grad_normed_ptr, grad_sum_ptr, sum_ptr, weight_ptr,
-                         mean_ptr, rstd_ptr, rows, D, tiles, HAS_GRAD_SUM: tl.constexpr, HAS_GRAD_BRANCH: tl.constexpr,
+def _add_norm_bwd_kernel(grad_x_ptr, grad_low_ptr, partial_ptr, grad_normed_ptr, grad_sum_ptr, sum_ptr, weight_ptr,
+                         mean_ptr, rstd_ptr, rows, D, tiles, HAS_GRAD_SUM: tl.constexpr, HAS_LOW: tl.constexpr,
                          SUMS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     group, groups = tl.program_id(0), tl.num_programs(0)  # one program per ``groups``-th tile of BLOCK_R rows
     r, d = tl.arange(0, BLOCK_R), tl.max_contiguous(tl.arange(0, BLOCK_D), 4)  # as in the forward pass
@@ -184,8 +147,8 @@ def _add_norm_bwd_kernel(grad_x_ptr, grad_branch_ptr, partial_ptr, grad_normed_p
         grad_bias += tl.sum(grad, 0)
         dx = (e - (tl.sum(e, 1) / D)[:, None] - n * (tl.sum(e * n, 1) / D)[:, None]) * rstd[:, None] + grad_sum
         tl.store(grad_x_ptr + first * D + at, dx.to(grad_x_ptr.dtype.element_ty), mask=inside)
-        if HAS_GRAD_BRANCH:
-            tl.store(grad_branch_ptr + first * D + at, dx.to(grad_branch_ptr.dtype.element_ty), mask=inside)
+        if HAS_LOW:
+            tl.store(grad_low_ptr + first * D + at, dx.to(grad_low_ptr.dtype.element_ty), mask=inside)
         if SUMS == 3:
             grad_branch_bias += tl.sum(dx, 0)
     partial_ptr += group * SUMS * D + d
@@ -195,17 +158,20 @@ def _add_norm_bwd_kernel(grad_x_ptr, grad_branch_ptr, partial_ptr, grad_normed_p
         tl.store(partial_ptr + 2 * D, grad_branch_bias, mask=d < D)
 
 
-def _add_norm_triton(
+@torch.library.custom_op("fastmae::add_norm", mutates_args=())
+def _add_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, D = _rows(x), x.shape[-1]
-    x = x.contiguous()
-    total = x if branch is None else torch.empty_like(x)
+    if not use_triton(x):
+        total, *rest = add_norm_ref(x, branch, weight, bias, eps, dtype)
+        return x.new_empty(0) if branch is None else total, *rest  # an op may not return what it was given
+    D, x = x.shape[-1], x.contiguous()
+    total = torch.empty_like(x) if branch is not None else x.new_empty(0)
     normed = torch.empty_like(x, dtype=dtype)
     mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
-    block_d = _columns(D)
+    block_d = max(4, triton.next_power_of_2(D))
     block_r = max(1, _FWD_TILE // block_d)
-    if rows:
+    if rows := x.numel() // D:
         with torch.cuda.device_of(x):
             _add_norm_fwd_kernel[(triton.cdiv(rows, block_r),)](
                 total, normed, mean, rstd, x, x if branch is None else branch.contiguous(), weight.contiguous(),
@@ -213,37 +179,6 @@ def _add_norm_triton(
                 num_warps=min(32, max(4, block_d // 512)),
             )  # fmt: skip
     return total, normed, mean, rstd
-
-
-def _add_norm_bwd_triton(
-    grad_normed: Tensor, grad_sum: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
-    branch_dtype: torch.dtype, sums: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows, D = _rows(total), total.shape[-1]
-    total = total.contiguous()
-    grad_x = torch.empty_like(total)
-    has_grad_branch = branch_dtype != total.dtype
-    grad_branch = torch.empty_like(total, dtype=branch_dtype) if has_grad_branch else total.new_empty(0)
-    groups, (block_r, block_d, warps) = _groups(total), _bwd_launch(D)
-    partial = torch.empty(groups, sums, D, dtype=torch.float32, device=total.device)
-    if rows:
-        with torch.cuda.device_of(total):
-            _add_norm_bwd_kernel[(groups,)](
-                grad_x, grad_branch if has_grad_branch else grad_x, partial, grad_normed.contiguous(),
-                total if grad_sum is None else grad_sum.contiguous(), total, weight.contiguous(), mean, rstd,
-                rows, D, triton.cdiv(rows, block_r), HAS_GRAD_SUM=grad_sum is not None, HAS_GRAD_BRANCH=has_grad_branch,
-                SUMS=sums, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
-            )  # fmt: skip
-    return grad_x, grad_branch, partial
-
-
-@torch.library.custom_op("fastmae::add_norm", mutates_args=())
-def _add_norm(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    body = _add_norm_triton if use_triton(x) else add_norm_ref
-    total, *rest = body(x, branch, weight, bias, eps, dtype)
-    return x.new_empty(0) if branch is None else total, *rest  # an op may not return what it was given
 
 
 @_add_norm.register_fake
@@ -255,17 +190,31 @@ def _(x, branch, weight, bias, eps, dtype):
 
 @torch.library.custom_op("fastmae::add_norm_bwd", mutates_args=())
 def _add_norm_bwd(
-    grad_normed: Tensor, grad_sum: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
-    branch_dtype: torch.dtype, sums: int,
+    grad_normed: Tensor, grad_sum: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, low: torch.dtype,
+    sums: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    body = _add_norm_bwd_triton if use_triton(total) else add_norm_bwd_ref
-    return body(grad_normed, grad_sum, total, weight, mean, rstd, branch_dtype, sums)
+    if not use_triton(total):
+        return add_norm_bwd_ref(grad_normed, grad_sum, total, weight, mean, rstd, low, sums)
+    D, total = total.shape[-1], total.contiguous()
+    grad_x, has_low = torch.empty_like(total), low != total.dtype
+    grad_low = torch.empty(total.shape if has_low else 0, dtype=low, device=total.device)
+    groups, block_r, block_d, warps = _bwd_launch(total)
+    partial = torch.empty(groups, sums, D, dtype=torch.float32, device=total.device)
+    if rows := total.numel() // D:
+        with torch.cuda.device_of(total):
+            _add_norm_bwd_kernel[(groups,)](
+                grad_x, grad_low if has_low else grad_x, partial, grad_normed.contiguous(),
+                total if grad_sum is None else grad_sum.contiguous(), total, weight.contiguous(), mean, rstd,
+                rows, D, triton.cdiv(rows, block_r), HAS_GRAD_SUM=grad_sum is not None, HAS_LOW=has_low, SUMS=sums,
+                BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
+            )  # fmt: skip
+    return grad_x, grad_low, partial
 
 
 @_add_norm_bwd.register_fake
-def _(grad_normed, grad_sum, total, weight, mean, rstd, branch_dtype, sums):
-    grad_branch = total.new_empty(total.shape if branch_dtype != total.dtype else (0,), dtype=branch_dtype)
-    return total.new_empty(total.shape), grad_branch, mean.new_empty(_groups(total), sums, total.shape[-1])
+def _(grad_normed, grad_sum, total, weight, mean, rstd, low, sums):
+    grad_low = total.new_empty(total.shape if low != total.dtype else (0,), dtype=low)
+    return total.new_empty(total.shape), grad_low, mean.new_empty(_bwd_launch(total)[0], sums, total.shape[-1])
 
 
 class _AddNorm(torch.autograd.Function):
@@ -274,12 +223,10 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, weight, bias, eps, branch_bias, dtype, use_sum):
         total, normed, mean, rstd = _add_norm(x, branch, weight, bias, eps, dtype)
-        if branch is None:
-            total = x.view_as(x)
-        ctx.set_materialize_grads(False)  # a sum or a normed that nobody uses has no gradient to read
+        total = x.view_as(x) if branch is None else total
+        ctx.set_materialize_grads(False)  # a sum that nobody uses has no gradient to read
         ctx.save_for_backward(total, weight, mean, rstd)
-        ctx.dtypes = [None if t is None else t.dtype for t in (branch, weight, bias, branch_bias)]
-        ctx.use_sum = use_sum
+        ctx.dtypes, ctx.use_sum = [None if t is None else t.dtype for t in (branch, weight, bias, branch_bias)], use_sum
         if not use_sum:
             ctx.mark_non_differentiable(total)
         return total, normed
@@ -287,20 +234,14 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_sum, grad_normed):
-        total, weight, mean, rstd = ctx.saved_tensors
-        branch_dtype, weight_dtype, bias_dtype, branch_bias_dtype = ctx.dtypes
-        sums = 2 if branch_bias_dtype is None else 3
-        grad_sum = grad_sum if ctx.use_sum else None  # a compiled graph gives zeros
-        if grad_normed is None:
-            grad_x, found = grad_sum, [None, None, _column_sums(grad_sum.to(mean.dtype))][:sums]
-            grad_branch = None if branch_dtype is None else grad_sum.to(branch_dtype)
-        else:
-            grad_x, grad_branch, partial = _add_norm_bwd(
-                grad_normed, grad_sum, total, weight, mean, rstd, branch_dtype or total.dtype, sums
-            )
-            if branch_dtype in (None, total.dtype):
-                grad_branch = None if branch_dtype is None else grad_x
-            found = partial.sum(0).unbind(0)
-        kinds = (weight_dtype, bias_dtype, branch_bias_dtype)[:sums]
-        found = [None if g is None else g.to(kind) for g, kind in zip(found, kinds, strict=True)]
-        return grad_x, grad_branch, found[0], found[1], None, found[2] if sums == 3 else None, None, None
+        total, *rest = ctx.saved_tensors
+        low, *dtypes = ctx.dtypes
+        grad_sum = grad_sum if ctx.use_sum else None  # zeros in a compiled graph
+        grad_normed = torch.zeros_like(total) if grad_normed is None else grad_normed
+        sums = 2 if dtypes[2] is None else 3
+        grad_x, grad_low, partial = _add_norm_bwd(grad_normed, grad_sum, total, *rest, low or total.dtype, sums)
+        grad_branch = None if low is None else grad_x if low == total.dtype else grad_low
+        grad_weight, grad_bias, grad_branch_bias = (*partial.sum(0).unbind(0), None)[:3]
+        if grad_branch_bias is not None:
+            grad_branch_bias = grad_branch_bias.to(dtypes[2])
+        return grad_x, grad_branch, grad_weight.to(dtypes[0]), grad_bias.to(dtypes[1]), None, grad_branch_bias, None, None

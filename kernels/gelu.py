@@ -28,7 +28,7 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     ``bias`` (D,) receives the sum over rows of x's gradient, not rounded to x's dtype before. Differentiable once with a bias.
     Raises ValueError on a wrong shape or dtype.
     """
-    if not x.is_floating_point() or x.ndim < 1:
+    if x.ndim < 1 or x.shape[-1] < 1 or not x.is_floating_point():
         raise ValueError(f"x must be floating point (..., D), got {x.dtype} {tuple(x.shape)}")
     if bias is None:
         return F.gelu(x)  # there is nothing to sum
@@ -47,11 +47,10 @@ def gelu_ref(x: Tensor) -> Tensor:
 def gelu_bwd_ref(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """The twin of the backward op: x's gradient, and partial sums of it over rows (G, D), here all in the first of G."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    grad_x = torch.ops.aten.gelu_backward(grad.to(compute), x.to(compute))
+    grad_x = torch.ops.aten.gelu_backward(grad.to(compute).contiguous(), x.to(compute).contiguous())
     partial = grad_x.new_zeros(_groups(x), x.shape[-1])
-    if x.numel():
-        partial[0] = grad_x.reshape(-1, x.shape[-1]).sum(0)
-    return grad_x.to(x.dtype).contiguous(), partial
+    partial[:1] = grad_x.reshape(-1, x.shape[-1]).sum(0)
+    return grad_x.to(x.dtype), partial
 
 
 def _groups(x: Tensor) -> int:
@@ -81,23 +80,18 @@ def _gelu_bwd_kernel(grad_x_ptr, partial_ptr, grad_ptr, x_ptr, rows, D, tiles, B
     tl.store(partial_ptr + group * D + d, tl.sum(total, 0), mask=d < D)
 
 
-def _gelu_bwd_triton(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    D = x.shape[-1]
-    x = x.contiguous()
+@torch.library.custom_op("fastmae::gelu_bwd", mutates_args=())
+def _gelu_bwd(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    if not use_triton(x):
+        return gelu_bwd_ref(grad, x)
+    D, x = x.shape[-1], x.contiguous()
     grad_x, partial = torch.empty_like(x), torch.empty(_groups(x), D, dtype=torch.float32, device=x.device)
-    if partial.numel():
-        rows = x.numel() // D
+    if rows := x.numel() // D:
         with torch.cuda.device_of(x):
             _gelu_bwd_kernel[(partial.shape[0], triton.cdiv(D, _BLOCK_D))](
                 grad_x, partial, grad.contiguous(), x, rows, D, triton.cdiv(rows, _BLOCK_R), BLOCK_R=_BLOCK_R, BLOCK_D=_BLOCK_D
             )
     return grad_x, partial
-
-
-@torch.library.custom_op("fastmae::gelu_bwd", mutates_args=())
-def _gelu_bwd(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    body = _gelu_bwd_triton if use_triton(x) else gelu_bwd_ref
-    return body(grad, x)
 
 
 @_gelu_bwd.register_fake

@@ -69,6 +69,13 @@ def cases() -> Iterator[Case]:
         yield _rows(width, dtype, has_fill)
     for width, dtype, out in ((512, "bf16", "bf16"), (512, "fp32", "fp32"), (256, "fp16", "fp32")):
         yield _sequence(width, dtype, out)
+    for width in (192, 256, 384, 512, 768, 1024, 1280, 4096):
+        yield _norm(width, "fp32", "bf16")
+    for width, residual, branch in ((512, "bf16", "bf16"), (768, "bf16", "bf16"), (1280, "bf16", "bf16"), (768, "fp32", "fp32"),
+                                    (1280, "fp32", "fp16"), (768, "fp32", None)):  # fmt: skip
+        yield _norm(width, residual, branch)
+    for width, dtype in ((768, "bf16"), (2048, "bf16"), (3072, "bf16"), (5120, "fp16"), (3072, "fp32")):
+        yield _gelu(width, dtype)
     yield _ones()
 
 
@@ -139,6 +146,27 @@ def _sequence(width: int, dtype: str, out: str) -> Case:
     return f"D{width} {dtype} {out}", call
 
 
+def _norm(width: int, residual: str, branch: str | None) -> Case:
+    """A residual addition and the norm after it, or a norm alone, in the dtypes of the stream and of the branch."""
+    x = torch.zeros(_B, 1 + _K, width, dtype=_DTYPES[residual], requires_grad=True)
+    added = None if branch is None else torch.zeros_like(x, dtype=_DTYPES[branch]).requires_grad_()
+    weight, bias, branch_bias = torch.zeros(3, width, requires_grad=True).unbind(0)
+
+    def call() -> None:
+        total, normed = kernels.add_norm(
+            x, added, weight, bias, 1e-6, None if added is None else branch_bias, _DTYPES[branch or "bf16"]
+        )
+        (total.sum() + normed.sum()).backward()
+
+    return f"D{width} {residual} {branch or 'alone'}", call
+
+
+def _gelu(width: int, dtype: str) -> Case:
+    x = torch.zeros(_B, 1 + _K, width, dtype=_DTYPES[dtype], requires_grad=True)
+    bias = torch.zeros(width, requires_grad=True)
+    return f"D{width} {dtype}", lambda: kernels.gelu(x, bias).sum().backward()
+
+
 def _ones() -> Case:
     """Sizes of 1, which Triton makes constants, in every argument."""
     images, ids, epochs = _images(1, 1, "uint8"), torch.zeros(_B, 1, dtype=torch.int32), torch.zeros(_B, dtype=torch.int64)
@@ -152,6 +180,8 @@ def _ones() -> Case:
         kernels.masked_mse(x[:, :1], images, ids, 1, False, *torch.ones(2, 1)).backward()
         kernels.take_rows(x[:, :1], ids, ids, token).sum().backward()
         kernels.decoder_input(x, token, torch.zeros(3, 1), ids, ids).sum().backward()
+        sum(kernels.add_norm(x[:1, :1], x[:1, 1:], token, token, 1e-6, token)).sum().backward()
+        kernels.gelu(x[:1, :1], token).sum().backward()
 
     return "ones", call
 

@@ -40,14 +40,18 @@ def body(section: dict) -> str:
     rows = {r["precision"]: r for r in section["rows"]}
     exact, single = rows["float64"], rows["float32"]
     environment = section["environment"]
+    model = section["model"]
+    widths = ", decoder ".join(f"{model[f'{part}depth']} x {model[f'{part}embed_dim']}" for part in ("", "decoder_"))
     made_on = ", ".join(f"{name} {environment[name]}" for name in ("torch", "triton", "commit", "date"))
     return "\n\n".join([
-        f"- float64: the losses of all {section['steps']} updates are equal to {exact['largest']:.1e} of the loss; "
-        f"{section['limit']:g} is allowed.\n"
-        f"- float32: the largest deviation of fastmae from the reference is {single['largest']:.1e}. From the reference in "
-        f"float64 the reference itself is at most {single['reference_error']:.1e} away, fastmae {single['fastmae_error']:.1e}.",
+        f"- float64: the largest deviation of a loss is {exact['largest']:.1e}, over {section['steps']} updates; allowed is "
+        f"{section['limit']:.0e}.\n"
+        f"- float32: it is {single['largest']:.1e}. The reference's own losses are up to {single['reference_error']:.1e} from "
+        f"those it has in float64 (below: its error), fastmae's up to {single['fastmae_error']:.1e}.",
         markdown(table(section)),
-        f"{section['notes'][0]}. `{environment['command']}` on {environment['device']} ({made_on}).",
+        f"{section['notes'][0]}, {model['img_size'][0]} pixels wide, in patches of {model['patch_size']}. Encoder {widths}; "
+        f"learning rate {section['peak']:g} after a warm-up of {section['warmup']:.0%}, {section['minimum']:g} at the end. "
+        f"`{environment['command']}` on {environment['device']} ({made_on}).",
     ])  # fmt: skip
 
 
@@ -58,7 +62,7 @@ def digest(section: dict) -> str:
 
 def draw(section: dict, path: Path) -> None:
     """Write the picture, a PNG: both curves over each other, and their deviation. Raises InputError without matplotlib."""
-    figure = require("matplotlib.figure", "a plot").Figure(figsize=(10, 3.6), layout="constrained", dpi=110, facecolor="white")
+    figure = require("matplotlib.figure", "a plot").Figure(figsize=(10, 3.6), layout="constrained", dpi=85, facecolor="white")
     left, right = figure.subplots(1, 2)
     exact = next(r for r in section["rows"] if r["precision"] == "float64")["losses"]
     left.plot(exact["reference"], color=_PALE, linewidth=5, label=section["against"])

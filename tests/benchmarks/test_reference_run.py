@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
-from fastmae.benchmarks.cli import main
-from fastmae.benchmarks.training import reference_run
-from fastmae.benchmarks.training.reference_run import Plan, deviations
+from fastmae.benchmarks.cli import REFERENCE, REFERENCE_RUN, main
+from fastmae.benchmarks.training import reference_page, reference_run
+from fastmae.benchmarks.training.reference_run import LIMIT, Plan, deviations
 from fastmae.model.config import ModelConfig
 from fastmae.train.step.optimizer import learning_rate
 
@@ -117,3 +117,32 @@ def test_a_loss_that_is_not_a_number_deviates(quick):
 def test_a_page_of_the_twin_and_a_clone_that_is_not_there_are_refused(flags, message, quick, capsys):
     assert main(["reference-run", "--device", "cpu", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return json.loads(REFERENCE_RUN.read_text())[reference_page.NAME]
+
+
+def test_the_committed_run_is_of_the_reference_and_within_its_limit(committed):
+    assert committed["against"] == "facebookresearch/mae" and committed["wrong"] == []
+    rows = {row["precision"]: row for row in committed["rows"]}
+    for row in rows.values():
+        losses = row["losses"]
+        found = deviations(losses["fastmae"], losses["reference"])
+        assert len(found) == committed["steps"] == 300 and max(found) == row["largest"] == found[row["at"]]
+        assert max(deviations(losses["fastmae"], rows["float64"]["losses"]["reference"])) == row["fastmae_error"]
+        assert losses["fastmae"][-1] < 0.5 * losses["fastmae"][0]
+    assert rows["float64"]["largest"] <= committed["limit"] == LIMIT
+
+
+def test_the_page_and_its_picture_are_of_the_committed_run(committed, tmp_path):
+    text = REFERENCE.read_text()
+    assert text.split(reference_page.BEGIN)[1].split(reference_page.END)[0].strip() == reference_page.body(committed)
+    picture = REFERENCE.with_suffix(".png").read_bytes()
+    assert reference_page.digest(committed).encode() in picture and len(picture) < 60_000
+    page, result = tmp_path / "page.md", tmp_path / "result.json"
+    page.write_text(f"before\n{reference_page.BEGIN}\nold\n{reference_page.END}\nafter")
+    reference_page.write_page(page, result, committed)
+    assert page.read_text() == f"before\n{reference_page.BEGIN}\n{reference_page.body(committed)}\n{reference_page.END}\nafter"
+    assert result.read_text() == REFERENCE_RUN.read_text() and page.with_suffix(".png").stat().st_size > 10_000

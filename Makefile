@@ -40,8 +40,8 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[demo,dev]"
 	touch $@
 
-OLDEST_TESTS := tests/test_layers.py $(addsuffix .py,$(addprefix tests/kernels/test_,ahead_of_time masked_mse patches take_rows \
-	decoder_input random_masking resized_crop philox compile) tests/benchmarks/test_gradients tests/model/test_linear \
+OLDEST_TESTS := tests/test_layers.py $(addsuffix .py,$(addprefix tests/kernels/test_,ahead_of_time add_norm gelu masked_mse patches \
+	take_rows decoder_input random_masking resized_crop philox compile) tests/benchmarks/test_gradients tests/model/test_linear \
 	tests/model/test_mae tests/step/test_step tests/step/test_parallelize tests/data/test_to_device tests/data/test_loader)
 test-oldest: export CUDA_VISIBLE_DEVICES :=
 test-oldest: $(OLDEST)/.installed

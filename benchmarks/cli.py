@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _ROOT = Path(__file__).resolve().parents[1]
 RESULTS = _ROOT / "benchmarks" / "results"
 SCALING = _ROOT / "docs" / "scaling.md"
+REFERENCE, REFERENCE_RUN = _ROOT / "docs" / "reference.md", RESULTS / "reference-run.json"
 TRAFFIC, PREDICTIONS = _ROOT / "docs" / "traffic.md", _ROOT / "benchmarks" / "predictions" / "traffic.json"
 
 Part = tuple[str, dict, Callable[[dict], list[list[str]]]]  # a section's name, the section, and what makes its table
@@ -102,7 +103,7 @@ def _step(options: argparse.Namespace) -> Iterator[Part]:
     models = _models(options, ["base"])
     section = step.measure_steps(models, options.batches, _device(options), clone=options.reference, rounds=options.rounds,
                                  minutes=options.minutes, image_size=options.image_size, contenders=options.contenders,
-                                 compile=options.compile, profile=options.profile)  # fmt: skip
+                                 compile=options.compile, profile=options.profile, crossmae=options.crossmae)  # fmt: skip
     batches = ["batch", *map(str, options.batches)] if options.batches else []  # results of the day at other batches stay
     name = [*models, *_size(options), *batches, *([options.compile] if options.compile != "auto" else [])]
     profiles = step.profiles(section)
@@ -119,7 +120,28 @@ def _gradients(options: argparse.Namespace) -> Iterator[Part]:
     yield " ".join(["gradients", options.model, *_size(options)]), section, gradients.table
 
 
+def _reference_run(options: argparse.Namespace) -> Iterator[Part]:
+    from fastmae.benchmarks.machine import environment
+    from fastmae.benchmarks.training import reference_page, reference_run
+
+    if options.docs and options.reference is None:
+        raise InputError("--docs needs --reference CLONE: the page is of the reference itself")
+    device = _device(options)
+    plan = reference_run.Plan(steps=options.steps, device=device)
+    section = {"environment": environment(device), **reference_run.measure_run(plan, options.reference, options.data)}
+    yield reference_page.NAME, section, reference_run.table
+    if options.docs and not section["wrong"]:
+        reference_page.write_page(REFERENCE, REFERENCE_RUN, section)
+
+
 def _kernels(options: argparse.Namespace) -> Iterator[Part]:
+    if getattr(options, "check", False):
+        from fastmae.benchmarks.kernels import check
+
+        yield "kernels check", check.measure_errors(options.shape, _device(options)), check.table
+        return
+    if getattr(options, "shape", None):
+        raise InputError("--shape needs --check; times are taken of --models")
     from fastmae.benchmarks.kernels import speed as kernels
 
     models = _models(options, ["base"])
@@ -224,6 +246,6 @@ def _models(options: argparse.Namespace, on_cpu: list[str]) -> list[str]:
     return options.models or (["base", "large", "huge"] if _device(options).type == "cuda" else on_cpu)
 
 
-_PARTS = {"step": _step, "gradients": _gradients, "kernels": _kernels, "attention": _attention, "waterfall": _waterfall,
-          "loader": _loader, "fed-step": _fed_step, "all": _all}  # fmt: skip
+_PARTS = {"step": _step, "gradients": _gradients, "reference-run": _reference_run, "kernels": _kernels,
+          "attention": _attention, "waterfall": _waterfall, "loader": _loader, "fed-step": _fed_step, "all": _all}  # fmt: skip
 _RUNS = {"kernels": _kernels_or_resources, "scaling": _scaling, "traffic": _traffic, "readme": _readme}

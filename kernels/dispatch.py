@@ -28,6 +28,12 @@ def warps(block: int) -> int:
     return min(16, max(4, block // 512))
 
 
+def programs(tiles: int, most: int) -> int:
+    """Programs that share ``tiles`` as equally as at most ``most`` can. Not of the device, so that what they sum is the same
+    everywhere; ``tiles`` may be symbolic."""
+    return triton.cdiv(tiles, torch.sym_max(1, triton.cdiv(tiles, most)))
+
+
 def use_triton(x: Tensor) -> bool:
     """Whether ops on ``x`` run their Triton kernel. float64 never does: it is the dtype of test oracles."""
     chosen = mode()

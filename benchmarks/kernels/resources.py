@@ -1,7 +1,8 @@
 """Compile every kernel as it is launched, without a GPU, and read what the binary needs: registers, stack, shared memory.
 
-A stack means spilled registers; shared memory above 48 KiB would not launch everywhere. ``kernels --resources`` prints the
-table and checks its limits; ``benchmarks/results/resources.json`` is the committed one, which a test compares it with the code.
+A stack means spilled registers; shared memory above 48 KiB would not launch everywhere. From these and the launch's warps
+follows the predicted occupancy. ``kernels --resources`` prints the table and checks its limits;
+``benchmarks/results/resources.json`` is the committed one, which a test compares with the code.
 """
 
 import json
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from fastmae import kernels
 from fastmae.benchmarks.kernels.launches import Launch, launches
+from fastmae.benchmarks.kernels.occupancy import occupancy
 from fastmae.benchmarks.report import align
 from fastmae.model.config import preset
 from fastmae.model.mae import MAE
@@ -46,6 +48,8 @@ class Resources:
     """Bytes per thread; 0 unless registers spill."""
     shared: int
     """Bytes per program."""
+    occupancy: float
+    """Predicted: resident warps over a multiprocessor's most, 0 to 1."""
 
 
 def cases() -> Iterator[Case]:
@@ -65,6 +69,13 @@ def cases() -> Iterator[Case]:
         yield _rows(width, dtype, has_fill)
     for width, dtype, out in ((512, "bf16", "bf16"), (512, "fp32", "fp32"), (256, "fp16", "fp32")):
         yield _sequence(width, dtype, out)
+    for width in (192, 256, 384, 512, 768, 1024, 1280, 4096):
+        yield _norm(width, "fp32", "bf16")
+    for width, residual, branch in ((512, "bf16", "bf16"), (768, "bf16", "bf16"), (1280, "bf16", "bf16"), (768, "fp32", "fp32"),
+                                    (1280, "fp32", "fp16"), (768, "fp32", None)):  # fmt: skip
+        yield _norm(width, residual, branch)
+    for width, dtype in ((768, "bf16"), (2048, "bf16"), (3072, "bf16"), (5120, "fp16"), (3072, "fp32")):
+        yield _gelu(width, dtype)
     yield _ones()
 
 
@@ -135,6 +146,27 @@ def _sequence(width: int, dtype: str, out: str) -> Case:
     return f"D{width} {dtype} {out}", call
 
 
+def _norm(width: int, residual: str, branch: str | None) -> Case:
+    """A residual addition and the norm after it, or a norm alone, in the dtypes of the stream and of the branch."""
+    x = torch.zeros(_B, 1 + _K, width, dtype=_DTYPES[residual], requires_grad=True)
+    added = None if branch is None else torch.zeros_like(x, dtype=_DTYPES[branch]).requires_grad_()
+    weight, bias, branch_bias = torch.zeros(3, width, requires_grad=True).unbind(0)
+
+    def call() -> None:
+        total, normed = kernels.add_norm(
+            x, added, weight, bias, 1e-6, None if added is None else branch_bias, _DTYPES[branch or "bf16"]
+        )
+        (total.sum() + normed.sum()).backward()
+
+    return f"D{width} {residual} {branch or 'alone'}", call
+
+
+def _gelu(width: int, dtype: str) -> Case:
+    x = torch.zeros(_B, 1 + _K, width, dtype=_DTYPES[dtype], requires_grad=True)
+    bias = torch.zeros(width, requires_grad=True)
+    return f"D{width} {dtype}", lambda: kernels.gelu(x, bias).sum().backward()
+
+
 def _ones() -> Case:
     """Sizes of 1, which Triton makes constants, in every argument."""
     images, ids, epochs = _images(1, 1, "uint8"), torch.zeros(_B, 1, dtype=torch.int32), torch.zeros(_B, dtype=torch.int64)
@@ -148,6 +180,8 @@ def _ones() -> Case:
         kernels.masked_mse(x[:, :1], images, ids, 1, False, *torch.ones(2, 1)).backward()
         kernels.take_rows(x[:, :1], ids, ids, token).sum().backward()
         kernels.decoder_input(x, token, torch.zeros(3, 1), ids, ids).sum().backward()
+        sum(kernels.add_norm(x[:1, :1], x[:1, 1:], token, token, 1e-6, token)).sum().backward()
+        kernels.gelu(x[:1, :1], token).sum().backward()
 
     return "ones", call
 
@@ -165,7 +199,8 @@ def resources(launch: Launch) -> Resources:
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK"))
-    return Resources(registers, stack, compiled.metadata.shared)
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    return Resources(registers, stack, shared, occupancy(launch.target, registers=registers, shared=shared, warps=warps))
 
 
 def measure(targets: tuple[int, ...] = TARGETS) -> dict[str, object]:
@@ -215,8 +250,9 @@ def to_json(found: dict) -> str:
 
 
 def table(found: dict) -> list[list[str]]:
-    """Registers, stack bytes and shared bytes of each kernel on each target."""
-    lines = [["kernel", *(f"sm_{t}: regs / stack / shared" for t in TARGETS)]]
+    """Registers, stack bytes, shared bytes and predicted occupancy of each kernel on each target."""
+    lines = [["kernel", *(f"sm_{t}: regs / stack / shared / predicted occupancy" for t in TARGETS)]]
     for name, row in found["kernels"].items():
-        lines.append([name, *(f"{n['registers']} / {n['stack']} / {n['shared']}" for n in row.values())])
+        needs = (f"{n['registers']} / {n['stack']} / {n['shared']} / {n['occupancy']:.0%}" for n in row.values())
+        lines.append([name, *needs])
     return lines

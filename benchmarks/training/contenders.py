@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import fastmae.model.linear
-from fastmae.benchmarks.training.reference import Draw, load_reference
+import fastmae.model.block.linear
+from fastmae.benchmarks.training.reference import Draw, build_reference, load_reference
 from fastmae.benchmarks.training.twin import TwinMAE
-from fastmae.errors import InputError
 from fastmae.model.config import ModelConfig
 from fastmae.model.mae import MAE
 from fastmae.model.masking import random_masking
@@ -34,7 +33,6 @@ from fastmae.train.step.step import MicroBatch, Step
 
 NAMES = ("reference", "rival", "fastmae")
 MASK_RATIO, LR, WEIGHT_DECAY = 0.75, 1e-4, 0.05
-_REFERENCE_NAMES = {"base": "mae_vit_base_patch16", "large": "mae_vit_large_patch16", "huge": "mae_vit_huge_patch14"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,8 @@ class Workload:
     device: torch.device
     clone: Path | None = None
     """A user's clone of facebookresearch/mae for (a) and (b); None: the plain twin."""
+    crossmae: Path | None = None
+    """A user's clone of TonyLianLong/CrossMAE, for the peer of that name."""
     compile: str = "auto"
     """What torch.compile compiles of (b) and (c) on a GPU: the full model (auto) or single blocks."""
 
@@ -115,7 +115,7 @@ def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, 
     for name in kernels_off:  # ops ask at each call: the compiled graph stays what it is
         importlib.import_module(f"fastmae.kernels.{name}").use_triton = lambda x: False
     if not onednn:
-        fastmae.model.linear._by_onednn = lambda x: False
+        fastmae.model.block.linear._by_onednn = lambda x: False
     model = MAE(config).to(workload.device)
     model.load_state_dict(workload.weights())
     optimizer = make_optimizer(parameter_groups(model, WEIGHT_DECAY), (0.9, 0.95))
@@ -205,17 +205,7 @@ def _build(workload: Workload, fused: bool) -> tuple[nn.Module, Draw]:
     if workload.clone is None:
         model = TwinMAE(workload.config, fused, draw)
     else:
-        module = load_reference(workload.clone, draw)
-        config = workload.config
-        if config.img_size[0] != config.img_size[1]:
-            raise InputError(f"the reference takes square images, got {config.img_size}")
-        build = getattr(module, _REFERENCE_NAMES[workload.name])
-        model = build(norm_pix_loss=config.norm_pix_loss, img_size=config.img_size[0])
-        layers = [part for part in model.modules() if hasattr(part, "fused_attn")]  # timm's attention
-        if not layers:
-            raise InputError("this timm's attention has no fused_attn to switch; install timm 1.0 or newer")
-        for layer in layers:
-            layer.fused_attn = fused
+        model = build_reference(load_reference(workload.clone, draw), workload.config, fused)
     model.load_state_dict(workload.weights())
     return model.to(workload.device), draw
 

@@ -10,8 +10,13 @@ from dataclasses import dataclass
 
 from fastmae.errors import InputError
 
-BACKENDS = ("xformers", "sdpa", "flash", "cudnn", "efficient", "math")
-"""Attention backends. ``sdpa`` lets torch choose; ``flash``, ``cudnn``, ``efficient`` and ``math`` are its kernels."""
+BACKENDS = ("short", "xformers", "sdpa", "flash", "cudnn", "efficient", "math")
+"""Attention backends. ``short`` is ``fastmae.kernels.short_attention``; ``sdpa`` lets torch choose; ``flash``, ``cudnn``,
+``efficient`` and ``math`` are its kernels."""
+FUSED = ("linear", "add_norm", "gelu")
+"""Fused operations of a block (``fastmae.model.block.fused``): weights cast together and their gradients written in float32;
+residual sum and LayerNorm in one; the gradient of GELU with that of the bias."""
+_OF_SPEED = ("attention", "fused", "residual", "checkpointing")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -50,6 +55,9 @@ class ModelConfig:
     # What changes speed and memory, and the result by rounding at most.
     attention: str = "auto"
     """Attention backend: auto, or one of ``BACKENDS``."""
+    fused: str = "auto"
+    """Fused operations of the blocks: auto, which takes those that were measured to be faster on this device; off; or names of
+    ``FUSED`` with commas between them."""
     residual: str = "fp32"
     """The residual stream's dtype under autocast: fp32, the reference's, or bf16, which halves its memory and traffic and
     rounds every block's sum to 8 bits. Without autocast it changes nothing."""
@@ -84,6 +92,8 @@ class ModelConfig:
             )
         if self.attention not in ("auto", *BACKENDS):
             raise InputError(f"attention must be one of auto, {', '.join(BACKENDS)}, got {self.attention!r}")
+        if self.fused not in ("auto", "off") and not set(self.fused.split(",")) <= set(FUSED):
+            raise InputError(f"fused must be auto, off, or some of {', '.join(FUSED)} joined by commas, got {self.fused!r}")
         if self.residual not in ("fp32", "bf16"):
             raise InputError(f"residual must be fp32 or bf16, got {self.residual!r}")
         for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
@@ -103,7 +113,7 @@ class ModelConfig:
     def architecture(self) -> dict[str, object]:
         """The fields that change the result: all but those of speed and memory."""
         fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if name not in ("attention", "residual", "checkpointing")}
+        return {name: value for name, value in fields.items() if name not in _OF_SPEED}
 
     @property
     def grid(self) -> tuple[int, int]:

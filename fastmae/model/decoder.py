@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmae.kernels import decoder_input, take_rows
-from fastmae.model.blocks import LAYER_NORM_EPS, Block, residual_dtype, run_block
+from fastmae.model.block.block import LAYER_NORM_EPS, Block, compute_dtype, residual_dtype, run_blocks
+from fastmae.model.block.linear import Linear
 from fastmae.model.config import ModelConfig
-from fastmae.model.linear import Linear
 from fastmae.model.masking import Masking
 from fastmae.model.positions import sincos_positions
 
@@ -28,7 +28,8 @@ class DecoderMixin:
         self.decoder_pos_embed = nn.Parameter(sincos_positions(D, config.grid), requires_grad=False)
         self.decoder_embed = Linear(config.embed_dim, D)
         self.decoder_blocks = nn.ModuleList(
-            Block(D, config.decoder_num_heads, config.mlp_ratio, config.attention) for _ in range(config.decoder_depth)
+            Block(D, config.decoder_num_heads, config.mlp_ratio, config.attention, config.fused)
+            for _ in range(config.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(D, eps=LAYER_NORM_EPS)
         self.decoder_pred = Linear(D, config.patch_values)
@@ -46,10 +47,9 @@ class DecoderMixin:
             self.positions("decoder_pos_embed", img_size or config.img_size)[0], masking.ids_keep, masking.ids_predict,
             residual_dtype(self.mask_token, config.residual),
         )  # fmt: skip
-        for block in self.decoder_blocks[:-1]:
-            x = run_block(block, x, checkpointing=config.checkpointing)
-        x = run_block(self.decoder_blocks[-1], x, first, checkpointing=config.checkpointing)  # (B, Q, D)
-        return self.decoder_pred(self.decoder_norm(x))
+        x = run_blocks(self.decoder_blocks, x, self.decoder_norm, first=first, checkpointing=config.checkpointing,
+                       dtype=compute_dtype(x))  # (B, Q, D)  # fmt: skip
+        return self.decoder_pred(x)
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
         """The reference's pass, pixels of all patches in spatial order: latent (B, 1 + K, D) -> (B, L, P)."""
@@ -60,6 +60,7 @@ class DecoderMixin:
         patches = take_rows(x[:, 1:], ids_restore, ids_keep, self.mask_token.view(-1))  # unshuffle, (B, L, D)
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
         x = x.to(residual_dtype(x, self.config.residual))
-        for block in self.decoder_blocks:
-            x = run_block(block, x, checkpointing=self.config.checkpointing)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        x = run_blocks(
+            self.decoder_blocks, x, self.decoder_norm, checkpointing=self.config.checkpointing, dtype=compute_dtype(x)
+        )
+        return self.decoder_pred(x)[:, 1:]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmae.kernels import gather_patches
-from fastmae.model.blocks import LAYER_NORM_EPS, Block, residual_dtype, run_block
+from fastmae.model.block.block import LAYER_NORM_EPS, Block, compute_dtype, residual_dtype, run_blocks
+from fastmae.model.block.linear import linear
 from fastmae.model.config import ModelConfig
-from fastmae.model.linear import linear
 from fastmae.model.positions import resized, sincos_positions
 
 
@@ -46,7 +46,9 @@ class Encoder(nn.Module):
         # A parameter, not a buffer, because it is one in the reference; loaded tables are kept.
         self.pos_embed = nn.Parameter(sincos_positions(D, config.grid), requires_grad=False)
         self.patch_embed = PatchEmbed(config.in_chans, config.patch_size, D)
-        self.blocks = nn.ModuleList(Block(D, config.num_heads, config.mlp_ratio, config.attention) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(D, config.num_heads, config.mlp_ratio, config.attention, config.fused) for _ in range(config.depth)
+        )
         self.norm = nn.LayerNorm(D, eps=LAYER_NORM_EPS)
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std), persistent=False)
@@ -64,20 +66,18 @@ class Encoder(nn.Module):
         ``images`` as in ``encode``.
         """
         self.check_size(images)
-        device = images.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.cls_token.dtype
+        dtype = compute_dtype(self.cls_token)
         pixels = gather_patches(images, ids_keep, self.config.patch_size, *self.pixel_statistics(images), dtype=dtype)
         positions = self.positions("pos_embed", tuple(images.shape[2:]))
-        return self.transform(self.patch_embed.embed_pixels(pixels) + positions[0, 1:][ids_keep])
+        return self.transform(self.patch_embed.embed_pixels(pixels) + positions[0, 1:][ids_keep], dtype)
 
-    def transform(self, tokens: Tensor) -> Tensor:
-        """Class token, blocks and final norm on embedded tokens: (B, N, D) -> (B, 1 + N, D)."""
+    def transform(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Class token, blocks and final norm on embedded tokens: (B, N, D) -> (B, 1 + N, D) in ``dtype``, by default the
+        norm's."""
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
         x = torch.cat([cls, tokens], dim=1)
         x = x.to(residual_dtype(x, self.config.residual))
-        for block in self.blocks:
-            x = run_block(block, x, checkpointing=self.config.checkpointing)
-        return self.norm(x)
+        return run_blocks(self.blocks, x, self.norm, checkpointing=self.config.checkpointing, dtype=dtype)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) as floats less the config's mean over its std; floating-point ones as they are.

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.worth(2)
 SHAPES = [(2, 50, 50, 3, 64), (1, 65, 65, 2, 80), (2, 7, 23, 2, 32), (1, 1, 1, 1, 32)]  # B, N, M, H, d
 
 
-def explicit(q, k, v):
+def explicit(packed, q=None):
+    q, k, v = packed.unbind(2) if q is None else (q, *packed.unbind(2))
     weights = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("bhnm,bmhd->bnhd", weights.softmax(-1), v)
 
@@ -32,16 +33,17 @@ def test_values_and_gradients_equal_the_formulas(shape, backend, device):
     probe(device, dtype, [Shape(*shape[1:]) for shape in SHAPES])  # all at once: on a GPU that starts a process
     if backend != "auto" and (reason := why_not(backend, device, dtype, Shape(N, M, H, d))):
         pytest.skip(f"{backend} does not work here: {reason[:60]}")
-    q, k, v = (torch.randn(B, n, H, d, device=device, dtype=dtype, requires_grad=True) for n in (N, M, M))
+    sizes = [(B, M, 3, H, d)] if N == M else [(B, M, 2, H, d), (B, N, H, d)]
+    inputs = [torch.randn(size, device=device, dtype=dtype, requires_grad=True) for size in sizes]
     weight = torch.randn(B, N, H, d, device=device, dtype=dtype)
-    exact_inputs = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    found, torch_says, exact = attention(q, k, v, backend), explicit(q, k, v), explicit(*exact_inputs)
+    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    found, torch_says, exact = attention(*inputs, backend=backend), explicit(*inputs), explicit(*exact_inputs)
     assert found.dtype == dtype
     # Other people's kernels: torch's CPU flash rounds its exponential to 20 bits. A lone key's gradients are zero, so errors
-    # are held against the largest of the three gradients.
+    # are held against the largest of the gradients.
     bits = max(torch.finfo(dtype).eps, 2.0**-19)
     assert error(found, exact) <= 2 * error(torch_says, exact) + bits * exact.abs().max()
-    ours, torchs = (torch.autograd.grad(out, (q, k, v), weight) for out in (found, torch_says))
+    ours, torchs = (torch.autograd.grad(out, inputs, weight) for out in (found, torch_says))
     exacts = torch.autograd.grad(exact, exact_inputs, weight.double())
     scale = max(g.abs().max() for g in exacts)
     for one, two, three in zip(ours, torchs, exacts, strict=True):
@@ -53,9 +55,8 @@ def error(found, exact):
 
 
 def test_an_unknown_backend_is_named():
-    q = torch.zeros(1, 1, 1, 8)
-    with pytest.raises(InputError, match=r"must be one of auto, xformers, .* got 'flsh'"):
-        attention(q, q, q, "flsh")
+    with pytest.raises(InputError, match=r"must be one of auto, short, xformers, .* got 'flsh'"):
+        attention(torch.zeros(1, 1, 3, 1, 8), backend="flsh")
 
 
 def test_a_backend_that_cannot_work_says_why():
@@ -83,9 +84,9 @@ def test_auto_is_torchs_own_choice_on_the_cpu():
 def test_xformers_is_called_inside_a_compiled_graph(monkeypatch):
     """With a stand-in for its operator, which does not exist on the CPU."""
     monkeypatch.setattr(backends, "_memory_efficient_attention", lambda q, k, v: q * 2)
-    q = torch.randn(1, 3, 2, 8)
-    compiled = torch.compile(lambda x: attention(x, x, x, "xformers"), fullgraph=True, backend="eager")
-    assert torch.equal(compiled(q), q * 2)
+    packed = torch.randn(1, 3, 3, 2, 8)
+    compiled = torch.compile(lambda x: attention(x, backend="xformers"), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(packed), packed[:, :, 0] * 2)
 
 
 def test_a_probe_under_inference_mode_is_right():
@@ -94,10 +95,10 @@ def test_a_probe_under_inference_mode_is_right():
 
 
 def test_a_compiled_graph_has_a_dynamic_batch():
-    compiled = torch.compile(lambda x: attention(x, x, x), fullgraph=True, backend="eager", dynamic=True)
+    compiled = torch.compile(attention, fullgraph=True, backend="eager", dynamic=True)
     for B in (3, 5):
-        q = torch.randn(B, 4, 2, 8)
-        torch.testing.assert_close(compiled(q), attention(q, q, q))
+        packed = torch.randn(B, 4, 3, 2, 8)
+        torch.testing.assert_close(compiled(packed), attention(packed))
 
 
 @pytest.mark.parametrize("backends", [("math", "math"), ("flash", "math"), ("math", "sdpa")])
@@ -110,12 +111,12 @@ def test_different_backends_compile_into_one_graph(backends, monkeypatch):
     monkeypatch.setattr("fastmae.model.attention.dot_product.MEASURED", ("cpu",))
 
     def both(x, y):
-        return attention(x, x, x).sum() * attention(y, y, y).square().sum()
+        return attention(x).sum() * attention(y).square().sum()
 
     def gradients(function, *inputs):
         return torch.autograd.grad(function(*inputs), inputs)
 
-    x, y = torch.randn(2, 4, 2, 8, requires_grad=True), torch.randn(2, 7, 2, 8, requires_grad=True)
+    x, y = torch.randn(2, 4, 3, 2, 8, requires_grad=True), torch.randn(2, 7, 3, 2, 8, requires_grad=True)
     found = gradients(torch.compile(both, fullgraph=True, backend="aot_eager"), x, y)
     exact = gradients(both, *(z.detach().double().requires_grad_() for z in (x, y)))
     for compiled, eager, truth in zip(found, gradients(both, x, y), exact, strict=True):

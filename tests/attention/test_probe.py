@@ -69,8 +69,8 @@ def test_one_child_tries_all_backends_on_all_shapes_once(gpu, monkeypatch):
     assert why_not("xformers", "cuda", DTYPE, SHAPES[0]) == "crashed"
     kept = json.loads(cache.cache_file("cuda").read_text())
     assert (kept["device"], kept["cudnn"]) == ("Described GPU", "(9, 10, 2)")
-    assert kept["probes"][f"torch.bfloat16: {SHAPES[0]}"] == {"xformers": "crashed", "sdpa": None, "efficient": None,
-                                                              "math": None}  # fmt: skip
+    assert kept["probes"][f"torch.bfloat16: {SHAPES[0]}"] == {"short": None, "xformers": "crashed", "sdpa": None,
+                                                              "efficient": None, "math": None}  # fmt: skip
 
 
 def test_another_cudnn_is_probed_again(gpu, monkeypatch):
@@ -118,7 +118,7 @@ def test_on_the_cpu_no_process_is_started(monkeypatch):
 )
 def test_a_backend_that_computes_something_else_does_not_work(factor, reason, monkeypatch):
     genuine = trial.attend
-    monkeypatch.setattr(trial, "attend", lambda *a: genuine(*a) * (factor if a[3] == "sdpa" else 1))
+    monkeypatch.setattr(trial, "attend", lambda *a: genuine(*a) * (factor if a[2] == "sdpa" else 1))
     for shape in (Shape(7, 9, 2, 16), Shape(5, 5, 2, 8)):
         found = try_out("sdpa", "cpu", torch.float32, shape)
         assert found == Verdict(reason and f"differs from math attention {reason}")
@@ -135,7 +135,7 @@ def test_wrong_gradients_are_found_too(monkeypatch):
             return gradient * 1.2
 
     genuine = trial.attend
-    monkeypatch.setattr(trial, "attend", lambda q, k, v, b: genuine(Wrong.apply(q) if b == "sdpa" else q, k, v, b))
+    monkeypatch.setattr(trial, "attend", lambda kv, q, b: genuine(kv, Wrong.apply(q) if b == "sdpa" else q, b))
     assert "differs from math" in try_out("sdpa", "cpu", torch.float32, Shape(7, 9, 2, 16)).reason
 
 
@@ -147,7 +147,7 @@ def test_shapes_at_the_edge_are_compared_fairly(shape):
 def test_long_sequences_are_compared_on_the_heads_that_fit(monkeypatch):
     shapes, genuine = [], trial.attend
     monkeypatch.setattr(trial, "_COMPARED", 2 * 2 * 9 * 9)
-    monkeypatch.setattr(trial, "attend", lambda *a: shapes.append((a[3], a[0].shape[2])) or genuine(*a))
+    monkeypatch.setattr(trial, "attend", lambda *a: shapes.append((a[2], a[0].shape[3])) or genuine(*a))
     assert try_out("sdpa", "cpu", torch.float32, Shape(9, 9, 5, 8)) == Verdict(None)
     assert shapes == [("sdpa", 5), ("math", 2)]
 

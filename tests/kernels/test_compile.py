@@ -40,7 +40,16 @@ def pixels(x):
     return kernels.gather_patches(x.reshape(-1, 3, 16, 16), ids(x.shape[0], x.device)[0], p)
 
 
-@pytest.mark.parametrize("function", [masks, assemble, shuffle, loss, pixels], ids=lambda f: f.__name__)
+def norm(x):
+    total, normed = kernels.add_norm(x, 2 * x, x[0, 0], x[0, 1], 1e-6, x[0, 2])
+    return total + normed
+
+
+def activation(x):
+    return kernels.gelu(x, x[0, 0])
+
+
+@pytest.mark.parametrize("function", [masks, assemble, shuffle, loss, pixels, norm, activation], ids=lambda f: f.__name__)
 def test_an_op_compiles_into_one_graph_with_an_open_batch(function, device):
     graphs = []
 

@@ -27,7 +27,7 @@ def test_one_number_is_a_square():
         ({"decoder_depth": 0}, "decoder_depth must be a positive integer, got 0"),
         ({"pixel_mean": (0.5,)}, "pixel_mean must have 3 values"),
         ({"pixel_std": (0.1, 0.0, 0.1)}, "pixel_std must be positive"),
-        ({"attention": "flsh"}, "attention must be one of auto, xformers, .* got 'flsh'"),
+        ({"attention": "flsh"}, "attention must be one of auto, short, xformers, .* got 'flsh'"),
         ({"patch_size": 1, "in_chans": 1, "norm_pix_loss": True}, "at least 2 values"),
     ],
 )

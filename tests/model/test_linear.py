@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmae.model.linear import Linear, gelu_linear, linear, norm_linear
+from fastmae.model.block.linear import Linear, gelu_linear, linear, norm_linear
 from tests.support.exactness import assert_as_exact_as_torch
 
 SHAPES = [((3, 5, 7), 11), ((1, 1, 4), 3), ((2, 13, 64), 48)]  # of x, width of the result

@@ -67,7 +67,7 @@ def test_a_resumed_run_computes_with_the_backend_of_its_checkpoint(shard_folder,
         signal_after(patch, 3)
         first = pretrain.pretrain(RECIPE, run_of(shard_folder, tmp_path / "halves"))
     kept = json.loads((first / STATE).read_text())["attention"]
-    assert kept == {"device": "cpu", "dtype": "float32", "backends": {str(shape): "math" for shape in SHAPES}}
+    assert kept == {"device": "cpu", "dtype": "float32", "backends": {str(shape): "math" for shape in SHAPES}, "fused": {}}
     on_another_node(monkeypatch, tmp_path)
     measured.fastest = "flash"
     resumed = pretrain.pretrain(RECIPE, run_of(shard_folder, tmp_path / "halves"))

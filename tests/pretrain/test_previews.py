@@ -55,9 +55,12 @@ def test_a_drawing_measures_no_backend_and_computes_with_the_runs_dtype_and_back
     monkeypatch.setattr(choice, "measure", lambda *_: {"math": 1.0})
     choose_attention(recipe, autocast or torch.float32, ALONE)
     monkeypatch.setattr(choice, "measure", lambda *place: pytest.fail(f"measured {place}"))
-    monkeypatch.setattr(
-        attention, "attend", lambda q, k, v, b: used.append((q.shape[1], k.shape[1], q.dtype, b)) or genuine(q, k, v, b)
-    )
+
+    def attend(packed, q, backend, bias):
+        used.append(((packed[:, :, 0] if q is None else q).shape[1], packed.shape[1], packed.dtype, backend))
+        return genuine(packed, q, backend, bias)
+
+    monkeypatch.setattr(attention, "attend", attend)
     album = Album()
     Drawing(str(shard_folder), MAE(recipe.model), ALONE, 0.75, autocast).draw(1, album)
     dtype = autocast or torch.float32

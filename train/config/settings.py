@@ -61,6 +61,9 @@ class PretrainSettings(Run):
     """Predict normalised pixels, or plain ones."""
     attention: Literal["auto", *BACKENDS] = ModelConfig.attention
     """Attention backend."""
+    fused: str = ModelConfig.fused
+    """Fused operations of the blocks: auto (what was measured to be faster here), off, or names of linear, add_norm and gelu
+    with commas between them."""
     residual: Literal["fp32", "bf16"] = ModelConfig.residual
     """Residual stream under bf16 autocast: fp32, the reference's, or bf16, which is faster and rounds more."""
     checkpointing: bool = ModelConfig.checkpointing
@@ -186,6 +189,6 @@ def _stage(text: str) -> tuple[float, tuple[int, int]]:
 
 # The fields of ``ModelConfig`` and of ``Recipe`` that have a flag of the same name.
 MODEL = ("patch_size", "in_chans", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss", "attention",
-          "residual", "checkpointing")  # fmt: skip
+          "fused", "residual", "checkpointing")  # fmt: skip
 TRAINING = ("mask_ratio", "epochs", "steps", "warmup_epochs", "effective_batch", "blr", "min_lr", "weight_decay", "views",
              "shuffle_window", "seed")  # fmt: skip

@@ -1,7 +1,7 @@
-"""Which attention a run computes with, the same on all of its ranks, and the same again where it is resumed."""
+"""Which attention a run computes with and what its blocks fuse: the same on all of its ranks, and again where it is resumed."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -27,6 +27,8 @@ class AttentionChoice:
     dtype: str
     backends: dict[str, str]
     """A backend's name for each ``Shape``, written for people."""
+    fused: dict[str, list[str]] = field(default_factory=dict)
+    """What is fused in blocks of each ``BlockShape``, written for people; none unless it was measured."""
     xformers: str | None = None
     """Why xformers, the usual choice, was no candidate; None if it was, or another was asked for."""
     notes: tuple[str, ...] = ()
@@ -36,11 +38,13 @@ class AttentionChoice:
     def text(self) -> str:
         """For people, with the reason if xformers cannot."""
         names = " and ".join(dict.fromkeys(self.backends.values()))
+        fused = " or ".join(dict.fromkeys(", ".join(names) or "nothing" for names in self.fused.values()))
+        names += f", fused: {fused}" if self.fused else ""
         return f"{names} (xformers does not work here: {self.xformers})" if self.xformers else names
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        return {"device": self.device, "dtype": self.dtype, "backends": self.backends}
+        return {"device": self.device, "dtype": self.dtype, "backends": self.backends, "fused": self.fused}
 
 
 def probe_attention(recipe: Recipe, run: Run) -> None:

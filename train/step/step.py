@@ -53,8 +53,10 @@ class Step:
         self.device = self.parameters[0].device
         self.spikes = SpikeDetector(spike_z, self.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        # A tensor on the device, so that a graph of the step can be run again at another learning rate.
-        self.lr = torch.zeros((), device=self.device)
+        # A tensor on the device, so that a graph of the step can be run again at another learning rate. On GPUs fused AdamW
+        # reads float32 alone; on CPUs a float64 model gets a rate as exact as its weights.
+        is_exact = self.device.type == "cpu" and self.parameters[0].dtype == torch.float64
+        self.lr = torch.zeros((), dtype=torch.float64 if is_exact else torch.float32, device=self.device)
         self._loss = loss
 
     def tensors(self) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastmae.kernels import short_attention
 from fastmae.model.attention.cuda_runtime import load_runtime
 from fastmae.optional import require
 
@@ -19,6 +20,8 @@ _SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+RETURN_BIAS = ("short",)
+"""Backends that return the gradient of the bias of the layer that made queries, keys and values."""
 _CUDNN_TILE, _CUDNN_BROKEN = 128, (9, 15, 0)  # up to this version, lengths that are no multiple of the tile are overrun
 
 _memory_efficient_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # xformers', once it is imported
@@ -36,11 +39,15 @@ class Shape(NamedTuple):
         return f"{self.queries} over {self.keys} tokens, {self.heads} heads of {self.head_dim}"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
-    """Attention of ``q`` (B, N, H, d) over ``k`` and ``v`` (B, M, H, d) by ``backend``: (B, N, H, d), same dtype.
+def attend(packed: Tensor, q: Tensor | None, backend: str, bias: Tensor | None = None) -> Tensor:
+    """Attention of ``packed`` (B, M, 3, H, d), or of ``q`` (B, N, H, d) over ``packed`` (B, M, 2, H, d), by ``backend``:
+    (B, N, H, d), same dtype. ``bias`` as in ``fastmae.kernels.short_attention``, for a backend of ``RETURN_BIAS``.
 
     Raises RuntimeError where the backend does not work on these tensors. xformers must have been ``prepare``d.
     """
+    if backend in RETURN_BIAS:
+        return short_attention(packed, q, bias)
+    q, k, v = packed.unbind(2) if q is None else (q, *packed.unbind(2))
     if backend == "xformers":
         return _memory_efficient_attention(q, k, v)
     with sdpa_kernel(_SDPA[backend]) if backend in _SDPA else contextlib.nullcontext():

@@ -1,4 +1,4 @@
-"""The disk cache of attention backends: which of them work on this device, and which is the fastest.
+"""The disk cache of what was tried on a device: which attention backends work, which is the fastest, and what a block fuses.
 
 A file for each device and set of versions, ``attention-*.json`` in ``FASTMAE_CACHE`` (default ``~/.cache/fastmae``). Delete it
 to probe and measure again. Without a folder that can be written nothing is cached.
@@ -16,7 +16,7 @@ from fastmae.errors import InputError
 from fastmae.files import cache_folder, write_atomically
 from fastmae.model.attention.backends import Shape, cudnn_version
 
-PROBES, CHOICES = "probes", "choices"
+PROBES, CHOICES, BLOCKS = "probes", "choices", "blocks"
 
 
 def cache_file(device_type: str) -> Path | None:
@@ -46,7 +46,7 @@ def write_entries(device_type: str, section: str, entries: dict[str, dict]) -> N
     path = cache_file(device_type)
     if path is None:
         return
-    sections = {name: read_entries(device_type, name) for name in (PROBES, CHOICES)}
+    sections = {name: read_entries(device_type, name) for name in (PROBES, CHOICES, BLOCKS)}
     sections[section] |= entries
     with contextlib.suppress(OSError, InputError):  # then every process measures for itself
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -64,18 +64,18 @@ def measure(device_type: str, dtype: torch.dtype, shape: Shape, tokens: int = _T
             ):  # what works on the probe's small batch may run out of memory here, math above all
                 prepare(backend)
                 run = partial(forward_backward, backend, inputs)
-                _seconds(run, device_type, 2)
+                seconds(run, device_type, 2)
                 runs[backend] = run
         times = {backend: [] for backend in runs}
         for _ in range(_ROUNDS):
             for backend, run in runs.items():
-                times[backend].append(_seconds(run, device_type, _CALLS))
+                times[backend].append(seconds(run, device_type, _CALLS))
     medians = {backend: 1e6 * statistics.median(t) for backend, t in times.items()}
     return dict(sorted(medians.items(), key=lambda item: item[1]))
 
 
-def _seconds(run: Callable[[], object], device_type: str, calls: int) -> float:
-    """Mean seconds of one of ``calls`` calls."""
+def seconds(run: Callable[[], object], device_type: str, calls: int) -> float:
+    """Mean seconds of one of ``calls`` calls of ``run``, the device's work included."""
     if device_type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()

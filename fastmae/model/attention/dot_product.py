@@ -17,14 +17,22 @@ from fastmae.model.config import BACKENDS, ModelConfig
 MEASURED = ("cuda",)  # device types on which auto measures; elsewhere torch's own choice is the only fast one
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
-    """Attention of ``q`` (B, N, H, d) over ``k`` and ``v`` (B, M, H, d): (B, N, H, d), same dtype; no mask, no dropout.
+def attention(packed: Tensor, q: Tensor | None = None, backend: str = "auto", bias: Tensor | None = None) -> Tensor:
+    """Attention of M tokens to each other, or of N queries to them: (B, N, H, d), same dtype; no mask, no dropout.
 
+    ``packed``: queries, keys and values (B, M, 3, H, d), or, with ``q`` (B, N, H, d), keys and values (B, M, 2, H, d).
+    ``bias`` (3 H d,): that of the layer that made them, detached there, if the backend returns its gradient (``RETURN_BIAS``).
     Raises InputError on an unknown backend or one known to fail here, RuntimeError if one chosen by name does not work.
     """
+    M, _, H, d = packed.shape[1:]
+    N = M if q is None else q.shape[1]
+    return attend(packed, q, resolved(backend, packed.device.type, packed.dtype, N, M, H, d), bias)
+
+
+def resolved(backend: str, device_type: str, dtype: torch.dtype, N: int, M: int, H: int, d: int) -> str:
+    """As ``resolve`` for ``Shape(N, M, H, d)``, by a call that torch.compile makes while it traces."""
     # The batch may be dynamic in a compiled graph, these not: the length of a range is a constant there.
-    N, M, H, d = (len(range(size)) for size in (q.shape[1], k.shape[1], q.shape[2], q.shape[3]))
-    return attend(q, k, v, _resolve_outside_graph(backend, q.device.type, q.dtype, N, M, H, d))
+    return _resolve_outside_graph(backend, device_type, dtype, *(len(range(size)) for size in (N, M, H, d)))
 
 
 def resolve(backend: str, device_type: str, dtype: torch.dtype, shape: Shape) -> str:

@@ -54,8 +54,7 @@ def forward_backward(backend: str, inputs: Inputs) -> list[Tensor]:
     """A pass by a ``prepare``d backend: its result and gradients, each (..., H, d)."""
     q, packed, weight = inputs
     is_self = packed.shape[2] == 3
-    queries, k, v = packed.unbind(2) if is_self else (q[:, :, 0], *packed.unbind(2))
-    out = attend(queries, k, v, backend)
+    out = attend(packed, None if is_self else q[:, :, 0], backend)
     return [out.detach(), *torch.autograd.grad(out, [packed] if is_self else [packed, q], weight)]
 
 

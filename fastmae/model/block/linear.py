@@ -29,14 +29,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def norm_linear(x: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor:
     """``layer(norm(x))``: (..., I) -> (..., O)."""
     # Modules with a hook, a parametrisation or another class are called.
-    if not (_by_onednn(x) and _is_plain(norm, nn.LayerNorm) and _is_plain(layer, Linear)):
+    if not (_by_onednn(x) and is_plain(norm, nn.LayerNorm) and is_plain(layer, Linear)):
         return layer(norm(x))
     return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias)[0]
 
 
 def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """``layer(gelu(x))`` with the exact GELU: (..., I) -> (..., O)."""
-    if not (_by_onednn(x) and _is_plain(layer, Linear)):
+    if not (_by_onednn(x) and is_plain(layer, Linear)):
         return layer(F.gelu(x))
     return _GeluLinear.apply(x, layer.weight, layer.bias)
 
@@ -53,7 +53,8 @@ def _by_onednn(x: Tensor) -> bool:
     )
 
 
-def _is_plain(module: nn.Module, kind: type) -> bool:
+def is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether ``module`` is of this very class and has no hook: whether its call may be replaced by what it computes."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is kind and not any(hooks)
 

@@ -1,0 +1,1 @@
+"""The transformer block: its layers, what of it is fused, and the measurement that chooses that."""

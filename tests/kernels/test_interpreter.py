@@ -13,7 +13,8 @@ import pytest
 
 _ROOT = Path(__file__).parents[2]
 _TESTS = [
-    f"tests/kernels/test_{op}.py" for op in ("decoder_input", "masked_mse", "patches", "philox", "random_masking", "take_rows")
+    f"tests/kernels/test_{op}.py"
+    for op in ("decoder_input", "masked_mse", "patches", "philox", "random_masking", "short_attention", "take_rows")
 ]
 _CROPS = ["tests/kernels/test_resized_crop.py"]  # as long as all others together
 

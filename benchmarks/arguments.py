@@ -14,6 +14,8 @@ from fastmae.train.config.modes import COMPILE
 MODELS = ("tiny", "small", "base", "large", "huge")
 _REFERENCE_MODELS = MODELS[2:]
 _CONTENDERS = ("reference", "rival", "fastmae")
+TRAFFIC_CONTENDERS = ("fastmae", "standard", "rival", "reference")
+DESCRIBED = ("A100", "H100", "H200", "B200")
 _ALL_CONTENDERS = (*_CONTENDERS, *PEERS)
 _MODES = ("model", "blocks")
 
@@ -37,6 +39,8 @@ _BENCHMARKS = {
     "all": ("attention, kernels, step and waterfall, one after the other",
             "device out models model batches batch rounds minutes image-size reference crossmae contenders compile profile "
             "only together"),
+    "traffic": ("predicted, no GPU needed: launches, bytes and time of a training step by kind of kernel",
+                "models images described residual image-size counted list docs-traffic"),
     "scaling": ("a model, no measurement: step time and efficiency on 8 to 512 GPUs",
                 "models gpus effective-batch micro-batch docs"),
 }  # fmt: skip
@@ -139,10 +143,19 @@ _FLAGS: dict[str, dict] = {
                   action="store_true"),
     "only": _flag("only switches with one of these texts in their names (default: all)", nargs="+", metavar="TEXT", default=()),
     "together": _flag("switches to compile at the same time, if memory holds them", type=_positive, default=1, metavar="N"),
+    "images": _flag("images per step", type=_positive, default=256, metavar="N"),
+    "described": _flag("GPUs by data sheet", nargs="+", choices=DESCRIBED, default=("H100",), metavar="GPU"),
+    "residual": _flag("dtypes of fastmae's residual stream: fp32, bf16", nargs="+", choices=("fp32", "bf16"),
+                      default=("fp32", "bf16"), metavar="DTYPE"),
+    "counted": _flag(f"some of {', '.join(TRAFFIC_CONTENDERS)}; standard is fastmae without the kernels chosen by measurement",
+                     nargs="+", choices=TRAFFIC_CONTENDERS, default=TRAFFIC_CONTENDERS, metavar="CONTENDER"),
+    "list": _flag("also show every kernel: how often it is launched, its bytes, what it reads and writes", action="store_true"),
+    "docs-traffic": _flag("write docs/traffic.md and benchmarks/predictions/traffic.json", action="store_true"),
     "gpus": _flag("numbers of GPUs (default: 8 16 32 64 128 256 512)", type=_positive, nargs="+", metavar="N"),
     "effective-batch": _flag("images per step over all GPUs", type=_positive, default=4096, metavar="N"),
     "micro-batch": _flag("most images per GPU at once", type=_positive, default=128, metavar="N"),
     "docs": _flag("write the tables and the chart of docs/scaling.md", action="store_true"),
 }  # fmt: skip
-_NAMES = {"turns": "rounds", "at-most": "minutes", "photographs": "data", "updates": "steps", "page": "docs"}
+_NAMES = {"turns": "rounds", "at-most": "minutes", "photographs": "data", "updates": "steps", "page": "docs",
+          "images": "batch", "described": "gpu", "counted": "contenders", "docs-traffic": "docs"}  # fmt: skip
 """The flag on the command line, where two benchmarks mean different things by it."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmae import kernels
-from fastmae.benchmarks.kernels import speed
+from fastmae.benchmarks.kernels.cases import CASES
 from fastmae.benchmarks.kernels.shape import Shape
 from fastmae.kernels.masked_mse import EPS
 from fastmae.kernels.philox import MASKS, random_words
@@ -41,7 +41,7 @@ class Formula:
     """Why the op does not take a shape, or nothing."""
 
 
-_SPEED = {case.name: case.inputs for case in speed.CASES}
+_SPEED = {case.name: case.inputs for case in CASES}
 
 
 def _measured(name: str) -> Inputs:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from fastmae.benchmarks.kernels.speed import Sizes
+from fastmae.benchmarks.kernels.cases import Sizes
 from fastmae.errors import InputError
 from fastmae.model.config import ModelConfig
 

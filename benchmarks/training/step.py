@@ -40,6 +40,7 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
     Raises InputError on an unknown model, or if a peer's package is missing, LossesDiffer if losses do, or fastmae's gradients
     once compiled.
     """
+    peers.check_peers(contenders, crossmae)
     on_gpu = device.type == "cuda"
     batches = batches or (_SWEEP if on_gpu else [16])
     began, longest, rows = time.monotonic(), 0.0, []

@@ -5,6 +5,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+from fastmae.benchmarks.peers import NAMES as PEERS
 from fastmae.benchmarks.scaling.cluster import Cluster, explained
 from fastmae.cores import usable_cores
 from fastmae.errors import InputError
@@ -13,12 +14,15 @@ from fastmae.train.config.modes import COMPILE
 MODELS = ("tiny", "small", "base", "large", "huge")
 _REFERENCE_MODELS = MODELS[2:]
 _CONTENDERS = ("reference", "rival", "fastmae")
+TRAFFIC_CONTENDERS = ("fastmae", "standard", "rival", "reference")
+DESCRIBED = ("A100", "H100", "H200", "B200")
+_ALL_CONTENDERS = (*_CONTENDERS, *PEERS)
 _MODES = ("model", "blocks")
 
 # name -> (what it measures, its flags)
 _BENCHMARKS = {
     "step": ("a training step: the reference, its best rival and fastmae",
-             "device out models batches rounds minutes image-size reference contenders compile profile"),
+             "device out models batches rounds minutes image-size reference crossmae contenders compile profile"),
     "gradients": ("gradients of the compiled model against eager ones, on photographs",
                   "device out model batch image-size modes photographs"),
     "reference-run": ("a small run of the reference and one of fastmae, loss by loss",
@@ -33,8 +37,10 @@ _BENCHMARKS = {
     "fed-step": ("the training step fed from shards, beside the same step fed from memory",
                  "device out data workers model batch image-size steps"),
     "all": ("attention, kernels, step and waterfall, one after the other",
-            "device out models model batches batch rounds minutes image-size reference contenders compile profile only "
-            "together"),
+            "device out models model batches batch rounds minutes image-size reference crossmae contenders compile profile "
+            "only together"),
+    "traffic": ("predicted, no GPU needed: launches, bytes and time of a training step by kind of kernel",
+                "models images described residual image-size counted list docs-traffic"),
     "scaling": ("a model, no measurement: step time and efficiency on 8 to 512 GPUs",
                 "models gpus effective-batch micro-batch docs"),
 }  # fmt: skip
@@ -115,16 +121,18 @@ _FLAGS: dict[str, dict] = {
                        metavar="SHARDS"),
     "workers": _flag("loader processes, one per core", type=_positive, metavar="N", default=usable_cores()),
     "check": _flag("no times: the greatest errors of each op against float64, beside torch's own", action="store_true"),
-    "shape": _flag("with --check: sizes as B=2,C=13,H=64,W=64,p=8,D=96: images, channels, height, width, patch, token's width "
-                   "(default: small ones; on a GPU ViT-B's too)", nargs="+", metavar="SIZES"),
+    "shape": _flag("with --check: sizes as B=2,C=13,H=64,W=64,p=8,D=96,N=65,heads=3: images, channels, height, width, patch, "
+                   "tokens' width, tokens, heads (default: small ones; on a GPU ViT-B's too)", nargs="+", metavar="SIZES"),
     "resources": _flag("compile for sm_80, sm_90 and sm_100 without a GPU; print registers, stack and shared memory",
                        action="store_true"),
     "save": _flag("with --resources: write benchmarks/results/resources.json", action="store_true"),
     "gpu": _flag("run fed-step as well", action="store_true"),
     "reference": _flag("a clone of facebookresearch/mae; needs timm (default: a plain PyTorch twin of it)", type=Path,
                        metavar="CLONE"),
-    "contenders": _flag(f"some of {', '.join(_CONTENDERS)}", nargs="+", choices=_CONTENDERS, default=_CONTENDERS,
-                        metavar="CONTENDER"),
+    "crossmae": _flag("a clone of TonyLianLong/CrossMAE, for the contender of that name; needs timm", type=Path,
+                      metavar="CLONE"),
+    "contenders": _flag(f"some of {', '.join(_ALL_CONTENDERS)}; hf needs transformers, lightly its package", nargs="+",
+                        choices=_ALL_CONTENDERS, default=_CONTENDERS, metavar="CONTENDER"),
     "compile": _flag("what torch.compile compiles on a GPU: the full model (auto) or single blocks, which takes seconds",
                      choices=tuple(how for how in COMPILE if how != "off"), default="auto"),
     "modes": _flag("what torch.compile compiles: model, blocks", nargs="+", choices=_MODES, default=_MODES, metavar="MODE"),
@@ -135,10 +143,19 @@ _FLAGS: dict[str, dict] = {
                   action="store_true"),
     "only": _flag("only switches with one of these texts in their names (default: all)", nargs="+", metavar="TEXT", default=()),
     "together": _flag("switches to compile at the same time, if memory holds them", type=_positive, default=1, metavar="N"),
+    "images": _flag("images per step", type=_positive, default=256, metavar="N"),
+    "described": _flag("GPUs by data sheet", nargs="+", choices=DESCRIBED, default=("H100",), metavar="GPU"),
+    "residual": _flag("dtypes of fastmae's residual stream: fp32, bf16", nargs="+", choices=("fp32", "bf16"),
+                      default=("fp32", "bf16"), metavar="DTYPE"),
+    "counted": _flag(f"some of {', '.join(TRAFFIC_CONTENDERS)}; standard is fastmae without the kernels chosen by measurement",
+                     nargs="+", choices=TRAFFIC_CONTENDERS, default=TRAFFIC_CONTENDERS, metavar="CONTENDER"),
+    "list": _flag("also show every kernel: how often it is launched, its bytes, what it reads and writes", action="store_true"),
+    "docs-traffic": _flag("write docs/traffic.md and benchmarks/predictions/traffic.json", action="store_true"),
     "gpus": _flag("numbers of GPUs (default: 8 16 32 64 128 256 512)", type=_positive, nargs="+", metavar="N"),
     "effective-batch": _flag("images per step over all GPUs", type=_positive, default=4096, metavar="N"),
     "micro-batch": _flag("most images per GPU at once", type=_positive, default=128, metavar="N"),
     "docs": _flag("write the tables and the chart of docs/scaling.md", action="store_true"),
 }  # fmt: skip
-_NAMES = {"turns": "rounds", "at-most": "minutes", "photographs": "data", "updates": "steps", "page": "docs"}
+_NAMES = {"turns": "rounds", "at-most": "minutes", "photographs": "data", "updates": "steps", "page": "docs",
+          "images": "batch", "described": "gpu", "counted": "contenders", "docs-traffic": "docs"}  # fmt: skip
 """The flag on the command line, where two benchmarks mean different things by it."""

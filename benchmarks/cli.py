@@ -29,6 +29,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 RESULTS = _ROOT / "benchmarks" / "results"
 SCALING = _ROOT / "docs" / "scaling.md"
 REFERENCE, REFERENCE_RUN = _ROOT / "docs" / "reference.md", RESULTS / "reference-run.json"
+TRAFFIC, PREDICTIONS = _ROOT / "docs" / "traffic.md", _ROOT / "benchmarks" / "predictions" / "traffic.json"
 
 Part = tuple[str, dict, Callable[[dict], list[list[str]]]]  # a section's name, the section, and what makes its table
 
@@ -102,7 +103,7 @@ def _step(options: argparse.Namespace) -> Iterator[Part]:
     models = _models(options, ["base"])
     section = step.measure_steps(models, options.batches, _device(options), clone=options.reference, rounds=options.rounds,
                                  minutes=options.minutes, image_size=options.image_size, contenders=options.contenders,
-                                 compile=options.compile, profile=options.profile)  # fmt: skip
+                                 compile=options.compile, profile=options.profile, crossmae=options.crossmae)  # fmt: skip
     batches = ["batch", *map(str, options.batches)] if options.batches else []  # results of the day at other batches stay
     name = [*models, *_size(options), *batches, *([options.compile] if options.compile != "auto" else [])]
     profiles = step.profiles(section)
@@ -215,6 +216,19 @@ def _scaling(options: argparse.Namespace) -> int:
     return 0
 
 
+def _traffic(options: argparse.Namespace) -> int:
+    from fastmae.benchmarks.traffic import page, predict
+
+    if options.docs:
+        page.write_page(TRAFFIC, PREDICTIONS)
+        return 0
+    models = options.models or ["base"]
+    section = predict.predict_traffic(models, options.batch, options.gpu, options.residual, options.contenders,
+                                      options.image_size, listed=options.list)  # fmt: skip
+    page.show(section)
+    return 0
+
+
 def _readme(options: argparse.Namespace) -> int:
     update_readme(_ROOT / "README.md", RESULTS)
     return 0
@@ -234,4 +248,4 @@ def _models(options: argparse.Namespace, on_cpu: list[str]) -> list[str]:
 
 _PARTS = {"step": _step, "gradients": _gradients, "reference-run": _reference_run, "kernels": _kernels,
           "attention": _attention, "waterfall": _waterfall, "loader": _loader, "fed-step": _fed_step, "all": _all}  # fmt: skip
-_RUNS = {"kernels": _kernels_or_resources, "scaling": _scaling, "readme": _readme}
+_RUNS = {"kernels": _kernels_or_resources, "scaling": _scaling, "traffic": _traffic, "readme": _readme}

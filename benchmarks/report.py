@@ -12,7 +12,8 @@ from fastmae.errors import InputError
 from fastmae.optional import require
 
 README_BEGIN, README_END = "<!-- results: begin -->", "<!-- results: end -->"
-_COLORS = {"reference": "tab:gray", "rival": "tab:orange", "fastmae": "tab:blue"}
+_COLORS = {"reference": "tab:gray", "rival": "tab:orange", "fastmae": "tab:blue", "hf": "tab:olive", "lightly": "tab:green",
+           "crossmae": "tab:purple"}  # fmt: skip
 
 
 def align(rows: list[list[str]]) -> str:

@@ -66,6 +66,8 @@ class Workload:
     device: torch.device
     clone: Path | None = None
     """A user's clone of facebookresearch/mae for (a) and (b); None: the plain twin."""
+    crossmae: Path | None = None
+    """A user's clone of TonyLianLong/CrossMAE, for the peer of that name."""
     compile: str = "auto"
     """What torch.compile compiles of (b) and (c) on a GPU: the full model (auto) or single blocks."""
 

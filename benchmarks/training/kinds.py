@@ -1,8 +1,9 @@
 """Where a step's time on the device goes: kernels by what they do, from torch's profiler.
 
 A kernel's kind is that of the first rule that its name matches: names of cuBLAS, cuDNN, CUTLASS, flash attention, PyTorch's
-own kernels, those that Inductor generates (``triton_red_fused_native_layer_norm_...``), ours, and on a CPU torch's operators.
-A kernel of Inductor that does several things counts for the first of them in the order of the rules.
+own kernels, those that Inductor generates (``triton_red_fused_native_layer_norm_...``), ours, and torch's operators. A kernel
+of Inductor that does several things counts for the first of them in the order of the rules. ``fastmae.benchmarks.traffic``
+predicts a step's time by the same kinds.
 """
 
 import json
@@ -17,35 +18,47 @@ from torch.profiler import ProfilerActivity
 
 from fastmae.benchmarks.timing import seconds_per_call, synchronize
 
-KINDS = ("products", "attention", "norms", "GELU", "optimizer", "copies", "communication", "other")
+KINDS = ("products", "attention", "norms", "GELU", "bias gradients", "casts", "concatenation", "copies", "fastmae ops",
+         "optimizer", "communication", "other")  # fmt: skip
 _LISTED = 40  # kernels in a result, the longest ones
+
+# What Inductor names after views, casts and concatenations alone moves memory and computes nothing; after sums besides, and the
+# backward pass that it repeats for one, it adds up a gradient's columns.
+_VIEWS = ("view|_?unsafe_view|reshape|permute|transpose|t|clone|copy|slice|select|squeeze|unsqueeze|expand|split|unbind"
+          "|split_with_sizes")  # fmt: skip
+_CASTS, _JOINS = "_?to_copy|convert_element_type", "cat|stack"
+
+
+def _named_after(operators: str, but: str = "") -> str:
+    """A kernel of Inductor that is named after one of ``operators``, and besides after these, views and ``but`` alone."""
+    others = "|".join(filter(None, (operators, _VIEWS, but)))
+    return rf"^triton_(poi|red|per)_fused_+(?=(.*_)?({operators})_)(({others})_+)+\d+$"
+
 
 # Attention first: its kernels are built of CUTLASS and cuDNN too. Norms before copies: Inductor fuses casts into them.
 _RULES = tuple(
     (kind, re.compile(pattern, re.IGNORECASE))
     for kind, pattern in (
         ("communication", r"nccl|all_?reduce|all_?gather|reduce_?scatter"),
-        ("attention", r"flash|fmha|sdpa|sdp_|scaled_dot_product|efficient_attention|softmax|mha_"),
+        ("attention", r"flash|fmha|sdpa|sdp_|scaled_dot_product|efficient_attention|softmax|mha_|short_attention"),
         ("optimizer", r"multi_tensor_apply|adam|amp_(update|foreach)|foreach"),
         ("products", r"gemm|nvjet|cutlass|xmma|splitk|cublas|wgmma|gemv|convol|implicit_con|dgrad|wgrad|fprop|triton_(tem|mm)_"
                      r"|aten::(add)?(mm|bmm)\b|linear"),
-        ("norms", r"layer_?norm|gammabeta|batch_?norm|rms_?norm"),
+        ("bias gradients", _named_after("sum", f"{_CASTS}|{_JOINS}|gelu|gelu_backward") + "|sum_functor|aten::sum$"),
+        ("norms", r"layer_?norm|gammabeta|batch_?norm|rms_?norm|add_norm"),
         ("GELU", r"gelu"),
-        ("copies", r"memcpy|memset|copy_kernel|CatArray|nchwToNhwc|nhwcToNchw|FillFunctor"
-                   r"|aten::(copy_|_to_copy|cat|clone|contiguous|zero_|fill_|zeros)$"),
+        ("fastmae ops", r"masked_mse|gather_patches|take_rows|sum_holes|decoder_input|random_masking|resized_crop"),
+        ("concatenation", _named_after(_JOINS, _CASTS) + "|CatArray|aten::(cat|stack)$"),
+        ("casts", _named_after(_CASTS) + "|float16_copy|aten::_to_copy$"),
+        ("copies", _named_after(_VIEWS) + r"|memcpy|memset|copy_kernel|nchwToNhwc|nhwcToNchw|FillFunctor"
+                   r"|aten::(copy_|clone|contiguous|zero_|fill_|zeros)$"),
     )
 )  # fmt: skip
-# What Inductor names after views, casts and concatenations alone moves memory and computes nothing.
-_MOVES = r"_?to_copy|convert_element_type|view|_?unsafe_view|reshape|permute|transpose|t|cat|clone|copy|slice|select|squeeze|unsqueeze|expand|split|split_with_sizes|stack|unbind"  # fmt: skip # noqa: E501
-_MOVING = re.compile(rf"triton_(poi|red|per)_fused_+(({_MOVES})_+)+\d+")
 
 
 def kind_of(name: str) -> str:
     """One of ``KINDS``, for a kernel's or an operator's name."""
-    for kind, pattern in _RULES:
-        if pattern.search(name):
-            return kind
-    return "copies" if _MOVING.match(name) else "other"
+    return next((kind for kind, pattern in _RULES if pattern.search(name)), "other")
 
 
 def profile_calls(call: Callable[[], object], device: torch.device, calls: int) -> dict[str, object]:

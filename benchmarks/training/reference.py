@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastmae.errors import InputError
 from fastmae.model.config import ModelConfig
 
+_REPOSITORY = "facebookresearch/mae"
 _operators: list[torch.library.Library] = []  # torch forgets operators whose library object is gone
 
 
@@ -40,8 +41,13 @@ def load_reference(clone: str | Path, draw: Draw | None = None) -> ModuleType:
 
     Raises InputError if it or timm is missing.
     """
-    path = _file(clone, "models_mae.py")
-    with _todays_packages(), _on_path(Path(clone)):
+    return load_clone(clone, "models_mae.py", _REPOSITORY, draw)
+
+
+def load_clone(clone: str | Path, name: str, repository: str, draw: Draw | None = None) -> ModuleType:
+    """``load_reference`` for the file ``name`` of a clone of ``repository``, which may be one that grew from the reference."""
+    path = _file(clone, name, repository)
+    with _todays_packages(repository), _on_path(Path(clone)):
         module = _module(path)
     if draw is not None:
         module.torch = ModuleType("torch")  # its own: other modules' draws do not change
@@ -71,30 +77,30 @@ def build_reference(module: ModuleType, config: ModelConfig, fused: bool) -> nn.
 
 def load_schedule(clone: str | Path) -> Callable[[torch.optim.Optimizer, float, object], float]:
     """``adjust_learning_rate(optimizer, epoch, args)`` of the clone's ``util/lr_sched.py``. Raises InputError if missing."""
-    return _module(_file(clone, "util/lr_sched.py")).adjust_learning_rate
+    return _module(_file(clone, "util/lr_sched.py", _REPOSITORY)).adjust_learning_rate
 
 
-def _file(clone: str | Path, name: str) -> Path:
+def _file(clone: str | Path, name: str, repository: str) -> Path:
     path = Path(clone) / name
     if not path.is_file():
-        raise InputError(f"{path}: not found; give a clone of github.com/facebookresearch/mae")
+        raise InputError(f"{path}: not found; give a clone of github.com/{repository}")
     return path
 
 
 def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"reference_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"clone_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @contextlib.contextmanager
-def _todays_packages() -> Iterator[None]:
-    _declare_torchvision_operators()
+def _todays_packages(repository: str) -> Iterator[None]:
+    declare_torchvision_operators()
     try:
         from timm.models import vision_transformer
     except ImportError as error:
-        raise InputError(f"the reference needs timm: pip install -c constraints.txt timm ({error})") from error
+        raise InputError(f"{repository} needs timm: pip install -c constraints.txt timm ({error})") from error
     block = vision_transformer.Block
 
     class Block(block):
@@ -113,7 +119,7 @@ def _todays_packages() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _on_path(folder: Path) -> Iterator[None]:
-    """``folder`` in front of the import path; its packages are forgotten afterwards, for they have names like ``util``."""
+    """``folder`` in front of the import path; its modules are forgotten afterwards, for they have names like ``util``."""
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
     try:
@@ -121,11 +127,13 @@ def _on_path(folder: Path) -> Iterator[None]:
     finally:
         sys.path.remove(str(folder))
         for name in set(sys.modules) - before:
-            if name.partition(".")[0] == "util":
+            top = folder / name.partition(".")[0]
+            if top.is_dir() or top.with_suffix(".py").is_file():
                 del sys.modules[name]
 
 
-def _declare_torchvision_operators() -> None:
+def declare_torchvision_operators() -> None:
+    """Make torchvision importable next to a torch without its operators, which asks for two of them by name."""
     if hasattr(torch.ops.torchvision, "nms"):
         return
     library = torch.library.Library("torchvision", "DEF")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fastmae.benchmarks import peers
 from fastmae.benchmarks.machine import matmul_flops
 from fastmae.benchmarks.timing import Times, check_losses
 from fastmae.benchmarks.training.contenders import MASK_RATIO, NAMES, Workload, choose, make
@@ -23,18 +24,20 @@ from fastmae.model.flops import training_flops
 
 _SWEEP = [256, 64, 1024, 128, 512]  # images per step; the most informative first, as time may run out
 _PROFILED = 3  # steps
+_ORDER = (*NAMES, *peers.NAMES)
 
 Check = Callable[[], list[str]]  # raises LossesDiffer, or returns notes
 
 
 def measure_steps(models: list[str], batches: list[int] | None, device: torch.device, *, clone: Path | None = None,
                   rounds: int = 5, minutes: float = 9.0, image_size: int = 224, contenders: Sequence[str] = NAMES,
-                  compile: str = "auto", profile: bool = False) -> dict[str, object]:  # fmt: skip
+                  compile: str = "auto", profile: bool = False, crossmae: Path | None = None) -> dict[str, object]:  # fmt: skip
     """The section ``step`` of a result: ceilings, and a row for each model, batch and contender.
 
     ``batches`` None: a sweep up to what fits in memory on a GPU, 16 on a CPU. A further batch is skipped if it would not end
     within ``minutes``. ``compile``: what the rival and fastmae compile on a GPU. ``profile``: rows hold ``profile``, where the
-    device's time goes (``kinds``). Raises InputError on an unknown model, LossesDiffer if losses do, or fastmae's gradients
+    device's time goes (``kinds``). ``contenders`` may hold ``peers.NAMES``, of which ``crossmae`` needs the clone of that name.
+    Raises InputError on an unknown model, or if a peer's package is missing, LossesDiffer if losses do, or fastmae's gradients
     once compiled.
     """
     on_gpu = device.type == "cuda"
@@ -52,18 +55,23 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
         too_large: dict[str, int] = {}
         for batch in batches:
             started = time.monotonic()
-            alive = [n for n in NAMES if n in contenders and batch < too_large.get(n, batch + 1)]
+            alive = [n for n in _ORDER if n in contenders and batch < too_large.get(n, batch + 1)]
             if not alive:
                 continue
             if rows and started - began + 1.5 * longest > 60 * minutes:
                 notes.append(f"{name} at batch {batch}: skipped, would not fit into {minutes:g} minutes")
                 continue
-            workload = Workload(name=name, config=config, batch=batch, device=device, clone=clone, compile=compile)
+            workload = Workload(name=name, config=config, batch=batch, device=device, clone=clone, crossmae=crossmae,
+                                compile=compile)  # fmt: skip
             found, failed = _compare(workload, alive, rounds, ceilings, profile, check)
             rows, notes, check = rows + found, notes + failed, None
             too_large |= dict.fromkeys(set(alive) - {r["contender"] for r in found}, batch)
             longest = max(longest, time.monotonic() - started)
-    rows.sort(key=lambda r: (models.index(r["model"]), r["batch"], NAMES.index(r["contender"])))
+    rows.sort(key=lambda r: (models.index(r["model"]), r["batch"], _ORDER.index(r["contender"])))
+    descriptions = (f"{r['contender']}: {r['description']}" for r in rows if r["contender"] in peers.NAMES)
+    notes += dict.fromkeys(descriptions)
+    if not on_gpu and set(contenders) & set(peers.NAMES):
+        notes.append("peak memory on a CPU is the process's, with the packages that a contender imports")
     return {"ceilings": ceilings, "rows": rows, "notes": notes}
 
 
@@ -91,13 +99,14 @@ def _side_by_side(workload: Workload, names: list[str], rounds: int, ceilings: d
     """Rows of ``names``, timed in turns. ``losses`` holds those of earlier ones, and gets these; ``notes`` gets those of
     ``check``, which runs while they compile."""
     with contextlib.ExitStack() as stack:
-        workers = {n: stack.enter_context(Worker(partial(make, n, workload), workload.device)) for n in names}
+        builds = {n: partial(peers.make_peer if n in peers.NAMES else make, n, workload) for n in names}
+        workers = {n: stack.enter_context(Worker(build, workload.device)) for n, build in builds.items()}
         for worker in workers.values():
             worker.ask_losses(7)
         lacks_memory = bool(check and check())
         losses |= losses_of(workers, 7)
         notes += check() if lacks_memory else []  # now without the others beside it
-        check_losses(losses, workload.device)
+        check_losses(losses, workload.device, peers.OTHER_LOSS)
         times = take_turns(workers, workload.device, rounds)
         memory = {n: w.peak_memory() for n, w in workers.items()}
         more = {n: {"description": w.description()} | ({"profile": w.profile(_PROFILED)} if profile else {})
@@ -110,6 +119,7 @@ def _row(name: str, workload: Workload, times: dict[str, Times], memory: dict[st
     own = times[name]
     rate = workload.batch / own.median
     flops = rate * training_flops(workload.config, MASK_RATIO)
+    does_official_work = name not in peers.OTHER_LOSS
     row = {
         "model": workload.name,
         "image_size": workload.config.img_size[0],
@@ -120,8 +130,8 @@ def _row(name: str, workload: Workload, times: dict[str, Times], memory: dict[st
         "milliseconds": 1e3 * own.median,
         "spread": own.spread,
         "rounds": [1e3 * s for s in own.seconds],
-        "share_of_matmul": flops / ceilings["matmul_flops"],
-        "mfu": flops / ceilings["datasheet_flops"] if ceilings["datasheet_flops"] else None,
+        "share_of_matmul": flops / ceilings["matmul_flops"] if does_official_work else None,
+        "mfu": flops / ceilings["datasheet_flops"] if ceilings["datasheet_flops"] and does_official_work else None,
         "peak_memory": memory[name],
         "loss_fp32": loss[0],
         "loss_timed": loss[1],
@@ -138,11 +148,11 @@ def table(section: dict) -> list[list[str]]:
     head = ["model", "batch", "contender", "images/s", "ms", "spread", "of matmul", "MFU", "GiB", "x reference", "x rival"]
     lines = [head]
     for r in section["rows"]:
-        mfu = f"{r['mfu']:.1%}" if r["mfu"] else "-"
+        shares = [f"{r[k]:.1%}" if r[k] else "-" for k in ("share_of_matmul", "mfu")]
         speeds = [f"{r[k]:.2f}" if k in r else "-" for k in ("speed_over_reference", "speed_over_rival")]
         rate = f"{r['images_per_second']:.{2 if r['images_per_second'] < 100 else 0}f}"
         lines.append([r["model"], str(r["batch"]), r["contender"], rate, f"{r['milliseconds']:.1f}", f"{r['spread']:.1%}",
-                      f"{r['share_of_matmul']:.1%}", mfu, f"{r['peak_memory'] / 2**30:.2f}", *speeds])  # fmt: skip
+                      *shares, f"{r['peak_memory'] / 2**30:.2f}", *speeds])  # fmt: skip
     return lines
 
 

@@ -122,8 +122,8 @@ _FLAGS: dict[str, dict] = {
                        metavar="SHARDS"),
     "workers": _flag("loader processes, one per core", type=_positive, metavar="N", default=usable_cores()),
     "check": _flag("no times: the greatest errors of each op against float64, beside torch's own", action="store_true"),
-    "shape": _flag("with --check: sizes as B=2,C=13,H=64,W=64,p=8,D=96: images, channels, height, width, patch, token's width "
-                   "(default: small ones; on a GPU ViT-B's too)", nargs="+", metavar="SIZES"),
+    "shape": _flag("with --check: sizes as B=2,C=13,H=64,W=64,p=8,D=96,N=65,heads=3: images, channels, height, width, patch, "
+                   "tokens' width, tokens, heads (default: small ones; on a GPU ViT-B's too)", nargs="+", metavar="SIZES"),
     "resources": _flag("compile for sm_80, sm_90 and sm_100 without a GPU; print registers, stack and shared memory",
                        action="store_true"),
     "save": _flag("with --resources: write benchmarks/results/resources.json", action="store_true"),

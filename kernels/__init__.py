@@ -8,7 +8,7 @@ folder ``fastmae`` on Python's path, without an ``__init__.py`` there::
     mkdir -p site/fastmae && ln -s "$PWD/kernels" site/fastmae/kernels
     PYTHONPATH=site python -c "from fastmae.kernels import masked_mse; help(masked_mse)"
 
-Each file is one op and imports at most ``dispatch``, ``patches`` and ``philox`` beside it.
+An op is the file of its name, and what that imports beside it.
 """
 
 from fastmae.kernels.add_norm import add_norm, add_norm_ref
@@ -19,7 +19,7 @@ from fastmae.kernels.patches import gather_patches, gather_patches_ref
 from fastmae.kernels.philox import philox4x32, uniform
 from fastmae.kernels.random_masking import random_masking, random_masking_ref
 from fastmae.kernels.resized_crop import resized_crop, resized_crop_ref
-from fastmae.kernels.short_attention import short_attention
+from fastmae.kernels.short_attention import short_attention, short_attention_ref
 from fastmae.kernels.take_rows import take_rows, take_rows_ref
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "resized_crop",
     "resized_crop_ref",
     "short_attention",
+    "short_attention_ref",
     "take_rows",
     "take_rows_ref",
     "uniform",

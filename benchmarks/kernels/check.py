@@ -8,57 +8,19 @@ may lie half a level from the exact one, which rounding costs, and float32's own
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from fastmae.benchmarks.kernels.formulas import FORMULAS, Formula
-from fastmae.benchmarks.kernels.speed import Sizes
-from fastmae.errors import InputError
+from fastmae.benchmarks.kernels.shape import Shape
 from fastmae.kernels import dispatch
-from fastmae.model.config import ModelConfig
 
 _DRAWS = 4  # one loss may be exact by luck
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MODES = {"triton": "triton", "interpreter": "triton", "twin": "torch"}  # a backend's FASTMAE_KERNELS
 _PIXEL_LEVELS = 0.51
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Sizes of every op's inputs, by the letters of ``--shape``."""
-
-    B: int = 2
-    """Images."""
-    C: int = 3
-    """Channels of an image."""
-    H: int = 64
-    """Height of an image, pixels."""
-    W: int = 48
-    """Width of an image, pixels."""
-    p: int = 8
-    """Side of a patch, pixels; three quarters of the patches are masked."""
-    D: int = 96
-    """Width of a token."""
-
-    @classmethod
-    def parse(cls, text: str) -> "Shape":
-        """Read ``B=2,C=13``: sizes that are not named keep their defaults. Raises InputError on anything else."""
-        names = [field.name for field in fields(cls)]
-        pairs = [part.partition("=") for part in text.split(",")]
-        if not all(name in names and value.isdecimal() and int(value) > 0 for name, _, value in pairs):
-            raise InputError(f"shape must be NAME=SIZE,..., names of {', '.join(names)}, sizes above 0, got {text!r}")
-        return cls(**{name: int(value) for name, _, value in pairs})
-
-    def sizes(self) -> Sizes:
-        """The letters of the ops. Raises InputError if patches do not fit, or all or none of them would be visible."""
-        config = ModelConfig(img_size=(self.H, self.W), patch_size=self.p, in_chans=self.C)
-        return replace(Sizes.of(config, self.B), D=self.D, E=self.D)
-
-    def __str__(self) -> str:
-        return ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
 
 ON_CPU = (Shape(),)
@@ -69,20 +31,20 @@ def measure_errors(shapes: list[str] | None, device: torch.device) -> dict[str, 
     """The section ``kernels check`` of a result: a row for each op, dtype, backend and tensor, and in ``wrong`` a line for each
     that errs more than is allowed."""
     default = ON_GPU if device.type == "cuda" else ON_CPU
-    sizes = {str(shape): shape.sizes() for shape in (map(Shape.parse, shapes) if shapes else default)}
-    chosen = backends(device)
-    notes = []
+    chosen, notes, rows = backends(device), [], []
     if "interpreter" in chosen:
         notes.append("Triton's interpreter runs float32 alone: it does not round bf16 and fp16 as a GPU does")
     elif "triton" not in chosen:
         notes.append("no row for Triton: its kernels need a CUDA device, or TRITON_INTERPRET=1")
-    rows = []
-    for shape, letters in sizes.items():
+    for shape in [Shape.parse(text) for text in shapes] if shapes else default:
         for formula in FORMULAS:
+            if formula.limit(shape):
+                notes.append(f"{formula.name}, {shape}: {formula.limit(shape)}")
+                continue
             for dtype in _DTYPES[:1] if formula.is_exact else _DTYPES:
                 for backend in chosen:
                     if backend != "interpreter" or dtype == torch.float32:
-                        rows += [{"shape": shape, **row} for row in check(formula, backend, letters, device, dtype)]
+                        rows += [{"shape": str(shape), **row} for row in check(formula, backend, shape, device, dtype)]
     wrong = [
         f"{r['op']} by {r['backend']}, inputs {r['inputs']}, {r['shape']}: {r['tensor']} errs by {r['error']:.3g} {r['unit']}, "
         f"allowed are {r['allowed']:.3g}"
@@ -99,12 +61,12 @@ def backends(device: torch.device) -> list[str]:
     return [name for name in (*kernels, "twin") if asked in ("auto", _MODES[name])]
 
 
-def check(formula: Formula, backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[dict]:
+def check(formula: Formula, backend: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[dict]:
     """A row for each output and gradient of one op, whose activations have ``dtype``."""
     draws = []
     for seed in range(1 if formula.is_exact else _DRAWS):
         torch.manual_seed(seed)
-        inputs = formula.inputs(sizes, device, dtype)
+        inputs = formula.inputs(shape, device, dtype)
         with mock.patch.dict(os.environ, FASTMAE_KERNELS=_MODES[backend]):
             outputs = _outputs(formula.op, inputs)
             gradients = [torch.randn_like(out) for out in outputs] if formula.differentiable else []

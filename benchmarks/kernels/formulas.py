@@ -7,18 +7,19 @@ dtype of a prediction, images are normalised and patches averaged in float32 at 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmae import kernels
-from fastmae.benchmarks.kernels import speed
-from fastmae.benchmarks.kernels.speed import Sizes
+from fastmae.benchmarks.kernels.cases import CASES
+from fastmae.benchmarks.kernels.shape import Shape
 from fastmae.kernels.masked_mse import EPS
 from fastmae.kernels.philox import MASKS, random_words
 
-Inputs = Callable[[Sizes, torch.device, torch.dtype], tuple]
+Inputs = Callable[[Shape, torch.device, torch.dtype], tuple]
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,42 @@ class Formula:
     """Names and positions of the arguments that get gradients."""
     is_exact: bool = False
     """Whether results are integers, whatever the dtype of activations."""
+    limit: Callable[[Shape], str] = lambda shape: ""
+    """Why the op does not take a shape, or nothing."""
 
 
-def _unshuffle_inputs(s: Sizes, device: torch.device, dtype: torch.dtype) -> tuple:
+_SPEED = {case.name: case.inputs for case in CASES}
+
+
+def _measured(name: str) -> Inputs:
+    """The inputs with which the op is timed."""
+    return lambda s, device, dtype: _SPEED[name](s.sizes(), device, dtype)
+
+
+def _unshuffle_inputs(s: Shape, device: torch.device, dtype: torch.dtype) -> tuple:
     """Visible rows back into their places, the fill in those of masked patches."""
-    x, ids_keep, ids_restore = _INPUTS["take_rows"](s, device, dtype)
+    x, ids_keep, ids_restore = _measured("take_rows")(s, device, dtype)
     fill = torch.randn(s.D, device=device).to(dtype).requires_grad_()
-    return x[:, : s.K].detach().requires_grad_(), ids_restore, ids_keep, fill
+    return x[:, : ids_keep.shape[1]].detach().requires_grad_(), ids_restore, ids_keep, fill
 
 
-def _crop_inputs(s: Sizes, device: torch.device, dtype: torch.dtype) -> tuple:
-    return _INPUTS["resized_crop"](s, device, dtype)[:7]  # without what its twin reads on the host
+def _crop_inputs(s: Shape, device: torch.device, dtype: torch.dtype) -> tuple:
+    return _measured("resized_crop")(s, device, dtype)[:7]  # without what its twin reads on the host
+
+
+def _normal(*size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(size, device=device).to(dtype).requires_grad_()
+
+
+def _add_norm_inputs(s: Shape, device: torch.device, dtype: torch.dtype, residual: torch.dtype | None = None) -> tuple:
+    x = _normal(s.B, s.N, s.D, device=device, dtype=residual or dtype)
+    branch = _normal(s.B, s.N, s.D, device=device, dtype=dtype)
+    weight, bias, branch_bias = (_normal(s.D, device=device) for _ in range(3))
+    return x, branch, weight, bias, 1e-6, branch_bias, dtype
+
+
+def _gelu_inputs(s: Shape, device: torch.device, dtype: torch.dtype) -> tuple:
+    return _normal(s.B, s.N, s.D, device=device, dtype=dtype), _normal(s.D, device=device)
 
 
 def _patches(images: Tensor, ids: Tensor, patch_size: int, mean: Tensor, std: Tensor) -> Tensor:
@@ -98,15 +124,33 @@ def _resized_crop(pixels, offsets, widths, boxes, flips, size, channels) -> Tens
     return crops if pixels.is_floating_point() else crops.round().to(pixels.dtype)
 
 
-_INPUTS = {case.name: case.inputs for case in speed.CASES}
+def _added(bias: Tensor) -> Tensor:
+    """Zeros whose gradient is that of ``bias``, as if it had just been added."""
+    return bias - bias.detach()
+
+
+def _add_norm(x, branch, weight, bias, eps, branch_bias, dtype) -> tuple[Tensor, Tensor]:
+    total = (x.to(weight.dtype) + branch.to(weight.dtype) + _added(branch_bias)).to(x.dtype)
+    return total, F.layer_norm(total.to(weight.dtype), total.shape[-1:], weight, bias, eps).to(dtype)
+
+
+def _gelu(x, bias) -> Tensor:
+    return F.gelu(x.to(bias.dtype) + _added(bias)).to(x.dtype)
+
+
+_ADD_NORM = {"x": 0, "branch": 1, "weight": 2, "bias": 3, "branch_bias": 5}
 FORMULAS = (
-    Formula("gather_patches", _INPUTS["gather_patches"], kernels.gather_patches, _gather_patches),
-    Formula("masked_mse", _INPUTS["masked_mse"], kernels.masked_mse, _masked_mse, ("loss",), {"pred": 0}),
-    Formula("take_rows", _INPUTS["take_rows"], kernels.take_rows, _take_rows, differentiable={"x": 0}),
+    Formula("gather_patches", _measured("gather_patches"), kernels.gather_patches, _gather_patches),
+    Formula("masked_mse", _measured("masked_mse"), kernels.masked_mse, _masked_mse, ("loss",), {"pred": 0}),
+    Formula("take_rows", _measured("take_rows"), kernels.take_rows, _take_rows, differentiable={"x": 0}),
     Formula("take_rows with fill", _unshuffle_inputs, kernels.take_rows, _take_rows, differentiable={"x": 0, "fill": 3}),
-    Formula("decoder_input", _INPUTS["decoder_input"], kernels.decoder_input, _decoder_input,
+    Formula("decoder_input", _measured("decoder_input"), kernels.decoder_input, _decoder_input,
             differentiable={"x": 0, "mask_token": 1}),
-    Formula("random_masking", _INPUTS["random_masking"], kernels.random_masking, _random_masking,
+    Formula("add_norm", _add_norm_inputs, kernels.add_norm, _add_norm, ("sum", "normed"), _ADD_NORM),
+    Formula("add_norm to fp32", partial(_add_norm_inputs, residual=torch.float32), kernels.add_norm, _add_norm,
+            ("sum", "normed"), _ADD_NORM),
+    Formula("gelu", _gelu_inputs, kernels.gelu, _gelu, differentiable={"x": 0, "bias": 1}),
+    Formula("random_masking", _measured("random_masking"), kernels.random_masking, _random_masking,
             ("ids_keep", "ids_predict", "ids_restore"), is_exact=True),
     Formula("resized_crop", _crop_inputs, kernels.resized_crop, _resized_crop, is_exact=True),
 )  # fmt: skip

@@ -13,6 +13,7 @@ from fastmae import kernels
 from fastmae.benchmarks.cli import main
 from fastmae.benchmarks.kernels import check
 from fastmae.benchmarks.kernels.formulas import FORMULAS
+from fastmae.benchmarks.kernels.shape import Shape
 
 ODD = "B=1,C=2,H=16,W=24,p=4,D=33"
 COMMAND = ["kernels", "--check", "--device", "cpu", "--shape", ODD]
@@ -38,8 +39,10 @@ def test_an_op_that_errs_too_much_is_named(monkeypatch, capsys):
     monkeypatch.setattr(check, "FORMULAS", (dataclasses.replace(formula, op=off),))
     assert main(COMMAND) == 1
     out, error = capsys.readouterr()
-    assert f"decoder_input by twin, inputs fp32, {ODD}: output errs by 4" in error
-    assert "bf16, " + ODD + ": gradient of x" not in error  # four units of float32's last place are less than one of bf16's
+    assert f"decoder_input by twin, inputs fp32, {Shape.parse(ODD)}: output errs by 4" in error
+    assert (
+        f"bf16, {Shape.parse(ODD)}: gradient of x" not in error
+    )  # four units of float32's last place are less than one of bf16's
     document = json.loads(out.splitlines()[-1])["kernels check"]
     assert document["wrong"] == [line.removeprefix("fastmae bench: ") for line in error.splitlines()]
     row = document["rows"][0]
@@ -62,7 +65,23 @@ def test_errors_are_counted_in_units_of_the_last_place():
         assert (row["error"] <= row["allowed"]) == is_right
 
 
-@pytest.mark.parametrize("shape", ["B=0", "B", "Q=3", "B=2 C=3", "H=10,p=4", "H=8,W=8,p=8"])
+def test_a_shape_has_every_size():
+    shape = Shape.parse("C=13,H=32,D=1280")
+    assert (shape.B, shape.N, shape.heads, shape.sizes().L, shape.sizes().P) == (2, 25, 20, 24, 832)
+    assert str(Shape.parse("D=80,N=7,heads=5")) == "B=2,C=3,H=64,W=48,p=8,D=80,N=7,heads=5"
+    assert [Shape(D=D).heads for D in (33, 96, 240, 768)] == [1, 3, 3, 12]
+
+
+def test_a_shape_that_an_op_does_not_take_is_noted(monkeypatch):
+    formula = next(f for f in FORMULAS if f.name == "gelu")
+    limited = dataclasses.replace(formula, limit=lambda shape: "takes at most 3 tokens" if shape.N > 3 else "")
+    monkeypatch.setattr(check, "FORMULAS", (limited,))
+    found = check.measure_errors(["B=1,N=4", "B=1,N=3"], torch.device("cpu"))
+    assert {r["shape"] for r in found["rows"]} == {str(Shape(B=1, N=3))}
+    assert f"gelu, {Shape(B=1, N=4)}: takes at most 3 tokens" in found["notes"]
+
+
+@pytest.mark.parametrize("shape", ["B=0", "B", "Q=3", "B=2 C=3", "H=10,p=4", "H=8,W=8,p=8", "D=96,heads=5"])
 def test_a_wrong_shape_is_one_line(shape, capsys):
     assert main(["kernels", "--check", "--device", "cpu", "--shape", shape]) == 2
     out, error = capsys.readouterr()

@@ -14,7 +14,17 @@ import pytest
 _ROOT = Path(__file__).parents[2]
 _TESTS = [
     f"tests/kernels/test_{op}.py"
-    for op in ("add_norm", "decoder_input", "gelu", "masked_mse", "patches", "philox", "random_masking", "take_rows")
+    for op in (
+        "add_norm",
+        "decoder_input",
+        "gelu",
+        "masked_mse",
+        "patches",
+        "philox",
+        "random_masking",
+        "short_attention",
+        "take_rows",
+    )
 ]
 _CROPS = ["tests/kernels/test_resized_crop.py"]  # as long as all others together
 

@@ -13,11 +13,14 @@ import torch
 from fastmae.errors import InputError, RequeueError
 from fastmae.model.attention import choice
 from fastmae.model.attention.backends import Shape
+from fastmae.model.block.trial import TRIED
+from fastmae.model.config import FUSED
 from fastmae.train.checkpoint.format import STATE, Checkpoint
 from fastmae.train.distributed.world import World
 from fastmae.train.pretrain import attention_choice as backend
-from fastmae.train.pretrain import pretrain
+from fastmae.train.pretrain import fused_choice, pretrain
 from fastmae.train.pretrain.attention_choice import choose_attention, probe_attention, run_shapes
+from fastmae.train.pretrain.fused_choice import run_block_shapes
 from tests.support.runs import MODEL, RECIPE, assert_same_bits, records, run_of, signal_after
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -174,6 +177,7 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: pytest.fail("the GPU is opened"))
     asked = []
     monkeypatch.setattr(backend, "probe", lambda *a: asked.append(a))
+    monkeypatch.setattr(fused_choice, "probe_blocks", lambda *a: asked.append(a))
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
                         "MASTER_PORT": 29500}.items():  # fmt: skip
         monkeypatch.setenv(name, str(value))
@@ -184,12 +188,16 @@ def test_rank_0_has_its_backends_probed_before_any_gpu_is_opened(shard_folder, t
     run = run_of(shard_folder, tmp_path, device="auto")
     probe_attention(RECIPE, run)
     probe_attention(named("cudnn"), replace(run, precision="fp16"))
-    assert gpus == [("cuda", torch.bfloat16, SHAPES, backend.BACKENDS, 0), ("cuda", torch.float16, SHAPES, ("cudnn",), 0)]
+    blocks = run_block_shapes(RECIPE)
+    assert gpus == [
+        ("cuda", torch.bfloat16, SHAPES, backend.BACKENDS, 0), ("cuda", torch.bfloat16, FP32, blocks, TRIED, 0),
+        ("cuda", torch.float16, SHAPES, ("cudnn",), 0), ("cuda", torch.float16, FP32, blocks, FUSED, 0),
+    ]  # fmt: skip
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     probe_attention(RECIPE, run)
     probe_attention(RECIPE, replace(run, device="cpu"))
-    assert len(gpus) == 2
+    assert len(gpus) == 4
 
 
 def test_a_run_probes_before_it_joins_the_others(shard_folder, tmp_path, monkeypatch):

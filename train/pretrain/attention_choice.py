@@ -17,6 +17,7 @@ from fastmae.train.config.recipes import Recipe
 from fastmae.train.config.run import Run
 from fastmae.train.distributed.launcher import read_launcher
 from fastmae.train.distributed.world import World, trains_on_gpu
+from fastmae.train.pretrain.fused_choice import SavedFused, adopt_run, choose_fused, probe_fused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class AttentionChoice:
     backends: dict[str, str]
     """A backend's name for each ``Shape``, written for people."""
     fused: dict[str, list[str]] = field(default_factory=dict)
-    """What is fused in blocks of each ``BlockShape``, written for people; none unless it was measured."""
+    """What is fused in blocks of each ``BlockShape``, written for people; none unless it was measured or named."""
     xformers: str | None = None
     """Why xformers, the usual choice, was no candidate; None if it was, or another was asked for."""
     notes: tuple[str, ...] = ()
@@ -38,9 +39,9 @@ class AttentionChoice:
     def text(self) -> str:
         """For people, with the reason if xformers cannot."""
         names = " and ".join(dict.fromkeys(self.backends.values()))
+        names += f" (xformers does not work here: {self.xformers})" if self.xformers else ""
         fused = " or ".join(dict.fromkeys(", ".join(names) or "nothing" for names in self.fused.values()))
-        names += f", fused: {fused}" if self.fused else ""
-        return f"{names} (xformers does not work here: {self.xformers})" if self.xformers else names
+        return f"{names}, fused: {fused}" if self.fused else names
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
@@ -48,8 +49,8 @@ class AttentionChoice:
 
 
 def probe_attention(recipe: Recipe, run: Run) -> None:
-    """On a GPU, try the backends that the run may use, in the process of rank 0 and before that opens its GPU: one in
-    exclusive-process mode takes no second process. The results are kept for ``choose_attention``.
+    """On a GPU, try the backends and fused operations that the run may use, in the process of rank 0 and before that opens its
+    GPU: one in exclusive-process mode takes no second process. The results are kept for ``choose_attention``.
 
     Raises InputError on a device or launcher's environment that contradicts itself.
     """
@@ -61,6 +62,7 @@ def probe_attention(recipe: Recipe, run: Run) -> None:
     shown = info.local_rank or 0
     number = shown if shown < torch.cuda.device_count() else 0  # a launcher may show each process one GPU only
     probe("cuda", dtype, run_shapes(recipe), BACKENDS if wanted == "auto" else (wanted,), number)
+    probe_fused(recipe, "cuda", dtype, number)
 
 
 def run_shapes(recipe: Recipe) -> list[Shape]:
@@ -73,21 +75,23 @@ def run_shapes(recipe: Recipe) -> list[Shape]:
     return list(dict.fromkeys(shapes))
 
 
-def choose_attention(recipe: Recipe, dtype: torch.dtype, world: World, checkpoint: Checkpoint | None = None) -> AttentionChoice:
-    """Choose what ``recipe.model.attention`` stands for on the run's shapes.
+def choose_attention(recipe: Recipe, dtype: torch.dtype, world: World, checkpoint: Checkpoint | None = None,
+                     compiles: bool = True) -> AttentionChoice:  # fmt: skip
+    """Choose what ``attention`` and ``fused`` of ``recipe.model`` stand for on the run's shapes.
 
     ``checkpoint``: the one that is resumed. What auto chose then is used again, on whatever machine, unless it does not work
-    there. Timings differ from rank to rank, so rank 0 measures, and the others use its choice. Raises InputError,
-    on every rank, if a backend asked for by name cannot run.
+    there. ``compiles``: whether blocks are compiled, as they are measured then. Timings differ from rank to rank, so rank 0
+    measures, and the others use its choice. Raises InputError, on every rank, if what is asked for by name cannot run.
     """
-    shapes, wanted, device = run_shapes(recipe), recipe.model.attention, world.device.type
-    choose = _choose if wanted == "auto" else _take_named
-    chosen_json = world.by_main(lambda: json.dumps(asdict(choose(wanted, shapes, device, dtype, _Saved.of(checkpoint)))))
+    device, shapes = world.device.type, run_shapes(recipe)
+    chosen_json = world.by_main(lambda: json.dumps(asdict(_choose(recipe, device, dtype, checkpoint, compiles))))
     found = json.loads(chosen_json)
     choice = AttentionChoice(**{**found, "notes": tuple(found["notes"])})
     chosen = {shape: choice.backends[str(shape)] for shape in shapes}
-    if wanted == "auto":
+    if recipe.model.attention == "auto":
         adopt(device, dtype, chosen)
+    if recipe.model.fused == "auto":
+        adopt_run(recipe, device, dtype, choice.fused)
     _prepare_everywhere(chosen, world)
     return choice
 
@@ -116,8 +120,27 @@ class _Saved:
         return cls(is_auto, f"{saved.get('dtype')} on {saved.get('device')}", known)
 
 
-def _choose(_: str, shapes: list[Shape], device: str, dtype: torch.dtype, saved: _Saved | None) -> AttentionChoice:
-    """Those of the checkpoint, if auto chose them, and of other shapes those that auto chooses now."""
+def _choose(recipe: Recipe, device: str, dtype: torch.dtype, checkpoint: Checkpoint | None, compiles: bool) -> AttentionChoice:
+    """By rank 0: attention, and what is fused around it, as part of which it may be chosen again."""
+    shapes, name, saved = run_shapes(recipe), recipe.model.attention, _Saved.of(checkpoint)
+    broken: dict[Shape, str] = {}
+    if name == "auto":
+        wanted, lines, broken = _of_checkpoint(shapes, device, dtype, saved)
+    else:
+        wanted, lines = dict.fromkeys(shapes, name), _check_named(name, shapes, device, dtype, saved)
+    fused, of_fused = choose_fused(recipe, device, dtype, wanted, SavedFused.of(checkpoint), compiles)
+    chosen = {shape: resolve(name, device, dtype, shape) for shape in shapes}
+    for shape, reason in broken.items():
+        lines.append(f"attention {reason}; {chosen[shape]} is used for {shape}")
+    xformers = why_not("xformers", device, dtype, shapes[0]) if device == "cuda" and name == "auto" else None
+    return AttentionChoice(device=device, dtype=_name(dtype), backends={str(s): b for s, b in chosen.items()}, fused=fused,
+                           xformers=xformers, notes=(*lines, *of_fused, *notes()))  # fmt: skip
+
+
+def _of_checkpoint(shapes: list[Shape], device: str, dtype: torch.dtype,
+                   saved: _Saved | None) -> tuple[dict[Shape, str], list[str], dict[Shape, str]]:  # fmt: skip
+    """Of each shape the backend that auto chose for the checkpoint's run, or auto; lines for people; and of the shapes whose
+    backend does not work here, which and why."""
     here, lines, before = f"{_name(dtype)} on {device}", [], {}
     saved = saved if saved and saved.is_auto else None
     if saved and saved.where != here:
@@ -125,19 +148,15 @@ def _choose(_: str, shapes: list[Shape], device: str, dtype: torch.dtype, saved:
     elif saved:
         before = {shape: saved.backends[str(shape)] for shape in shapes if str(shape) in saved.backends}
     reasons = {shape: why_not(backend, device, dtype, shape) for shape, backend in before.items()}
-    adopt(device, dtype, {shape: before[shape] for shape, reason in reasons.items() if reason is None})
-    chosen = {shape: resolve("auto", device, dtype, shape) for shape in shapes}
-    for shape, reason in reasons.items():
-        if reason is not None:
-            lines.append(f"attention {before[shape]} of the checkpoint does not work here, {reason}; "
-                         f"{chosen[shape]} is used for {shape}")  # fmt: skip
-    xformers = why_not("xformers", device, dtype, shapes[0]) if device == "cuda" else None
-    return AttentionChoice(device=device, dtype=_name(dtype), backends={str(s): b for s, b in chosen.items()},
-                           xformers=xformers, notes=(*lines, *notes()))  # fmt: skip
+    works = {shape: before[shape] for shape, reason in reasons.items() if reason is None}
+    adopt(device, dtype, works)
+    broken = {shape: f"{before[shape]} of the checkpoint does not work here, {reason}" for shape, reason in reasons.items()
+              if reason is not None}  # fmt: skip
+    return dict.fromkeys(shapes, "auto") | works, lines, broken
 
 
-def _take_named(name: str, shapes: list[Shape], device: str, dtype: torch.dtype, saved: _Saved | None) -> AttentionChoice:
-    """The backend ``name`` for all shapes, if it works on them."""
+def _check_named(name: str, shapes: list[Shape], device: str, dtype: torch.dtype, saved: _Saved | None) -> list[str]:
+    """Lines for people about the backend ``name`` for all shapes. Raises InputError if it does not work on them."""
     for shape in shapes:
         if reason := why_not(name, device, dtype, shape):
             probe(device, dtype, shapes)
@@ -146,9 +165,7 @@ def _take_named(name: str, shapes: list[Shape], device: str, dtype: torch.dtype,
                 f"attention {name} does not work here for {shape}, {reason}; choose auto or {' or '.join(others) or 'another'}"
             )
     before = sorted({b for s, b in saved.backends.items() if s in map(str, shapes)} - {name}) if saved else []
-    lines = [f"attention {name} is used as given, the checkpoint's was {' and '.join(before)}"] if before else []
-    return AttentionChoice(device=device, dtype=_name(dtype), backends={str(s): name for s in shapes},
-                           notes=(*lines, *notes()))  # fmt: skip
+    return [f"attention {name} is used as given, the checkpoint's was {' and '.join(before)}"] if before else []
 
 
 def _prepare_everywhere(chosen: dict[Shape, str], world: World) -> None:

@@ -101,7 +101,7 @@ def set_up(recipe: Recipe, run: Run, world: World, data: str) -> Setup:
     if checkpoint:
         notes += [f"resumed from {checkpoint.folder}", *check_resume(checkpoint, recipe)]
     loader, total_steps = _open_data(recipe, run, world, data, checkpoint)
-    attention = choose_attention(recipe, autocast or torch.float32, world, checkpoint)
+    attention = choose_attention(recipe, autocast or torch.float32, world, checkpoint, run.compile != "off")
     if world.device.type == "cpu":
         keep_freed_memory()
     task = Pretraining(recipe)

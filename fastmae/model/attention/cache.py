@@ -5,13 +5,16 @@ to probe and measure again. Without a folder that can be written nothing is cach
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
 from pathlib import Path
 
 import torch
+import triton
 
+import fastmae.kernels
 from fastmae.errors import InputError
 from fastmae.files import cache_folder, write_atomically
 from fastmae.model.attention.backends import Shape, cudnn_version
@@ -56,10 +59,25 @@ def write_entries(device_type: str, section: str, entries: dict[str, dict]) -> N
 
 def _identity(device_type: str) -> dict[str, str]:
     """What probes and measurements are valid for. Reading a GPU's name does not initialise it."""
-    versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    versions = {
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "triton": triton.__version__,
+        "sources": _sources(),
+    }
     with contextlib.suppress(RuntimeError):  # torch refuses this cuDNN
         versions["cudnn"] = str(cudnn_version())
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions["xformers"] = importlib.metadata.version("xformers")
     device = torch.cuda.get_device_name() if device_type == "cuda" else device_type
     return {"device": device, **versions}
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of our kernels and of what a block is made of."""
+    state = hashlib.sha256()
+    for folder in (Path(fastmae.kernels.__file__).parent, Path(__file__).parent, Path(__file__).parents[1] / "block"):
+        for path in sorted(folder.glob("*.py")):
+            state.update(path.read_bytes())
+    return state.hexdigest()[:16]

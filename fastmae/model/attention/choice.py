@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from fastmae.model.attention.backends import Shape, prepare
+from fastmae.model.attention.backends import RETURN_BIAS, Shape, prepare
 from fastmae.model.attention.cache import CHOICES, entry_key, read_entries, write_entries
 from fastmae.model.attention.probe import probe, why_not
 from fastmae.model.attention.trial import Inputs, forward_backward
@@ -40,6 +40,11 @@ def fastest(device_type: str, dtype: torch.dtype, shape: Shape) -> str:
 def adopt(device_type: str, dtype: torch.dtype, choices: dict[Shape, str]) -> None:
     """Use what another process chose, so that all ranks of a run compute identically."""
     _chosen.update({(device_type, dtype, shape): backend for shape, backend in choices.items()})
+
+
+def measures() -> bool:
+    """Whether what is not known may be measured: not within ``unmeasured``."""
+    return _measures
 
 
 @contextlib.contextmanager
@@ -90,7 +95,8 @@ def _measure_once(device_type: str, dtype: torch.dtype, shape: Shape) -> str:
     times = measure(device_type, dtype, shape)
     if device_type == "cuda":
         torch.cuda.empty_cache()  # math attention alone takes gigabytes, which a step needs
-    backend = next(iter(times), _UNMEASURED)
+    # Our own is chosen as a part of the block alone (``fastmae.model.block.measured``).
+    backend = next((b for b in times if b not in RETURN_BIAS), _UNMEASURED)
     entry = {"backend": backend, "microseconds": {b: round(t, 1) for b, t in times.items()}}
     write_entries(device_type, CHOICES, {entry_key(dtype, shape): entry})
     return backend

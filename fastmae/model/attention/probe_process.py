@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # imported by the child's program alone, below
 
     from fastmae.model.attention.trial import Verdict
 
-Pair = tuple[str, tuple[int, int, int, int]]
-"""A backend and a ``Shape``."""
+Pair = tuple[str, tuple[int | str, ...]]
+"""A backend and a ``Shape``, or what else ``main``'s functions take."""
 _MARK = "\x1e"
 _START_TIMEOUT = 300.0  # seconds for a child to import torch, perhaps from a slow network disk, and to open the GPU
 _TRIAL_TIMEOUT = 120.0  # seconds; the first trial of a backend may import or compile it
@@ -39,15 +39,18 @@ class ProbeError(RuntimeError):
     found: "dict[Pair, Verdict]"
 
 
-def probe_in_child(device_type: str, index: int | None, dtype: "torch.dtype", pairs: list[Pair]) -> "dict[Pair, Verdict]":
+def probe_in_child(device_type: str, index: int | None, dtype: "torch.dtype", pairs: list[Pair],
+                   program: str | None = None) -> "dict[Pair, Verdict]":  # fmt: skip
     """The verdict on each of ``pairs``, tried on the device of number ``index``; a crash or hang is one too.
 
-    Raises ProbeError if nothing can be tried.
+    ``program``: the module that the child runs, and calls ``main`` in; by default this one. Raises ProbeError if nothing can
+    be tried.
     """
     found: dict[Pair, Verdict] = {}
     try:
         while rest := [pair for pair in pairs if pair not in found]:
             task = {"device": device_type, "index": index, "dtype": str(dtype).removeprefix("torch."), "pairs": rest}
+            task |= {"program": ("-m", program) if program else _PROGRAM}
             found |= _results(task, rest)
     except ProbeError as error:
         error.found = found
@@ -94,7 +97,7 @@ class _Child:
         path = os.pathsep.join(os.path.abspath(p) for p in sys.path)  # noqa: PTH100 - "" is the current folder
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", *_PROGRAM, json.dumps({**task, "parent": os.getpid()})],
+                [sys.executable, "-P", *task.get("program", _PROGRAM), json.dumps({**task, "parent": os.getpid()})],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,  # Ctrl-C must not reach it

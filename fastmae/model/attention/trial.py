@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -61,16 +62,29 @@ def forward_backward(backend: str, inputs: Inputs) -> list[Tensor]:
 def try_out(backend: str, device_type: str, dtype: torch.dtype, shape: Shape) -> Verdict:
     """Run ``backend`` forward and backward on ``shape``, with few images but all tokens and heads, and compare it with math."""
     B, N, M, H = _BATCH, *shape[:3]
+
+    def attempt() -> None:
+        prepare(backend)
+        inputs = Inputs.draw(device_type, dtype, shape, B)
+        heads = max(1, min(H, _COMPARED // (B * N * M)))  # heads are independent
+        found = [x[..., :heads, :] for x in forward_backward(backend, inputs)]
+        error = _error(found, forward_backward("math", inputs.first_heads(heads)))
+        if error > _TOLERANCE:
+            raise ArithmeticError(f"differs from math attention by {error:.1g} of its norm")
+
+    return verdict_on(attempt, device_type)
+
+
+def verdict_on(attempt: Callable[[], None], device_type: str) -> Verdict:
+    """The verdict on what ``attempt`` tries, which raises where it does not work: ArithmeticError if it computes wrongly."""
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
-            prepare(backend)
-            inputs = Inputs.draw(device_type, dtype, shape, B)
-            heads = max(1, min(H, _COMPARED // (B * N * M)))  # heads are independent
-            found = [x[..., :heads, :] for x in forward_backward(backend, inputs)]
-            error = _error(found, forward_backward("math", inputs.first_heads(heads)))
+            attempt()
+    except ArithmeticError as error:
+        return Verdict(str(error))
     except Exception as error:  # whatever a third-party kernel raises is its verdict
         return Verdict(_line(error), lasts=not (isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(str(error))))
-    return Verdict(None if error <= _TOLERANCE else f"differs from math attention by {error:.1g} of its norm")
+    return Verdict(None)
 
 
 def open_device(device_type: str, index: int | None) -> None:

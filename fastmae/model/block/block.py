@@ -125,9 +125,10 @@ def _run_and_add(block: Block, x: Tensor, first: int) -> Tensor:
 
 
 def compute_dtype(x: Tensor, norms: bool = False) -> torch.dtype:
-    """The dtype of products of ``x``, autocast's if it is on; with ``norms`` that of LayerNorms, float32 under autocast."""
+    """The dtype of products of ``x``, autocast's if it is on; with ``norms`` that of LayerNorms, float32 under autocast but for
+    CPUs, where it is that of ``x``."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device) or (norms and device == "cpu"):
         return x.dtype
     return torch.float32 if norms else torch.get_autocast_dtype(device)
 

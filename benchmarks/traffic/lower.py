@@ -96,17 +96,14 @@ def _operator(func, args: Sequence[object], results: object, is_backward: bool, 
     read = list({(x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape)): x for x in read}.values())
     written = changed or outputs
     size = sum(_touched(x) for x in [*read, *written])
-    names = (name,)
-    if name.startswith("fastmae::"):
-        names, extra = _inside(name, args)
-        size += extra
+    names = _launches(name, args) if name.startswith("fastmae::") else (name,)
     is_small = max((x.numel() for x in [*read, *written]), default=0) in weights
     return Kernel(names, size, (name,), tuple(_shown(x) for x in [*read, "->", *written]), is_backward, is_small,
                   _work(name, inputs, outputs))  # fmt: skip
 
 
-def _inside(name: str, args: Sequence[object]) -> tuple[tuple[str, ...], int]:
-    """The launches of one of our operators: kernels, and torch's own operators around them, whose bytes are the second."""
+def _launches(name: str, args: Sequence[object]) -> tuple[str, ...]:
+    """Of one of our operators: its kernels, and torch's own operators around them."""
     launched: list[str] = []
 
     def run(kernel: JITFunction, *_, **__) -> None:
@@ -114,7 +111,7 @@ def _inside(name: str, args: Sequence[object]) -> tuple[tuple[str, ...], int]:
 
     with mock.patch.object(JITFunction, "run", run), detect_fake_mode(args), _Operators() as around:
         OPDEFS[name]._init_fn(*args)
-    return (*launched, *(n for k in around.kernels for n in k.names)), sum(k.bytes for k in around.kernels)
+    return (*launched, *(n for k in around.kernels for n in k.names))
 
 
 def _work(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> Product | Attention | None:

@@ -181,7 +181,12 @@ def with_adapter(block):
     block.attn.qkv = layer
 
 
-@pytest.mark.parametrize("change", [with_hook, with_gradient_hook, with_parametrisation, with_adapter])
+def with_own_forward(block):
+    forward = block.mlp.fc2.forward
+    block.mlp.fc2.forward = lambda x: 1.1 * forward(x)
+
+
+@pytest.mark.parametrize("change", [with_own_forward, with_hook, with_gradient_hook, with_parametrisation, with_adapter])
 def test_a_block_of_changed_modules_calls_them(change):
     found = []
     for fields in (PLAIN, OURS):

@@ -220,7 +220,7 @@ def _traffic(options: argparse.Namespace) -> int:
     from fastmae.benchmarks.traffic import page, predict
 
     if options.docs:
-        page.write_page(TRAFFIC, PREDICTIONS)
+        page.write_page(TRAFFIC, PREDICTIONS, options.models or ())
         return 0
     models = options.models or ["base"]
     section = predict.predict_traffic(models, options.batch, options.gpu, options.residual, options.contenders,

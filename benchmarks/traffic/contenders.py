@@ -42,8 +42,13 @@ class Step:
 def kernels_of(step: Step) -> list[Kernel]:
     """In the order of their launches. The process should do nothing else afterwards (``described``)."""
     with described(step.gpu):
-        loss, parameters = _LOSSES[step.contender](step.config, step.batch)
-        return (eager_kernels if step.contender == "reference" else compiled_kernels)(loss, parameters)
+        return kernels_here(step)
+
+
+def kernels_here(step: Step) -> list[Kernel]:
+    """The same inside ``described``."""
+    loss, parameters = _LOSSES[step.contender](step.config, step.batch)
+    return (eager_kernels if step.contender == "reference" else compiled_kernels)(loss, parameters)
 
 
 def _fastmae(config: ModelConfig, batch: int) -> tuple[Callable[[], Tensor], list[Tensor]]:

@@ -18,7 +18,7 @@ from fastmae.benchmarks.traffic.gpus import GPUS
 from fastmae.benchmarks.traffic.kernel import Kernel
 from fastmae.benchmarks.training.contenders import MASK_RATIO
 from fastmae.cores import usable_cores
-from fastmae.model.config import FUSED, preset
+from fastmae.model.config import FUSED, ModelConfig, preset
 from fastmae.model.flops import training_flops
 
 COUNTED_APART = ("products", "attention", "optimizer")  # in no total of bytes
@@ -26,6 +26,12 @@ COUNTED_APART = ("products", "attention", "optimizer")  # in no total of bytes
 # gradient once more. Otherwise each of its eight operations reads and writes, and a loss scaler has divided the gradient.
 _ADAMW = {"fastmae": 32, "standard": 32, "rival": 28, "reference": 96}
 _CHUNK, _CHUNKS = 65536, 320  # of torch's multi_tensor_apply: elements of a block, blocks of a launch
+
+
+# A model small enough for a test to count again.
+CHECK = Step(contender="fastmae", name="check", batch=8, gpu=GPUS["H100"],
+             config=ModelConfig(img_size=64, embed_dim=128, depth=1, num_heads=2, decoder_embed_dim=64, decoder_depth=1,
+                                decoder_num_heads=2, norm_pix_loss=True, fused=",".join(FUSED), attention="sdpa"))  # fmt: skip
 
 
 def predict_traffic(models: Sequence[str], batch: int, gpus: Sequence[str], residuals: Sequence[str], contenders: Sequence[str],

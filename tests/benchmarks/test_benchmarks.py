@@ -13,13 +13,14 @@ import torch
 from fastmae.benchmarks.cli import main
 from fastmae.benchmarks.kernels import speed as kernels
 from fastmae.benchmarks.timing import LossesDiffer, Times, check_losses, interleave
-from fastmae.benchmarks.training import waterfall
+from fastmae.benchmarks.training import contenders, waterfall
 from fastmae.benchmarks.training.contenders import NAMES, Workload, make
 from fastmae.benchmarks.training.reference import Draw
 from fastmae.benchmarks.training.step import measure_steps
 from fastmae.benchmarks.training.step import profiles as profiles_of
 from fastmae.benchmarks.training.worker import OutOfMemory
-from fastmae.model import linear
+from fastmae.model.block import linear
+from fastmae.model.block.trial import Variant
 from fastmae.model.config import preset
 
 CPU = torch.device("cpu")
@@ -189,6 +190,21 @@ def test_every_switch_keeps_the_loss(switch, compiler, monkeypatch):
         torch.testing.assert_close(found.timed_loss(), expected.timed_loss(), rtol=2e-5, atol=0)
         expected.step()
         found.step()
+
+
+def test_fastmae_is_timed_as_a_run_would_choose_and_without_what_a_switch_takes_away(monkeypatch):
+    tasks, adopted = [], []
+    monkeypatch.setattr(contenders, "MEASURED", ("cpu",))
+    monkeypatch.setattr(contenders, "choose_block", lambda task: tasks.append(task) or Variant("short", ("linear", "gelu")))
+    monkeypatch.setattr(contenders, "adopt_block", lambda task, variant: adopted.append(variant))
+    monkeypatch.setattr(contenders, "fastest_alone", lambda *_: "flash")
+    config = preset("base", residual="bf16")
+    assert contenders.choose(config, CPU) == "attention short + linear + gelu"
+    assert [task.shape.tokens for task in tasks] == [50, 197, 197] and {task.is_compiled for task in tasks} == {True}
+    assert {(task.dtype, task.residual) for task in tasks} == {(torch.bfloat16, torch.bfloat16)}
+    assert contenders.choose(config, CPU, "off", ("short", "gelu")) == "attention flash + linear" and not tasks[-1].is_compiled
+    assert adopted == 3 * [Variant("short", ("linear", "gelu"))] + 3 * [Variant("flash", ("linear",))]
+    assert contenders.choose(preset("base", fused="off"), CPU) == "attention auto, fused off" and len(tasks) == 6
 
 
 def test_every_op_is_measured_by_every_body_that_runs_here(compiler):

@@ -9,6 +9,7 @@ from fastmae.benchmarks.peers import NAMES as PEERS
 from fastmae.benchmarks.scaling.cluster import Cluster, explained
 from fastmae.cores import usable_cores
 from fastmae.errors import InputError
+from fastmae.model.config import FUSED
 from fastmae.train.config.modes import COMPILE
 
 MODELS = ("tiny", "small", "base", "large", "huge")
@@ -40,7 +41,7 @@ _BENCHMARKS = {
             "device out models model batches batch rounds minutes image-size reference crossmae contenders compile profile "
             "only together"),
     "traffic": ("predicted, no GPU needed: launches, bytes and time of a training step by kind of kernel",
-                "models images described residual image-size counted list docs-traffic"),
+                "models images described residual image-size counted fused attention list docs-traffic"),
     "scaling": ("a model, no measurement: step time and efficiency on 8 to 512 GPUs",
                 "models gpus effective-batch micro-batch docs"),
 }  # fmt: skip
@@ -149,6 +150,10 @@ _FLAGS: dict[str, dict] = {
                       default=("fp32", "bf16"), metavar="DTYPE"),
     "counted": _flag(f"some of {', '.join(TRAFFIC_CONTENDERS)}; standard is fastmae without the kernels chosen by measurement",
                      nargs="+", choices=TRAFFIC_CONTENDERS, default=TRAFFIC_CONTENDERS, metavar="CONTENDER"),
+    "fused": _flag(f"fused operations of fastmae's blocks: off, or some of {', '.join(FUSED)} joined by commas",
+                   default=",".join(FUSED), metavar="NAMES"),
+    "attention": _flag("attention kernel of fastmae: short, or sdpa, torch's flash attention", choices=("short", "sdpa"),
+                       default="short"),
     "list": _flag("also show every kernel: how often it is launched, its bytes, what it reads and writes", action="store_true"),
     "docs-traffic": _flag("write docs/traffic.md and benchmarks/predictions/traffic.json", action="store_true"),
     "gpus": _flag("numbers of GPUs (default: 8 16 32 64 128 256 512)", type=_positive, nargs="+", metavar="N"),

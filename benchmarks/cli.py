@@ -220,11 +220,11 @@ def _traffic(options: argparse.Namespace) -> int:
     from fastmae.benchmarks.traffic import page, predict
 
     if options.docs:
-        page.write_page(TRAFFIC, PREDICTIONS)
+        page.write_page(TRAFFIC, PREDICTIONS, options.models or ())
         return 0
     models = options.models or ["base"]
     section = predict.predict_traffic(models, options.batch, options.gpu, options.residual, options.contenders,
-                                      options.image_size, listed=options.list)  # fmt: skip
+                                      options.image_size, options.fused, options.attention, options.list)  # fmt: skip
     page.show(section)
     return 0
 

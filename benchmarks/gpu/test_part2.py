@@ -20,15 +20,17 @@ _STEPS = 30
 
 
 @pytest.mark.worth(1)
-@pytest.mark.seconds(75, 25)
+@pytest.mark.seconds(110, 25)
 def test_kernels_off(report: Item):
-    """The step with each Triton kernel off alone, with all of them off, and with a bf16 residual stream."""
+    """The step with each Triton kernel off alone, with all of them off, with nothing and with everything fused in blocks, and
+    with a bf16 residual stream."""
     if report.tiny:  # on a CPU there is no kernel to switch off
         report.bench(
             "waterfall", "--model", "tiny", "--batch", 4, "--image-size", 64, "--rounds", 1, "--only", "exact skipping"
         )
     else:
-        report.bench("waterfall", "--batch", 256, "--rounds", 3, "--only", "kernel ", "Triton", "bf16 residual",
+        switches = ("kernel ", "Triton", "nothing fused", "everything fused", "bf16 residual")
+        report.bench("waterfall", "--batch", 256, "--rounds", 3, "--only", *switches,
                      "--together", max(1, report.memory // 20))  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from fastmae.benchmarks.kernels.cases import CASES
 from fastmae.benchmarks.kernels.shape import Shape
 from fastmae.kernels.masked_mse import EPS
 from fastmae.kernels.philox import MASKS, random_words
+from fastmae.kernels.short_attention import MOST_CHANNELS, MOST_TOKENS
 
 Inputs = Callable[[Shape, torch.device, torch.dtype], tuple]
 
@@ -62,6 +63,19 @@ def _crop_inputs(s: Shape, device: torch.device, dtype: torch.dtype) -> tuple:
 
 def _normal(*size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(size, device=device).to(dtype).requires_grad_()
+
+
+def _self_attention_inputs(s: Shape, device: torch.device, dtype: torch.dtype) -> tuple:
+    packed = _normal(s.B, s.N, 3, s.heads, s.D // s.heads, device=device, dtype=dtype)
+    return packed, None, _normal(3 * s.D, device=device), None
+
+
+def _cross_attention_inputs(s: Shape, device: torch.device, dtype: torch.dtype) -> tuple:
+    """Fewer queries than keys, and another number of keys for each image."""
+    q = _normal(s.B, (s.N + 1) // 2, s.heads, s.D // s.heads, device=device, dtype=dtype)
+    packed = _normal(s.B, s.N, 2, s.heads, s.D // s.heads, device=device, dtype=dtype)
+    keys = s.N - torch.arange(s.B, device=device, dtype=torch.int32) % s.N
+    return packed, q, _normal(3 * s.D, device=device), keys
 
 
 def _add_norm_inputs(s: Shape, device: torch.device, dtype: torch.dtype, residual: torch.dtype | None = None) -> tuple:
@@ -129,6 +143,23 @@ def _added(bias: Tensor) -> Tensor:
     return bias - bias.detach()
 
 
+def _short_attention(packed, q, bias, keys) -> Tensor:
+    H, d = packed.shape[3:]
+    added = _added(bias).to(packed.dtype).view(3, H, d)
+    if q is None:
+        q, k, v = (packed + added).unbind(2)
+    else:
+        q, (k, v) = q + added[0], (packed + added[1:]).unbind(2)
+    is_key = None if keys is None else (torch.arange(k.shape[1], device=k.device) < keys[:, None])[:, None, None]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_key).transpose(1, 2)
+
+
+def _attention_limit(s: Shape) -> str:
+    fits = s.N <= MOST_TOKENS and s.D // s.heads <= MOST_CHANNELS
+    return "" if fits else f"takes at most {MOST_TOKENS} tokens N and {MOST_CHANNELS} channels of a head"
+
+
 def _add_norm(x, branch, weight, bias, eps, branch_bias, dtype) -> tuple[Tensor, Tensor]:
     total = (x.to(weight.dtype) + branch.to(weight.dtype) + _added(branch_bias)).to(x.dtype)
     return total, F.layer_norm(total.to(weight.dtype), total.shape[-1:], weight, bias, eps).to(dtype)
@@ -138,6 +169,7 @@ def _gelu(x, bias) -> Tensor:
     return F.gelu(x.to(bias.dtype) + _added(bias)).to(x.dtype)
 
 
+_ATTENTION = {"packed": 0, "bias": 2}
 _ADD_NORM = {"x": 0, "branch": 1, "weight": 2, "bias": 3, "branch_bias": 5}
 FORMULAS = (
     Formula("gather_patches", _measured("gather_patches"), kernels.gather_patches, _gather_patches),
@@ -146,6 +178,10 @@ FORMULAS = (
     Formula("take_rows with fill", _unshuffle_inputs, kernels.take_rows, _take_rows, differentiable={"x": 0, "fill": 3}),
     Formula("decoder_input", _measured("decoder_input"), kernels.decoder_input, _decoder_input,
             differentiable={"x": 0, "mask_token": 1}),
+    Formula("short_attention", _self_attention_inputs, kernels.short_attention, _short_attention,
+            differentiable=_ATTENTION, limit=_attention_limit),
+    Formula("short_attention of q", _cross_attention_inputs, kernels.short_attention, _short_attention,
+            differentiable={**_ATTENTION, "q": 1}, limit=_attention_limit),
     Formula("add_norm", _add_norm_inputs, kernels.add_norm, _add_norm, ("sum", "normed"), _ADD_NORM),
     Formula("add_norm to fp32", partial(_add_norm_inputs, residual=torch.float32), kernels.add_norm, _add_norm,
             ("sum", "normed"), _ADD_NORM),

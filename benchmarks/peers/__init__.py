@@ -9,6 +9,9 @@ anything is timed. CrossMAE has another decoder and so another loss: compared is
 output of its encoder. What else differs, a contender's description states, which the benchmark prints among its notes.
 """
 
+from collections.abc import Collection
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmae.errors import InputError
@@ -19,6 +22,20 @@ if TYPE_CHECKING:
 NAMES = ("hf", "lightly", "crossmae")
 OTHER_LOSS = ("crossmae",)
 """Those whose timed loss is not the reference's."""
+PACKAGES = {"hf": '"transformers>=5"', "lightly": '"lightly[timm]>=1.6"'}
+"""What each needs, as pip takes it."""
+_IMPORTED = {"hf": ("transformers",), "lightly": ("lightly", "timm"), "crossmae": ("timm",)}
+
+
+def check_peers(contenders: Collection[str], crossmae: Path | None) -> None:
+    """Raise InputError if one of ``contenders`` lacks its package or its clone: before minutes are spent on the others."""
+    if "crossmae" in contenders and crossmae is None:
+        raise InputError("contender crossmae needs --crossmae CLONE, a clone of github.com/TonyLianLong/CrossMAE")
+    for name in NAMES:
+        for package in _IMPORTED[name] if name in contenders else ():
+            if find_spec(package) is None:
+                command = f"pip install -c constraints.txt {PACKAGES.get(name, package)}"
+                raise InputError(f"contender {name} needs {package}, which is not installed: {command}")
 
 
 def make_peer(name: str, workload: "Workload") -> "Contender":

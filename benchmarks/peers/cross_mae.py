@@ -27,9 +27,7 @@ class _Encoded(nn.Module):
 
 
 def cross_mae(workload: Workload) -> Contender:
-    """``MaskedAutoencoderViT`` of the clone, as its recipes call it. Raises InputError if it, or timm, is missing."""
-    if workload.crossmae is None:
-        raise InputError("contender crossmae needs --crossmae CLONE, a clone of github.com/TonyLianLong/CrossMAE")
+    """``MaskedAutoencoderViT`` of the clone, as its recipes call it. Raises InputError if its file is missing."""
     c, draw = workload.config, Draw()
     if c.in_chans != 3:
         raise InputError(f"contender crossmae takes images of 3 channels, got {c.in_chans}")

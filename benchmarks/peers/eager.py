@@ -68,8 +68,3 @@ def load(model: nn.Module, weights: dict[str, Tensor], whose: str) -> None:
     except RuntimeError as error:
         text = " ".join(str(error).split())[:300]
         raise InputError(f"{whose} has other parameters than the versions that are known: {text}") from error
-
-
-def missing(name: str, package: str, error: ImportError) -> InputError:
-    """What to raise if ``package``, as pip takes it, cannot be imported."""
-    return InputError(f"contender {name}: {error}; pip install -c constraints.txt {package}")

@@ -2,19 +2,17 @@
 
 from torch import Tensor
 
-from fastmae.benchmarks.peers.eager import EPS, eager, load, missing
+from fastmae.benchmarks.peers.eager import EPS, eager, load
 from fastmae.benchmarks.training.contenders import MASK_RATIO, Contender, Workload
 from fastmae.benchmarks.training.reference import Draw, declare_torchvision_operators
 
 
 def hugging_face(workload: Workload) -> Contender:
-    """``ViTMAEForPreTraining``. Raises InputError if transformers is missing or names its parameters not as version 5 does."""
+    """``ViTMAEForPreTraining``. Raises InputError if transformers names its parameters not as version 5 does."""
     declare_torchvision_operators()
-    try:
-        import transformers
-        from transformers import ViTMAEConfig, ViTMAEForPreTraining
-    except ImportError as error:
-        raise missing("hf", "transformers", error) from error
+    import transformers
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
     c = workload.config
     config = ViTMAEConfig(
         hidden_size=c.embed_dim, num_hidden_layers=c.depth, num_attention_heads=c.num_heads,

@@ -3,22 +3,20 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmae.benchmarks.peers.eager import NORM, eager, load, missing
+from fastmae.benchmarks.peers.eager import NORM, eager, load
 from fastmae.benchmarks.training.contenders import MASK_RATIO, Contender, Workload
 from fastmae.benchmarks.training.reference import Draw, declare_torchvision_operators
 from fastmae.model.config import kept_patches
 
 
 def lightly_mae(workload: Workload) -> Contender:
-    """Its parts for timm's transformer, joined. Raises InputError if lightly or timm is missing."""
+    """Its parts for timm's transformer, joined."""
     declare_torchvision_operators()
-    try:
-        import lightly
-        from lightly.models import utils
-        from lightly.models.modules import MaskedVisionTransformerDecoderTIMM, MaskedVisionTransformerTIMM
-        from timm.models.vision_transformer import VisionTransformer
-    except ImportError as error:
-        raise missing("lightly", '"lightly[timm]>=1.6"', error) from error
+    import lightly
+    from lightly.models import utils
+    from lightly.models.modules import MaskedVisionTransformerDecoderTIMM, MaskedVisionTransformerTIMM
+    from timm.models.vision_transformer import VisionTransformer
+
     c, draw = workload.config, Draw()
     vit = VisionTransformer(
         img_size=c.img_size[0], patch_size=c.patch_size, in_chans=c.in_chans, num_classes=0, embed_dim=c.embed_dim,

@@ -1,12 +1,13 @@
 """What is counted: the loss of a training step by fastmae, by its best rival and by the reference, and its gradients.
 
-fastmae      ``LossModule(MAE)``, bf16 autocast, compiled, with the model's own kernels
-standard     the same without the kernels that are chosen by measurement: what torch.compile makes of it
-rival        the reference's arithmetic, bf16 autocast, torch's fused attention, compiled
-reference    the same arithmetic as its authors run it: fp16 autocast, explicit attention, eager
+    fastmae      ``LossModule(MAE)``, bf16 autocast, compiled, with its fused operations and its own attention kernel
+    standard     the same without what is chosen by measurement: torch's operations, as torch.compile fuses them
+    rival        the reference's arithmetic, bf16 autocast, torch's fused attention, compiled
+    reference    the same arithmetic as its authors run it: fp16 autocast, explicit attention, eager
+
+All of them on fake tensors, so that nothing is computed.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ class Step:
     name: str = ""
     """Of the preset."""
     config: ModelConfig
+    """With fused operations and attention by name: nothing is measured."""
     batch: int
     gpu: GPU
 
@@ -40,8 +42,13 @@ class Step:
 def kernels_of(step: Step) -> list[Kernel]:
     """In the order of their launches. The process should do nothing else afterwards (``described``)."""
     with described(step.gpu):
-        loss, parameters = _LOSSES[step.contender](dataclasses.replace(step.config, attention="sdpa"), step.batch)
-        return (eager_kernels if step.contender == "reference" else compiled_kernels)(loss, parameters)
+        return kernels_here(step)
+
+
+def kernels_here(step: Step) -> list[Kernel]:
+    """The same inside ``described``."""
+    loss, parameters = _LOSSES[step.contender](step.config, step.batch)
+    return (eager_kernels if step.contender == "reference" else compiled_kernels)(loss, parameters)
 
 
 def _fastmae(config: ModelConfig, batch: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
@@ -56,11 +63,6 @@ def _fastmae(config: ModelConfig, batch: int) -> tuple[Callable[[], Tensor], lis
             return run(images, *ids)
 
     return loss, _trained(module)
-
-
-def _standard(config: ModelConfig, batch: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    off = {"kernels": ()} if "kernels" in {f.name for f in dataclasses.fields(config)} else {}
-    return _fastmae(dataclasses.replace(config, **off), batch)
 
 
 def _twin(config: ModelConfig, batch: int, *, fused: bool) -> tuple[Callable[[], Tensor], list[Tensor]]:
@@ -93,5 +95,5 @@ def _trained(module: nn.Module) -> list[Tensor]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-_LOSSES = {"fastmae": _fastmae, "standard": _standard, "rival": _rival, "reference": _reference}
+_LOSSES = {"fastmae": _fastmae, "standard": _fastmae, "rival": _rival, "reference": _reference}
 CONTENDERS = tuple(_LOSSES)

@@ -31,7 +31,7 @@ from fastmae.benchmarks.traffic.described import gradients
 from fastmae.benchmarks.traffic.kernel import Attention, Kernel, Product
 
 _FINAL_SUM = re.compile(r"= workspace_?\d*\[.*\.view\((\d+), (\d+)\)\.sum\(dim=0\)(\.view\(.*?\))?(\.to\()?")
-_OVERWRITES = ("::zero_", "::fill_", "::copy_")
+_OVERWRITES = ("::zero_", "::fill_", "::copy_", "::_foreach_copy_")
 _CREATES = ("empty", "new_empty", "lift_fresh", "detach", "_unsafe_view", "_local_scalar_dense", "is_same_size")
 
 
@@ -90,22 +90,20 @@ def _operator(func, args: Sequence[object], results: object, is_backward: bool, 
     """What a call of ``func`` launches, reads and writes."""
     name = func._schema.name
     inputs, outputs = ([x for x in tree_leaves(v) if isinstance(x, Tensor)] for v in (list(args), results))
-    changes = bool(func._schema.arguments) and func._schema.arguments[0].alias_info is not None  # its first argument, in place
-    read = inputs[1:] if changes and name.endswith(_OVERWRITES) else inputs
+    places = [i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    changed = [x for x in tree_leaves([args[i] for i in places if i < len(args)]) if isinstance(x, Tensor)]
+    read = [x for x in inputs if not (name.endswith(_OVERWRITES) and any(x is y for y in changed))]
     read = list({(x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape)): x for x in read}.values())
-    written = inputs[:1] if changes else outputs
+    written = changed or outputs
     size = sum(_touched(x) for x in [*read, *written])
-    names = (name,)
-    if name.startswith("fastmae::"):
-        names, extra = _inside(name, args)
-        size += extra
+    names = _launches(name, args) if name.startswith("fastmae::") else (name,)
     is_small = max((x.numel() for x in [*read, *written]), default=0) in weights
     return Kernel(names, size, (name,), tuple(_shown(x) for x in [*read, "->", *written]), is_backward, is_small,
                   _work(name, inputs, outputs))  # fmt: skip
 
 
-def _inside(name: str, args: Sequence[object]) -> tuple[tuple[str, ...], int]:
-    """The launches of one of our operators: kernels, and torch's own operators around them, whose bytes are the second."""
+def _launches(name: str, args: Sequence[object]) -> tuple[str, ...]:
+    """Of one of our operators: its kernels, and torch's own operators around them."""
     launched: list[str] = []
 
     def run(kernel: JITFunction, *_, **__) -> None:
@@ -113,7 +111,7 @@ def _inside(name: str, args: Sequence[object]) -> tuple[tuple[str, ...], int]:
 
     with mock.patch.object(JITFunction, "run", run), detect_fake_mode(args), _Operators() as around:
         OPDEFS[name]._init_fn(*args)
-    return (*launched, *(n for k in around.kernels for n in k.names)), sum(k.bytes for k in around.kernels)
+    return (*launched, *(n for k in around.kernels for n in k.names))
 
 
 def _work(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> Product | Attention | None:

@@ -2,12 +2,17 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from fastmae.benchmarks.report import align, markdown
 from fastmae.benchmarks.scaling.cluster import explained
+from fastmae.benchmarks.traffic.contenders import CONTENDERS
 from fastmae.benchmarks.traffic.cost import Rates
-from fastmae.benchmarks.traffic.predict import COUNTED_APART, predict_traffic
+from fastmae.benchmarks.traffic.gpus import GPUS
+from fastmae.benchmarks.traffic.predict import CHECK, COUNTED_APART, lowered, predict_traffic, row
 from fastmae.errors import InputError
 
 BEGIN, END = "<!-- traffic: begin -->", "<!-- traffic: end -->"
@@ -22,24 +27,30 @@ def show(section: dict) -> None:
     """Print the tables, the notes, and all of it as one JSON document in the last line."""
     for name, rows in tables(section).items():
         print(f"{name}\n\n{align(rows)}\n")
-    for row in section["rows"]:
-        if "kernels" in row:
-            print(f"every kernel of {title(row)}\n\n{align(_kernels(row))}\n")
+    for r in section["rows"]:
+        if "kernels" in r:
+            print(f"every kernel of {title(r)}\n\n{align(_kernels(r))}\n")
     for note in section["notes"]:
         print(f"note: {note}")
     print(json.dumps({"traffic": section}))
 
 
-def write_page(page: Path, predictions: Path) -> None:
-    """Predict all that the page shows, and write its tables and ``predictions``. Raises InputError if the page's marks are not
-    there."""
+def write_page(page: Path, predictions: Path, models: Sequence[str] = ()) -> None:
+    """Predict all that the page shows, and write its tables and ``predictions``; with ``models`` those alone, and the rows of
+    others stay. Raises InputError if the page's marks are not there."""
     text = page.read_text() if page.exists() else ""
     if BEGIN not in text or END not in text:
         raise InputError(f"{page}: the marks {BEGIN} and {END} are not there")
-    contenders = ("fastmae", "standard", "rival", "reference")
-    section = predict_traffic(_MODELS, _BATCH, ("H100",), ("fp32", "bf16"), contenders)
-    others = predict_traffic(("base",), _BATCH, _OTHER_GPUS, ("fp32",), ("fastmae", "rival"))
-    section["rows"] += others["rows"]
+    section = predict_traffic(models or _MODELS, _BATCH, ("H100",), ("fp32", "bf16"), CONTENDERS)
+    if "base" in (models or _MODELS):
+        section["rows"] += predict_traffic(("base",), _BATCH, _OTHER_GPUS, ("fp32",), ("fastmae", "rival"))["rows"]
+    known = json.loads(predictions.read_text())["rows"] if models and predictions.exists() else []
+    section["rows"] += [r for r in known if r["model"] not in models]
+    section["rows"].sort(
+        key=lambda r: (r["gpu"] != GPUS["H100"].name, _MODELS.index(r["model"]), r["gpu"])
+    )  # else as predicted
+    section["check"] = row(CHECK, *lowered([CHECK]))
+    section["torch"] = torch.__version__.partition("+")[0]
     predictions.parent.mkdir(exist_ok=True)
     predictions.write_text(json.dumps(section, indent=1) + "\n")
     page.write_text(with_tables(text, section))

@@ -18,7 +18,7 @@ from fastmae.benchmarks.traffic.gpus import GPUS
 from fastmae.benchmarks.traffic.kernel import Kernel
 from fastmae.benchmarks.training.contenders import MASK_RATIO
 from fastmae.cores import usable_cores
-from fastmae.model.config import preset
+from fastmae.model.config import FUSED, ModelConfig, preset
 from fastmae.model.flops import training_flops
 
 COUNTED_APART = ("products", "attention", "optimizer")  # in no total of bytes
@@ -28,18 +28,27 @@ _ADAMW = {"fastmae": 32, "standard": 32, "rival": 28, "reference": 96}
 _CHUNK, _CHUNKS = 65536, 320  # of torch's multi_tensor_apply: elements of a block, blocks of a launch
 
 
+# A model small enough for a test to count again.
+CHECK = Step(contender="fastmae", name="check", batch=8, gpu=GPUS["H100"],
+             config=ModelConfig(img_size=64, embed_dim=128, depth=1, num_heads=2, decoder_embed_dim=64, decoder_depth=1,
+                                decoder_num_heads=2, norm_pix_loss=True, fused=",".join(FUSED), attention="sdpa"))  # fmt: skip
+
+
 def predict_traffic(models: Sequence[str], batch: int, gpus: Sequence[str], residuals: Sequence[str], contenders: Sequence[str],
-                    image_size: int = 224, listed: bool = False) -> dict[str, object]:  # fmt: skip
-    """The section ``traffic``: a row for each model, GPU, contender and, of fastmae, residual dtype; ``listed``: with every
-    kernel."""
+                    image_size: int = 224, fused: str = ",".join(FUSED), attention: str = "short",
+                    listed: bool = False) -> dict[str, object]:  # fmt: skip
+    """The section ``traffic``: a row for each model, GPU, contender and, of fastmae, residual dtype. ``fused``, ``attention``:
+    of ``ModelConfig``, for the contender ``fastmae``; ``listed``: rows hold every kernel."""
+    kernels = {"fastmae": {"fused": fused, "attention": attention}}
     steps = [
         Step(contender=contender, batch=batch, gpu=GPUS[gpu], name=model,
-             config=preset(model, norm_pix_loss=True, img_size=image_size, residual=residual))
+             config=preset(model, norm_pix_loss=True, img_size=image_size, residual=residual,
+                           **kernels.get(contender, {"fused": "off", "attention": "sdpa"})))
         for model in models for gpu in gpus for contender in contenders
         for residual in (residuals if contender in ("fastmae", "standard") else ("fp32",))
     ]  # fmt: skip
-    rows = [row(step, kernels) | ({"kernels": kernel_list(kernels)} if listed else {})
-            for step, kernels in zip(steps, lowered(steps), strict=True)]  # fmt: skip
+    rows = [row(step, found) | ({"kernels": kernel_list(found)} if listed else {})
+            for step, found in zip(steps, lowered(steps), strict=True)]  # fmt: skip
     notes = ["predicted, not measured: launches and bytes are counted in the compiled graph, times follow from stated rates"]
     return {"rates": dataclasses.asdict(Rates()), "rows": rows, "notes": notes}
 
@@ -70,7 +79,8 @@ def row(step: Step, kernels: list[Kernel], rates: Rates = Rates()) -> dict[str, 
     flops = training_flops(step.config, MASK_RATIO)
     return {
         "model": step.name, "image_size": step.config.img_size[0], "batch": step.batch, "gpu": step.gpu.name,
-        "contender": step.contender, "residual": step.config.residual if step.contender in ("fastmae", "standard") else "fp32",
+        "contender": step.contender, "fused": step.config.fused, "attention": step.config.attention,
+        "residual": step.config.residual if step.contender in ("fastmae", "standard") else "fp32",
         "groups": groups, "forward_backward": totals,
         "product_flops": sum(k.work.flops for k in kernels if hasattr(k.work, "flops")),
         "predicted_milliseconds": milliseconds, "predicted_images_per_second": rate,

@@ -22,7 +22,12 @@ from torch import Tensor, nn
 import fastmae.model.block.linear
 from fastmae.benchmarks.training.reference import Draw, build_reference, load_reference
 from fastmae.benchmarks.training.twin import TwinMAE
-from fastmae.model.config import ModelConfig
+from fastmae.model.attention.choice import fastest_alone
+from fastmae.model.attention.dot_product import MEASURED
+from fastmae.model.block.choice import block_shapes, residual_of
+from fastmae.model.block.measured import BlockTask, adopt_block, choose_block
+from fastmae.model.block.trial import Variant, attention_of
+from fastmae.model.config import ModelConfig, kept_patches
 from fastmae.model.mae import MAE
 from fastmae.model.masking import random_masking
 from fastmae.train.step.allocator import keep_freed_memory
@@ -104,12 +109,34 @@ def make(contender: str, workload: Workload) -> Contender:
     return _reference(workload) if contender == "reference" else _rival(workload)
 
 
+def choose(config: ModelConfig, device: torch.device, compile: str = "auto", without: tuple[str, ...] = ()) -> str:
+    """On a GPU, choose attention and what blocks fuse as the trainer does for a run in bf16: measured once, and kept on disk.
+    Returns them in words.
+
+    ``without``: operations of ``config.FUSED``, or ``short`` attention, that this process then does not use all the same.
+    """
+    if device.type not in MEASURED or config.fused != "auto":
+        return f"attention {config.attention}, fused {config.fused}"
+    K, found = kept_patches(config.patches, MASK_RATIO), []
+    for shape in block_shapes(config, K, config.patches - K):
+        residual = residual_of(config, torch.bfloat16)
+        task = BlockTask(device.type, torch.bfloat16, residual, shape, config.attention, compile != "off")
+        attention, fused = choose_block(task)
+        if attention in without:
+            attention = fastest_alone(device.type, task.dtype, attention_of(shape))
+        found.append(Variant(attention, tuple(name for name in fused if name not in without)))
+        adopt_block(task, found[-1])
+    return " or ".join(dict.fromkeys(map(str, found)))
+
+
 def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, compile: str | None = None,
-                      graphs: bool = False, kernels_off: tuple[str, ...] = (), step_class: type[Step] | None = None,
+                      graphs: bool = False, kernels_off: tuple[str, ...] = (), not_chosen: tuple[str, ...] = (),
+                      step_class: type[Step] | None = None,
                       onednn: bool = True, keep_memory: bool = True, loss_module: type[LossModule] = LossModule,
                       as_bytes: bool = True) -> Contender:  # fmt: skip
     """(c), or with other arguments the variants of the waterfall. Changes the process that it runs in."""
     config = config or workload.config
+    chosen = choose(config, workload.device, compile or workload.compile, not_chosen)
     if workload.device.type == "cpu" and keep_memory:
         keep_freed_memory()  # as the trainer does
     for name in kernels_off:  # ops ask at each call: the compiled graph stays what it is
@@ -136,7 +163,8 @@ def fastmae_contender(workload: Workload, *, config: ModelConfig | None = None, 
         noise = torch.rand(len(images), config.patches, device=images.device)
         return model.training_loss(images, random_masking(len(images), config.patches, MASK_RATIO, noise=noise))
 
-    return Contender(run, loss, workload.images(4), partial(step.loss, batch), "fastmae's training step")
+    return Contender(run, loss, workload.images(4), partial(step.loss, batch),
+                     f"fastmae's training step, {chosen}")  # fmt: skip
 
 
 def _reference(workload: Workload) -> Contender:

@@ -7,7 +7,8 @@ mode in float32. u = 2**-9 allows one rounding where eager mode happens to be ex
 2**-9.4 of its length. None may be off by half its length, however far off eager mode is: one of zeros is off by all of it.
 
 Every compile mode of a run is tried with and without Inductor's mix-order reduction, which computes a LayerNorm's sums over
-rows and over columns in one kernel: versions of it have given wrong gradients.
+rows and over columns in one kernel: versions of it have given wrong gradients. And each once more with everything fused that a
+block can fuse (``config.FUSED``), and our own attention, whether a measurement has chosen them or not.
 """
 
 import dataclasses
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor
 
 from fastmae.benchmarks.timing import LossesDiffer
-from fastmae.benchmarks.training.contenders import MASK_RATIO
+from fastmae.benchmarks.training.contenders import MASK_RATIO, choose
 from fastmae.benchmarks.training.photographs import photographs
-from fastmae.model.config import ModelConfig, preset
+from fastmae.model.attention.dot_product import attention_shapes
+from fastmae.model.attention.probe import why_not
+from fastmae.model.config import FUSED, ModelConfig, kept_patches, preset
 from fastmae.model.mae import MAE
 from fastmae.model.masking import Masking, random_masking
 from fastmae.train.step.loss_module import LossModule, compiled
@@ -46,9 +49,11 @@ def measure_gradients(
     image_size: int = 224,
     modes: Iterable[str] = MODES,
     mix_orders: Iterable[bool] = (True, False),
+    fused: Iterable[str] = ("auto", "all"),
 ) -> dict[str, object]:
     """The section ``gradients`` of a result: a row for each mode with and without mix-order reduction, and in ``wrong`` a line
-    for each parameter whose gradient is.
+    for each parameter whose gradient is. ``fused``: auto, as a run chooses on a GPU, and all, by name; that as Inductor reduces
+    by default.
 
     ``batch`` None: 256 on a GPU, enough for Inductor to reduce in mixed order (5 * 2**20 values); 8 on a CPU, where it never
     does. Raises InputError on an unknown model or on ``data`` that cannot be read.
@@ -59,22 +64,32 @@ def measure_gradients(
     batch = batch or (256 if device.type == "cuda" else 8)
     config = preset(name, norm_pix_loss=True, img_size=image_size)
     weights = moved_weights(config)
+    chosen = choose(config, device)
     images, source = photographs(MAE(config), batch, data)
     images = images.to(device)
     masking = random_masking(batch, config.patches, MASK_RATIO, seed=0, device=device)
-    exact = exact_gradients(config, weights, images, masking)
-    eager = errors(autocast_gradients(config, weights, images, masking, "off"), exact)
+    plain = dataclasses.replace(config, fused="off", attention="sdpa" if config.attention == "auto" else config.attention)
+    exact = exact_gradients(plain, weights, images, masking)
+    eager = errors(autocast_gradients(plain, weights, images, masking, "off"), exact)
     rows, wrong = [], []
-    for mode, mix_order in itertools.product(modes, mix_orders):
+    variants = [*itertools.product(mix_orders, ["auto"]), (inductor.triton.mix_order_reduction, "all")]
+    for mode, (mix_order, kind) in itertools.product(modes, [v for v in variants if v[1] in fused]):
         torch._dynamo.reset()
+        tried = everything_fused(config, device) if kind == "all" else config
         metrics.codegen_mix_order_reduction = 0
         with inductor.patch("triton.mix_order_reduction", mix_order):
-            found = errors(autocast_gradients(config, weights, images, masking, mode), exact)
+            found = errors(autocast_gradients(tried, weights, images, masking, mode), exact)
         kernels = metrics.codegen_mix_order_reduction
         bad = wrong_parameters(found, eager)
-        rows.append({"compile": mode, "mix_order": mix_order, "mix_order_kernels": kernels, "wrong": len(bad), "errors": found})
-        wrong += [f"--compile {mode}, mix-order reduction {'on' if mix_order else 'off'}: {line}" for line in bad]
-    notes = [f"gradients on {source}", "kernels counts those compiled in this process, 0 if Inductor's cache had them"]
+        rows.append({"compile": mode, "fused": kind, "mix_order": mix_order, "mix_order_kernels": kernels, "wrong": len(bad),
+                     "errors": found})  # fmt: skip
+        how = f"--compile {mode}, mix-order reduction {'on' if mix_order else 'off'}"
+        wrong += [f"{how}{', everything fused' if kind == 'all' else ''}: {line}" for line in bad]
+    notes = [
+        f"gradients on {source}",
+        f"fused, auto: {chosen}",
+        "kernels counts those compiled in this process, 0 if Inductor's cache had them",
+    ]
     return {"model": name, "image_size": image_size, "batch": batch, "mask_ratio": MASK_RATIO, "eager_errors": eager,
             "rows": rows, "wrong": wrong, "notes": notes}  # fmt: skip
 
@@ -88,7 +103,7 @@ def check_gradients(name: str, batch: int, device: torch.device, *, image_size: 
 
     try:
         found = measure_gradients(name, batch, device, image_size=image_size, modes=[mode],
-                                  mix_orders=[inductor.triton.mix_order_reduction])  # fmt: skip
+                                  mix_orders=[inductor.triton.mix_order_reduction], fused=["auto"])  # fmt: skip
     except torch.OutOfMemoryError:
         return [f"compiled gradients of {name} at batch {batch} were not compared with eager ones: out of memory"]
     finally:
@@ -98,6 +113,14 @@ def check_gradients(name: str, batch: int, device: torch.device, *, image_size: 
             f"{len(wrong)} compiled gradients of {name} are wrong, `fastmae bench gradients` lists them: {wrong[0]}"
         )
     return []
+
+
+def everything_fused(config: ModelConfig, device: torch.device) -> ModelConfig:
+    """``config`` with all that a block can fuse, by name, and our own attention where it works."""
+    K = kept_patches(config.patches, MASK_RATIO)
+    shapes = attention_shapes(config, K, config.patches - K)
+    works = not any(why_not("short", device.type, AUTOCAST, shape) for shape in shapes)
+    return dataclasses.replace(config, fused=",".join(FUSED), attention="short" if works else config.attention)
 
 
 def moved_weights(config: ModelConfig) -> dict[str, Tensor]:
@@ -164,12 +187,14 @@ def wrong_parameters(found: Errors, eager: Errors) -> list[str]:
 
 def table(section: dict) -> list[list[str]]:
     """The section's table: errors are relative, those of the parameter where compiled over eager is largest."""
-    lines = [["model", "batch", "compile", "mix-order", "kernels", "parameters", "wrong", "error", "eager", "parameter"]]
+    lines = [
+        ["model", "batch", "compile", "fused", "mix-order", "kernels", "parameters", "wrong", "error", "eager", "parameter"]
+    ]
     eager = section["eager_errors"]
     for r in section["rows"]:
         found = r["errors"]
         worst = max(found, key=lambda name: found[name] / (2 * eager[name] + ROUNDING))
-        lines.append([section["model"], str(section["batch"]), r["compile"], "on" if r["mix_order"] else "off",
+        lines.append([section["model"], str(section["batch"]), r["compile"], r["fused"], "on" if r["mix_order"] else "off",
                       str(r["mix_order_kernels"]), str(len(found)), str(r["wrong"]), f"{found[worst]:.4f}",
                       f"{eager[worst]:.4f}", worst])  # fmt: skip
     return lines

@@ -41,6 +41,7 @@ _RULES = tuple(
     for kind, pattern in (
         ("communication", r"nccl|all_?reduce|all_?gather|reduce_?scatter"),
         ("attention", r"flash|fmha|sdpa|sdp_|scaled_dot_product|efficient_attention|softmax|mha_|short_attention"),
+        ("casts", r"foreach_copy|multi_tensor_apply.*\bCopy"),
         ("optimizer", r"multi_tensor_apply|adam|amp_(update|foreach)|foreach"),
         ("products", r"gemm|nvjet|cutlass|xmma|splitk|cublas|wgmma|gemv|convol|implicit_con|dgrad|wgrad|fprop|triton_(tem|mm)_"
                      r"|aten::(add)?(mm|bmm)\b|linear"),

@@ -15,7 +15,7 @@ import torch
 from fastmae.benchmarks import peers
 from fastmae.benchmarks.machine import matmul_flops
 from fastmae.benchmarks.timing import Times, check_losses
-from fastmae.benchmarks.training.contenders import MASK_RATIO, NAMES, Workload, make
+from fastmae.benchmarks.training.contenders import MASK_RATIO, NAMES, Workload, choose, make
 from fastmae.benchmarks.training.gradients import check_gradients
 from fastmae.benchmarks.training.worker import OutOfMemory, Worker, losses_of, take_turns
 from fastmae.devices import datasheet_flops
@@ -40,6 +40,7 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
     Raises InputError on an unknown model, or if a peer's package is missing, LossesDiffer if losses do, or fastmae's gradients
     once compiled.
     """
+    peers.check_peers(contenders, crossmae)
     on_gpu = device.type == "cuda"
     batches = batches or (_SWEEP if on_gpu else [16])
     began, longest, rows = time.monotonic(), 0.0, []
@@ -49,6 +50,7 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
         config = preset(name, norm_pix_loss=True, img_size=image_size)
         check = None
         if on_gpu and "fastmae" in contenders:  # on CPUs nothing is compiled
+            choose(config, device, compile)  # here, because the contenders compile beside each other
             mode = "blocks" if compile == "blocks" else "model"
             check = partial(check_gradients, name, batches[0], device, image_size=image_size, mode=mode)
         too_large: dict[str, int] = {}

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from fastmae.benchmarks.timing import check_losses
-from fastmae.benchmarks.training.contenders import LR, MASK_RATIO, WEIGHT_DECAY, Contender, Workload, fastmae_contender
+from fastmae.benchmarks.training.contenders import LR, MASK_RATIO, WEIGHT_DECAY, Contender, Workload, choose, fastmae_contender
 from fastmae.benchmarks.training.worker import OutOfMemory, Worker, losses_of, take_turns
 from fastmae.errors import InputError
-from fastmae.model.config import preset
+from fastmae.model.config import FUSED, preset
 from fastmae.train.step.loss_module import LossModule
 from fastmae.train.step.optimizer import parameter_groups
 from fastmae.train.step.step import Step
@@ -56,7 +56,8 @@ class PlainUpdate(Step):
         self.optimizer.zero_grad(set_to_none=True)
 
 
-KERNELS = ("random_masking", "patches", "decoder_input", "masked_mse")  # files whose ops a training step calls
+# Files whose ops a training step calls and that have no rival but their twins. What a block fuses has torch's own operations.
+KERNELS = ("random_masking", "patches", "decoder_input", "masked_mse")
 
 SWITCHES = (
     Switch("no torch.compile", {"compile": "off"}, devices=("cuda",)),
@@ -65,6 +66,11 @@ SWITCHES = (
     Switch("CUDA graph of the step", {"graphs": True}, devices=("cuda",), adds=True),
     Switch("eager twins in place of Triton kernels", {"kernels_off": KERNELS}, devices=("cuda",)),
     *(Switch(f"kernel {name} off", {"kernels_off": (name,)}, devices=("cuda",)) for name in KERNELS),
+    *(Switch(f"kernel {name} not chosen", {"not_chosen": (name,)}, devices=("cuda",)) for name in ("short", *FUSED)),
+    Switch("nothing fused in blocks", config={"fused": "off"}, devices=("cuda",)),
+    Switch(
+        "all fused in blocks, by name", config={"fused": ",".join(FUSED), "attention": "short"}, devices=("cuda",), adds=True
+    ),
     Switch("SDPA's math attention", config={"attention": "math"}),
     Switch("torch's choice of attention", config={"attention": "sdpa"}, devices=("cuda",)),
     Switch("no exact skipping", {"loss_module": ReferenceCall}),
@@ -94,6 +100,8 @@ def measure_waterfall(model: str, batch: int | None, device: torch.device, round
         known = "; ".join(s.name for s in SWITCHES if device.type in s.devices)
         raise InputError(f"only must be a part of a switch's name on {device.type} ({known}), got {', '.join(only)}")
     losses: dict[str, tuple[float, float]] = {}
+    if device.type == "cuda":  # here, because the workers compile beside each other
+        choose(config, device)
     with Worker(partial(fastmae_contender, workload), device) as plain:
         groups = [switches[i : i + together] for i in range(0, len(switches), together)]
         while groups:

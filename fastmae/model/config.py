@@ -92,7 +92,8 @@ class ModelConfig:
             )
         if self.attention not in ("auto", *BACKENDS):
             raise InputError(f"attention must be one of auto, {', '.join(BACKENDS)}, got {self.attention!r}")
-        if self.fused not in ("auto", "off") and not set(self.fused.split(",")) <= set(FUSED):
+        names = self.fused.split(",") if isinstance(self.fused, str) else [None]
+        if self.fused not in ("auto", "off") and (not set(names) <= set(FUSED) or len(set(names)) < len(names)):
             raise InputError(f"fused must be auto, off, or some of {', '.join(FUSED)} joined by commas, got {self.fused!r}")
         if self.residual not in ("fp32", "bf16"):
             raise InputError(f"residual must be fp32 or bf16, got {self.residual!r}")

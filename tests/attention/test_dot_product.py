@@ -77,6 +77,15 @@ def test_a_backend_with_a_known_fault_is_refused_by_name_and_never_chosen_by_aut
     assert resolve("cudnn", "cuda", torch.bfloat16, Shape(50, 50, 12, 64)) == "cudnn"
 
 
+@pytest.mark.parametrize("shape", [Shape(5, 321, 2, 64), Shape(321, 321, 2, 64), Shape(50, 50, 2, 129)])
+def test_our_own_attention_names_its_limits_on_any_device(shape):
+    for device in ("cpu", "cuda"):
+        with pytest.raises(InputError, match=r"short cannot be used for .* at most 320 tokens, and heads of at most 128"):
+            resolve("short", device, torch.bfloat16, shape)
+        assert why_not("short", device, torch.bfloat16, shape).startswith("it takes at most 320 tokens")
+    assert resolve("short", "cpu", torch.bfloat16, Shape(147, 320, 2, 128)) == "short"
+
+
 def test_auto_is_torchs_own_choice_on_the_cpu():
     assert resolve("auto", "cpu", torch.float32, Shape(50, 50, 12, 64)) == "sdpa"
 

@@ -6,6 +6,7 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastmae.benchmarks.cli import main
 from fastmae.benchmarks.timing import LossesDiffer, Times
@@ -29,7 +30,7 @@ def shallow(monkeypatch):
 def quick(shallow, monkeypatch):
     """Compiled by what traces and does not generate code, in place of Inductor."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    return {"image_size": 32, "modes": ["model"], "mix_orders": [True]}
+    return {"image_size": 32, "modes": ["model"], "mix_orders": [True], "fused": ["auto"]}
 
 
 def spoil(monkeypatch, change):
@@ -58,6 +59,14 @@ def test_a_wrong_gradient_is_named_and_ends_the_command(quick, monkeypatch, caps
     assert all(0 < error < 0.03 for error in section["eager_errors"].values())  # of bf16, and of nothing else
 
 
+def test_a_wrong_fused_operation_is_named(quick, monkeypatch):
+    """Whether a run would have chosen it or not."""
+    monkeypatch.setattr("fastmae.model.block.fused.gelu", lambda x, bias: F.gelu(x) + 0 * bias.sum())  # ignores its bias
+    found = measure_gradients("tiny", 2, CPU, **{**quick, "fused": ["all"]})
+    assert [row["fused"] for row in found["rows"]] == ["all"] and len(found["wrong"]) == 2  # one a block, and no other
+    assert all("everything fused: " in line and "mlp.fc1.bias has a relative error of" in line for line in found["wrong"])
+
+
 def test_nothing_is_timed_beside_wrong_gradients(monkeypatch):
     asked = []
 
@@ -65,6 +74,8 @@ def test_nothing_is_timed_beside_wrong_gradients(monkeypatch):
         asked.append((name, batch, more["image_size"], more["modes"]))
         return {"wrong": [f"{WORST} is off by 1"]}
 
+    chosen = []
+    monkeypatch.setattr(step, "choose", lambda config, device, compile: chosen.append((device.type, compile)))
     monkeypatch.setattr(gradients, "measure_gradients", measure)
     monkeypatch.setattr(step, "matmul_flops", lambda device: 1e12)
     monkeypatch.setattr(step, "datasheet_flops", lambda device: 1e12)
@@ -72,11 +83,12 @@ def test_nothing_is_timed_beside_wrong_gradients(monkeypatch):
     monkeypatch.setattr(step, "take_turns", lambda *a: pytest.fail("was timed"))
     with pytest.raises(LossesDiffer, match=rf"1 compiled gradients of tiny are wrong, .*: {WORST} is off by 1"):
         step.measure_steps(["tiny"], [48], torch.device("cuda"), image_size=64, compile="blocks")
-    assert asked == [("tiny", 48, 64, ["blocks"])]
+    assert asked == [("tiny", 48, 64, ["blocks"])] and chosen == [("cuda", "blocks")]
 
 
 def test_gradients_that_did_not_fit_beside_the_others_are_compared_once_these_have_freed_their_memory(monkeypatch):
     told = [["out of memory"], []]
+    monkeypatch.setattr(step, "choose", Mock())
     monkeypatch.setattr(step, "check_gradients", Mock(side_effect=told))
     monkeypatch.setattr(step, "matmul_flops", lambda device: 1e12)
     monkeypatch.setattr(step, "datasheet_flops", lambda device: 1e12)
@@ -163,8 +175,9 @@ def test_inductor_keeps_gradients_on_a_gpu_with_and_without_mix_order_reduction(
     monkeypatch.setitem(PRESETS, "base", {**PRESETS["base"], "depth": 2, "decoder_depth": 2})
     from torch._inductor import config as inductor
 
+    monkeypatch.setattr(gradients, "choose", Mock())  # nothing is fused unless it is named
     with inductor.patch(force_disable_caches=True):  # a cached graph would not be counted
         section = measure_gradients("base", 160, torch.device("cuda"))
     assert section["wrong"] == []
     for row in section["rows"]:
-        assert (row["mix_order_kernels"] > 0) == row["mix_order"], row["compile"]
+        assert (row["mix_order_kernels"] > 0) == (row["mix_order"] and row["fused"] == "auto"), (row["compile"], row["fused"])

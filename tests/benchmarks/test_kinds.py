@@ -38,6 +38,9 @@ NAMES = {
     "triton_red_fused_gelu_gelu_backward_sum_view_12": "bias gradients",
     "void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl(at::TensorIteratorBase&)>": "GELU",
     ADAM: "optimizer",
+    "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::"
+    "TensorListMetadata<2>, at::native::(anonymous namespace)::CopyFunctor<c10::BFloat16, float, 2, 1, 1>, "
+    "at::native::Copy<c10::BFloat16, float> >": "casts",
     "triton_for_fused_6": "other",
     "aten::_fused_adamw_": "optimizer",
     "Memcpy DtoD (Device -> Device)": "copies",

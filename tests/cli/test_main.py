@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from fastmae import MAE, ModelConfig
+from fastmae.model.block.trial import Variant
 from fastmae.model.weights import read_weights, save_model
 from fastmae.train.cli.main import COMMANDS, main
 from fastmae.train.distributed.launcher import RankInfo
+from fastmae.train.doctor import machine
 from tests.support.pictures import make_picture
 
 TINY = ["--img-size", "32", "--patch-size", "8", "--batch-size", "4", "--steps", "1", "--warmup-epochs", "0", "--workers", "0",
@@ -284,8 +286,20 @@ def test_doctor_says_what_is_used_and_why_not_more(capsys):
     text = capsys.readouterr().out
     for word in ("torch ", "triton ", "devices:", "kernels: FASTMAE_KERNELS=auto", "auto uses", "xformers",
                  "/dev/shm: ", "open files: ", "--workers ",
-                 "(optional: a run's TensorBoard log)", "matplotlib ", "jinja2 "):  # fmt: skip
+                 "(optional: a run's TensorBoard log)", "matplotlib ", "jinja2 ",
+                 "blocks (cpu): torch's own operations; fused ones are measured on cuda alone"):  # fmt: skip
         assert word in text
+
+
+def test_doctor_says_what_is_fused_and_what_is_not_measured_yet(monkeypatch):
+    known = {50: Variant("short", ("add_norm", "gelu")), 197: Variant("sdpa")}
+    monkeypatch.setattr(machine, "MEASURED", ("cpu",))
+    monkeypatch.setattr(machine, "known_block", lambda task: known.get(task.shape.tokens))
+    lines = machine._blocks("cpu", torch.bfloat16)
+    assert len(lines) == 7 and lines[0] == "blocks (cpu, torch.bfloat16, residual stream fp32):"
+    assert lines[1] == "  50 tokens, 12 heads, width 768, MLP 3072: auto uses attention short + add_norm + gelu"
+    assert lines[2].endswith("MLP 2048: auto uses attention sdpa, nothing fused")
+    assert lines[4].endswith("MLP 5120: not measured yet, which the first run of such a model does")
 
 
 def test_doctor_warns_of_what_is_short(capsys, monkeypatch):

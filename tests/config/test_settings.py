@@ -20,7 +20,7 @@ CODE = ["!!python/object/apply:os.system ['touch {mark}']", "__import__('os').sy
 FLAGS = ["--batch-size", "--img-size", "--mask-ratio", "--norm-pix-loss", "--crop-scale", "--workers", "--seed", "--save-every",
          "--keep-every", "--async-save", "--recipe", "--attention", "--residual", "--device", "--precision", "--parallel",
          "--reduce", "--compile", "--crop"]  # fmt: skip
-WORDS = ["--progressive", "--resume", "--data"]
+WORDS = ["--progressive", "--resume", "--data", "--fused"]
 
 
 @pytest.mark.parametrize("code", CODE)
@@ -45,14 +45,25 @@ def test_code_on_the_command_line_is_refused_and_not_run(code, shard_folder, tmp
     ["", "[]", "null", "7", '"x"', "!!python/object/apply:os.system [true]", '{"depth": "12"}', '{"depth": null}',
      '{"depth": [1]}', '{"img_size": "32"}', '{"img_size": [32]}', '{"img_size": [32, "x"]}', '{"img_size": {}}',
      '{"pixel_mean": 7}', '{"pixel_mean": ["a", "b", "c"]}', '{"mlp_ratio": NaN}', '{"mlp_ratio": Infinity}', '{"depth": 1.5}',
-     '{"depth": true}', '{"attention": 7}', '{"attention": {}}', '{"__class__": "x"}', '{"patch_size": 0}',
+     '{"depth": true}', '{"attention": 7}', '{"attention": {}}', '{"fused": 7}', '{"fused": ["gelu"]}', '{"fused": ""}',
+     '{"fused": "gelu,gelu"}', '{"__class__": "x"}', '{"patch_size": 0}',
      '{"embed_dim": 1e400}', "[" * 100_000, json.dumps({"depth": "x" * 100_000})],
-    ids=range(26),
+    ids=range(30),
 )  # fmt: skip
 def test_a_model_config_that_is_none_is_refused(text):
     with pytest.raises(InputError) as refused:
         ModelConfig.from_json(text)
     assert len(str(refused.value)) < 500
+
+
+def test_a_fused_operation_that_is_none_is_one_line_with_the_choices(tmp_path, capsys):
+    flags = ["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    for command in (["pretrain", "tiny", *flags], ["doctor", "tiny", *flags]):
+        assert main([*command, "--fused", "gelu,layer_norm"]) == 2
+        wanted = "fused must be auto, off, or some of linear, add_norm, gelu joined by commas, got 'gelu,layer_norm'"
+        assert capsys.readouterr().err == f"fastmae: {wanted}\n"
+    names = PretrainSettings(preset="tiny", data="x", out=Path("y"), fused="gelu,linear").resolve(1).model.fused
+    assert names == "gelu,linear"
 
 
 def test_a_tilde_in_a_path_is_the_home_folder(shard_folder, tmp_path, monkeypatch):

@@ -61,9 +61,9 @@ class PretrainSettings(Run):
     """Predict normalised pixels, or plain ones."""
     attention: Literal["auto", *BACKENDS] = ModelConfig.attention
     """Attention backend."""
-    fused: str = ModelConfig.fused
-    """Fused operations of the blocks: auto (what was measured to be faster here), off, or names of linear, add_norm and gelu
-    with commas between them."""
+    fused: Annotated[str, tyro.conf.arg(metavar="{auto,off,NAME,NAME...}")] = ModelConfig.fused
+    """Fused operations of the blocks: auto (those that a first run on a GPU measures to be faster), off, or names joined by
+    commas: linear, add_norm, gelu."""
     residual: Literal["fp32", "bf16"] = ModelConfig.residual
     """Residual stream under bf16 autocast: fp32, the reference's, or bf16, which is faster and rounds more."""
     checkpointing: bool = ModelConfig.checkpointing

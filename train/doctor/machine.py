@@ -13,9 +13,11 @@ import triton
 import fastmae
 from fastmae.cores import usable_cores
 from fastmae.kernels import dispatch, gather_patches
-from fastmae.model.attention.dot_product import attention_shapes, resolve
+from fastmae.model.attention.dot_product import MEASURED, attention_shapes, resolve
 from fastmae.model.attention.probe import notes, probe, why_not
-from fastmae.model.config import BACKENDS, preset
+from fastmae.model.block.choice import block_shapes, residual_of
+from fastmae.model.block.measured import BlockTask, known_block
+from fastmae.model.config import BACKENDS, kept_patches, preset
 from fastmae.train.distributed.launcher import default_workers, read_launcher
 
 SHARED = 8 << 30  # bytes of /dev/shm that a node's streams and collectives can fill
@@ -38,6 +40,7 @@ def report() -> list[str]:
         *_loading(),
         *_kernels(device),
         *attention,
+        *_blocks(device, dtype),
     ]
 
 
@@ -118,3 +121,18 @@ def _attention(device: str, dtype: torch.dtype) -> list[str]:
         reasons = {reason.partition(" with inputs")[0] for reason in found if reason}  # followed by pages of shapes
         lines.append(f"  {backend}: {'; '.join(sorted(reasons)) or 'works'}")
     return lines + [f"  {note}" for note in notes()]
+
+
+def _blocks(device: str, dtype: torch.dtype) -> list[str]:
+    """What is known of fused blocks. Nothing is measured, which takes minutes."""
+    if device not in MEASURED:
+        return [f"blocks ({device}): torch's own operations; fused ones are measured on {' and '.join(MEASURED)} alone"]
+    lines = [f"blocks ({device}, {dtype}, residual stream fp32):"]
+    for name in ("base", "huge"):
+        config = preset(name)
+        K = kept_patches(config.patches, 0.75)
+        for shape in block_shapes(config, K, config.patches - K):
+            known = known_block(BlockTask(device, dtype, residual_of(config, dtype), shape, config.attention))
+            uses = f"auto uses {known}" if known else "not measured yet, which the first run of such a model does"
+            lines.append(f"  {shape}: {uses}{', nothing fused' if known and not known.fused else ''}")
+    return lines

@@ -9,7 +9,7 @@ import torch
 from fastmae.errors import InputError
 from fastmae.model.attention.backends import RETURN_BIAS, Shape
 from fastmae.model.attention.dot_product import MEASURED
-from fastmae.model.block.choice import BlockShape, adopt_fused, block_shapes
+from fastmae.model.block.choice import BlockShape, adopt_fused, block_shapes, residual_of
 from fastmae.model.block.measured import BlockTask, choose_block, known_block
 from fastmae.model.block.probe import probe_blocks, why_not_fused
 from fastmae.model.block.trial import TRIED, attention_of
@@ -52,11 +52,6 @@ def run_block_shapes(recipe: Recipe) -> list[BlockShape]:
         K = kept_patches(model.patches, recipe.mask_ratio)
         shapes += block_shapes(model, K, model.patches - K)
     return list(dict.fromkeys(shapes))
-
-
-def residual_of(model: ModelConfig, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the residual stream of a model whose products are in ``dtype``."""
-    return dtype if model.residual == "bf16" else torch.float32
 
 
 def probe_fused(recipe: Recipe, device: str, dtype: torch.dtype, index: int | None = None) -> None:

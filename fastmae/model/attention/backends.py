@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastmae.kernels import short_attention
+from fastmae.kernels.short_attention import MOST_CHANNELS, MOST_TOKENS, short_attention
 from fastmae.model.attention.cuda_runtime import load_runtime
 from fastmae.optional import require
 
@@ -68,6 +68,8 @@ def prepare(backend: str) -> None:
 
 def refusal(backend: str, device_type: str, shape: Shape) -> str | None:
     """Why ``backend`` must not even be tried on tensors of ``shape``, in one line; None if no fault is known."""
+    if backend == "short" and (max(shape.queries, shape.keys) > MOST_TOKENS or shape.head_dim > MOST_CHANNELS):
+        return f"it takes at most {MOST_TOKENS} tokens, and heads of at most {MOST_CHANNELS} channels"
     if device_type != "cuda":
         return None
     if backend == "xformers":

@@ -27,14 +27,21 @@ _measures = True
 
 
 def fastest(device_type: str, dtype: torch.dtype, shape: Shape) -> str:
-    """The backend to use: cached in this process, on disk, or measured now."""
+    """The backend to use: adopted, or the fastest alone, which is measured once."""
     key = (device_type, dtype, shape)
     if key not in _chosen and not _measures:
         return _UNMEASURED
     if key not in _chosen:
-        known = read_entries(device_type, CHOICES).get(entry_key(dtype, shape), {}).get("backend")
-        _chosen[key] = known if known in BACKENDS and why_not(known, *key) is None else _measure_once(*key)
+        _chosen[key] = fastest_alone(*key)
     return _chosen[key]
+
+
+def fastest_alone(device_type: str, dtype: torch.dtype, shape: Shape) -> str:
+    """The fastest backend, known from the disk or measured now, but for our own: that is chosen as part of a block
+    (``fastmae.model.block.measured``)."""
+    known = read_entries(device_type, CHOICES).get(entry_key(dtype, shape), {}).get("backend")
+    is_usable = known in BACKENDS and why_not(known, device_type, dtype, shape) is None
+    return known if is_usable else _measure_once(device_type, dtype, shape)
 
 
 def adopt(device_type: str, dtype: torch.dtype, choices: dict[Shape, str]) -> None:
@@ -95,7 +102,6 @@ def _measure_once(device_type: str, dtype: torch.dtype, shape: Shape) -> str:
     times = measure(device_type, dtype, shape)
     if device_type == "cuda":
         torch.cuda.empty_cache()  # math attention alone takes gigabytes, which a step needs
-    # Our own is chosen as a part of the block alone (``fastmae.model.block.measured``).
     backend = next((b for b in times if b not in RETURN_BIAS), _UNMEASURED)
     entry = {"backend": backend, "microseconds": {b: round(t, 1) for b, t in times.items()}}
     write_entries(device_type, CHOICES, {entry_key(dtype, shape): entry})

@@ -61,6 +61,11 @@ def block_shapes(config: ModelConfig, kept: int, predicted: int) -> list[BlockSh
     return [encoder, last] if config.decoder_depth == 1 else [encoder, decoder, last]
 
 
+def residual_of(config: ModelConfig, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the residual stream of a model whose products are in ``dtype``, by autocast if that is not float32."""
+    return dtype if config.residual == "bf16" else torch.float32
+
+
 def adopt_fused(
     device_type: str, dtype: torch.dtype, residual: torch.dtype, choices: Mapping[BlockShape, tuple[str, ...]]
 ) -> None:

@@ -54,9 +54,10 @@ def _by_onednn(x: Tensor) -> bool:
 
 
 def is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether ``module`` is of this very class and has no hook: whether its call may be replaced by what it computes."""
+    """Whether ``module`` is of this very class, has no hook, and no ``forward`` of its own: whether its call may be replaced by
+    what it computes."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and not any(hooks)
+    return type(module) is kind and not any(hooks) and "forward" not in module.__dict__
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from fastmae.model.attention.backends import RETURN_BIAS
 from fastmae.model.attention.cache import BLOCKS, read_entries, write_entries
-from fastmae.model.attention.choice import adopt, fastest, measures, seconds
+from fastmae.model.attention.choice import adopt, fastest_alone, measures, seconds
 from fastmae.model.attention.probe import why_not
 from fastmae.model.block.choice import BlockShape, adopt_fused
 from fastmae.model.block.probe import probe_blocks, why_not_fused
@@ -117,7 +117,7 @@ def measure_block(task: BlockTask, tokens: int = _TOKENS) -> Found:
 
 def _measured(task: BlockTask, images: int) -> Found:
     device_type, dtype, residual, shape, attention, is_compiled = task
-    attention = fastest(device_type, dtype, attention_of(shape)) if attention == "auto" else attention
+    attention = fastest_alone(device_type, dtype, attention_of(shape)) if attention == "auto" else attention
     changes = [name for name in FUSED if name != "linear" or dtype != torch.float32]  # which casts nothing then
     changes += [b for b in RETURN_BIAS if task.attention == "auto"]
     best, times, rejected = Variant(attention), {}, {}

@@ -139,8 +139,16 @@ def test_where_nothing_compiles_nothing_is_fused(clock, monkeypatch):
         raise RuntimeError("no C compiler")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    assert choose_block(TASK) == Variant("math")
-    assert known_block(TASK) == Variant("math")  # and that is known
+    assert choose_block(TASK) == Variant("math") and fused_names("auto", *TASK[:4]) == ()
+    assert known_block(TASK) is None  # the next start tries again
+
+
+def test_a_lack_of_memory_is_not_kept(clock, monkeypatch):
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fused, "gelu", run_out)
+    assert choose_block(TASK).fused == ("linear", "add_norm") and known_block(TASK) is None
 
 
 @pytest.mark.parametrize("name", TRIED)

@@ -21,6 +21,8 @@ class Tiles(NamedTuple):
     tail: int
     columns: int
     warps: int
+    registers: int | None = None
+    """Most of a thread, where the compiler would rather spill a few than use more; None: as it likes."""
 
     def padded(self, columns: int) -> int:
         """Scores computed for so many columns, with those that are padding."""
@@ -37,8 +39,8 @@ def forward_tiles(N: int, M: int, d: int, itemsize: int) -> Tiles:
 def backward_tiles(rows: int, columns: int, d: int, itemsize: int) -> Tiles:
     """Of either loop nest: rows are queries and columns keys, or rows are keys and columns queries."""
     if itemsize == 4:
-        return _tiles(rows, columns, 32, 32 if d <= 32 else 16, 4) if d <= 64 else _tiles(rows, columns, 16, 16, 8)
-    return _tiles(rows, columns, 64, 32, 4) if d <= 64 else _tiles(rows, columns, 32, 16, 8)
+        return _tiles(rows, columns, 32, 32 if d <= 32 else 16, 4, 255) if d <= 64 else _tiles(rows, columns, 16, 16, 8, 255)
+    return _tiles(rows, columns, 64, 32, 4, 168 if d <= 32 else 255) if d <= 64 else _tiles(rows, columns, 32, 16, 8, 255)
 
 
 def is_single(N: int, M: int, d: int) -> bool:
@@ -64,12 +66,12 @@ def width(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _tiles(rows: int, columns: int, most_rows: int, most_columns: int, warps: int) -> Tiles:
+def _tiles(rows: int, columns: int, most_rows: int, most_columns: int, warps: int, registers: int | None = None) -> Tiles:
     blocks, rest = divmod(rows, most_rows)
     tail = width(rest) if rest else 0
     if tail == most_rows:
         blocks, tail = blocks + 1, 0
-    return Tiles(blocks, most_rows, tail, min(most_columns, width(columns)), warps)
+    return Tiles(blocks, most_rows, tail, min(most_columns, width(columns)), warps, registers)
 
 
 @triton.jit

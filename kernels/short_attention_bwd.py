@@ -62,8 +62,8 @@ def _power(x, y, lse, is_key, SCALE: tl.constexpr):
 
 @triton.jit
 def _grad_queries(dq_ptr, delta_ptr, do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sum_q, sum_v, first, keys,
-                  stride_dq, stride_out, stride_qn, stride_km, SCALE: tl.constexpr, GRAD: tl.constexpr, N: tl.constexpr,
-                  M: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                  stride_dq, stride_out, stride_qn, stride_km, N, M, SCALE: tl.constexpr, GRAD: tl.constexpr,
+                  D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                   BLOCK_D: tl.constexpr):  # fmt: skip
     """The gradient of ``ROWS`` queries from ``first`` on, their delta, and what they add to the sums."""
     n = first + tl.arange(0, ROWS)
@@ -88,8 +88,8 @@ def _grad_queries(dq_ptr, delta_ptr, do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_p
 
 @triton.jit
 def _grad_keys(dk_ptr, dv_ptr, delta_ptr, do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, first, keys,
-               stride_dk, stride_out, stride_qn, stride_km, SCALE: tl.constexpr, GRAD: tl.constexpr, N: tl.constexpr,
-               M: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+               stride_dk, stride_out, stride_qn, stride_km, N, M, SCALE: tl.constexpr, GRAD: tl.constexpr,
+               D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                BLOCK_D: tl.constexpr):  # fmt: skip
     """The gradients of ``ROWS`` keys and values from ``first`` on."""
     is_key = (first + tl.arange(0, ROWS) < keys)[:, None]
@@ -111,14 +111,13 @@ def _grad_keys(dk_ptr, dv_ptr, delta_ptr, do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, 
     store_rows(dv_ptr, dv, first, M, stride_dk, D, ROWS, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "blocks_q", "blocks_k"])
 def _short_attention_bwd_kernel(dq_ptr, dk_ptr, dv_ptr, sums_ptr, delta_ptr, do_ptr, q_ptr, k_ptr, v_ptr, keys_ptr, out_ptr,
-                                lse_ptr, H, stride_dq, stride_dk, stride_out,
-                                stride_qb, stride_qn, stride_qh, stride_kb, stride_km, stride_kh,
-                                SCALE: tl.constexpr, GRAD: tl.constexpr, N: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
-                                HAS_KEYS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCKS_Q: tl.constexpr, TAIL_Q: tl.constexpr,
-                                BLOCKS_K: tl.constexpr, TAIL_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS_Q: tl.constexpr,
-                                COLUMNS_K: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+                                lse_ptr, N, M, H, stride_dq, stride_dk, stride_out,
+                                stride_qb, stride_qn, stride_qh, stride_kb, stride_km, stride_kh, blocks_q, blocks_k,
+                                SCALE: tl.constexpr, GRAD: tl.constexpr, D: tl.constexpr, HAS_KEYS: tl.constexpr,
+                                HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, TAIL_Q: tl.constexpr, TAIL_K: tl.constexpr,
+                                COLUMNS_Q: tl.constexpr, COLUMNS_K: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)  # one per image and head; int64 because B * N * H * d may pass 2**31
     b, h = program // H, program % H
     dq_ptr += b * N * stride_dq + h * D
@@ -136,25 +135,25 @@ def _short_attention_bwd_kernel(dq_ptr, dk_ptr, dv_ptr, sums_ptr, delta_ptr, do_
         keys = tl.load(keys_ptr + b)
     sum_q = tl.zeros([BLOCK_D], tl.float32)
     sum_v = tl.zeros([BLOCK_D], tl.float32)
-    for block in range(BLOCKS_Q):
+    for block in range(blocks_q):
         sum_q, sum_v = _grad_queries(
             dq_ptr, delta_ptr, do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sum_q, sum_v, block * ROWS, keys,
-            stride_dq, stride_out, stride_qn, stride_km, SCALE, GRAD, N, M, D, ROWS, COLUMNS_K, BLOCK_D)  # fmt: skip
+            stride_dq, stride_out, stride_qn, stride_km, N, M, SCALE, GRAD, D, ROWS, COLUMNS_K, BLOCK_D)  # fmt: skip
     if TAIL_Q > 0:
         sum_q, sum_v = _grad_queries(
-            dq_ptr, delta_ptr, do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sum_q, sum_v, BLOCKS_Q * ROWS, keys,
-            stride_dq, stride_out, stride_qn, stride_km, SCALE, GRAD, N, M, D, TAIL_Q, COLUMNS_K, BLOCK_D)  # fmt: skip
+            dq_ptr, delta_ptr, do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sum_q, sum_v, blocks_q * ROWS, keys,
+            stride_dq, stride_out, stride_qn, stride_km, N, M, SCALE, GRAD, D, TAIL_Q, COLUMNS_K, BLOCK_D)  # fmt: skip
     if HAS_BIAS:
         d = tl.arange(0, BLOCK_D)
         tl.store(sums_ptr + (b * 2 * H + h) * D + d, sum_q, mask=d < D)
         tl.store(sums_ptr + (b * 2 * H + H + h) * D + d, sum_v, mask=d < D)
     tl.debug_barrier()  # other threads of this program have stored the delta that is read now
-    for block in range(BLOCKS_K):
+    for block in range(blocks_k):
         _grad_keys(dk_ptr, dv_ptr, delta_ptr, do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, block * ROWS, keys,
-                   stride_dk, stride_out, stride_qn, stride_km, SCALE, GRAD, N, M, D, ROWS, COLUMNS_Q, BLOCK_D)  # fmt: skip
+                   stride_dk, stride_out, stride_qn, stride_km, N, M, SCALE, GRAD, D, ROWS, COLUMNS_Q, BLOCK_D)  # fmt: skip
     if TAIL_K > 0:
-        _grad_keys(dk_ptr, dv_ptr, delta_ptr, do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, BLOCKS_K * ROWS, keys,
-                   stride_dk, stride_out, stride_qn, stride_km, SCALE, GRAD, N, M, D, TAIL_K, COLUMNS_Q, BLOCK_D)  # fmt: skip
+        _grad_keys(dk_ptr, dv_ptr, delta_ptr, do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, blocks_k * ROWS, keys,
+                   stride_dk, stride_out, stride_qn, stride_km, N, M, SCALE, GRAD, D, TAIL_K, COLUMNS_Q, BLOCK_D)  # fmt: skip
 
 
 @triton.jit
@@ -209,20 +208,21 @@ def _short_attention_bwd_triton(
     inputs = grad_out, q, k, v, lse if keys is None else keys, out, lse
     strides = H, grads[0].stride(1), grads[1].stride(1), H * d, *q.stride()[:3], *k.stride()[:3]
     constants = {
-        "SCALE": math.log2(math.e) * d**-0.5, "GRAD": d**-0.5, "N": N, "M": M, "D": d,
-        "HAS_KEYS": keys is not None, "HAS_BIAS": wants_bias, "BLOCK_D": width(d), "num_stages": 1,
+        "SCALE": math.log2(math.e) * d**-0.5, "GRAD": d**-0.5, "D": d, "HAS_KEYS": keys is not None, "HAS_BIAS": wants_bias,
+        "BLOCK_D": width(d), "num_stages": 1,
     }  # fmt: skip
     with torch.cuda.device_of(q):
         if is_single(N, M, d):
             _short_attention_bwd_single_kernel[(B * H,)](
-                *grads, sums, *inputs, *strides, **constants, BLOCK_N=width(N), BLOCK_M=width(M), num_warps=2 * q.itemsize
-            )
+                *grads, sums, *inputs, *strides, **constants, N=N, M=M, BLOCK_N=width(N), BLOCK_M=width(M),
+                num_warps=2 * q.itemsize,
+            )  # fmt: skip
         else:
             by_query, by_key = backward_tiles(N, M, d, q.itemsize), backward_tiles(M, N, d, q.itemsize)
             _short_attention_bwd_kernel[(B * H,)](
-                *grads, sums, torch.empty_like(lse), *inputs, *strides, **constants, ROWS=by_key.rows, num_warps=by_key.warps,
-                BLOCKS_Q=by_query.blocks, TAIL_Q=by_query.tail, COLUMNS_K=by_query.columns,
-                BLOCKS_K=by_key.blocks, TAIL_K=by_key.tail, COLUMNS_Q=by_key.columns,
+                *grads, sums, torch.empty_like(lse), *inputs, N, M, *strides, by_query.blocks, by_key.blocks, **constants,
+                ROWS=by_key.rows, TAIL_Q=by_query.tail, TAIL_K=by_key.tail, COLUMNS_Q=by_key.columns,
+                COLUMNS_K=by_query.columns, num_warps=by_key.warps, maxnreg=by_key.registers,
             )  # fmt: skip
     return grad_packed, grad_q, sums
 

@@ -104,6 +104,22 @@ def _crop_inputs(s, device, dtype):
     return pixels, *(t.to(device) for t in host), s.config.img_size, s.config.in_chans, host
 
 
+def _encoder_attention_inputs(s, device, dtype):
+    H = s.config.num_heads
+    return (torch.randn(s.B, 1 + s.K, 3, H, s.D // H, device=device, dtype=dtype, requires_grad=True),)
+
+
+def _decoder_attention_inputs(s, device, dtype):
+    H = s.config.decoder_num_heads
+    return (torch.randn(s.B, 1 + s.L, 3, H, s.E // H, device=device, dtype=dtype, requires_grad=True),)
+
+
+def _attention_by_torch(packed: Tensor) -> Tensor:
+    """What a step would use otherwise, faster than the explicit twin: its gradient is concatenated of three."""
+    q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
 def _crop_bytes(s: Sizes, width: int) -> int:
     out = s.B * math.prod(s.config.img_size)
     return s.config.in_chans * (int(_boxes(s)[:, 2:].prod(1).sum()) + out)
@@ -170,4 +186,8 @@ CASES = (
          lambda *a: kernels.random_masking_ref(*a)[0], lambda s, width: s.B * (16 + 8 * s.L)),
     Case("resized_crop", _crop_inputs, lambda *a: kernels.resized_crop(*a[:7]),
          lambda *a: kernels.resized_crop_ref(a[0], *a[7], *a[5:7]), _crop_bytes, compiles=False),
+    Case("short_attention encoder", _encoder_attention_inputs, kernels.short_attention, _attention_by_torch,
+         lambda s, width: 4 * s.B * (1 + s.K) * s.D * width, lambda s, width: 8 * s.B * (1 + s.K) * s.D * width, (0,)),
+    Case("short_attention decoder", _decoder_attention_inputs, kernels.short_attention, _attention_by_torch,
+         lambda s, width: 4 * s.B * (1 + s.L) * s.E * width, lambda s, width: 8 * s.B * (1 + s.L) * s.E * width, (0,)),
 )  # fmt: skip

@@ -19,7 +19,7 @@ from fastmae.benchmarks.training.reference import Draw
 from fastmae.benchmarks.training.step import measure_steps
 from fastmae.benchmarks.training.step import profiles as profiles_of
 from fastmae.benchmarks.training.worker import OutOfMemory
-from fastmae.model import linear
+from fastmae.model.block import linear
 from fastmae.model.config import preset
 
 CPU = torch.device("cpu")

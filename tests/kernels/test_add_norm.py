@@ -167,8 +167,7 @@ def test_the_branchs_bias_is_not_read_and_gradients_have_the_dtypes_of_parameter
 def test_two_runs_give_equal_bits(device):
     tensors = inputs((20, 33), torch.float32, torch.bfloat16, device)
     weights = gradients_of_outputs((20, 33), device)
-    *four, branch_bias = tensors
-    runs = [add_norm(*four, EPS, branch_bias, torch.bfloat16) for _ in range(2)]
+    runs = [add_norm(*tensors[:4], EPS, tensors[4], torch.bfloat16) for _ in range(2)]
     pairs = zip(*((*outputs, *gradients(outputs, tensors, weights)) for outputs in runs), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
 
@@ -190,8 +189,7 @@ def test_non_contiguous_inputs_are_read_rightly(device):
 
 def test_no_rows_give_no_gradients(device):
     tensors = inputs((0, 20), torch.float32, torch.bfloat16, device)
-    *four, branch_bias = tensors
-    outputs = add_norm(*four, EPS, branch_bias)
+    outputs = add_norm(*tensors[:4], EPS, tensors[4])
     assert all(o.shape == (0, 20) for o in outputs)
     assert all(g.abs().sum() == 0 for g in gradients(outputs, tensors, torch.zeros(2, 0, 20, device=device)))
 
@@ -231,17 +229,15 @@ def test_it_compiles_into_one_graph(backend, has_branch, device):
 @pytest.mark.twin
 def test_ops_pass_opcheck(device):
     x, branch, weight, bias, _ = inputs((3, 5, 20), torch.float32, torch.bfloat16, device, requires_grad=False)
-    strided, forward, backward = (
-        x.mT.contiguous().mT,
-        torch.ops.fastmae.add_norm.default,
-        torch.ops.fastmae.add_norm_bwd.default,
-    )
-    torch.library.opcheck(forward, (strided, branch, weight, bias, EPS, torch.bfloat16))
+    strided, ops = x.mT.contiguous().mT, torch.ops.fastmae
+    torch.library.opcheck(ops.add_norm.default, (strided, branch, weight, bias, EPS, torch.bfloat16))
     total, normed, *statistics = add_norm_ref(x, branch, weight, bias, EPS, torch.bfloat16)
-    torch.library.opcheck(backward, (normed, strided, total, weight, *statistics, torch.bfloat16, 3))
+    torch.library.opcheck(ops.add_norm_bwd.default, (normed, strided, total, weight, *statistics, torch.bfloat16, 3))
     fake = ("test_schema", "test_faketensor")  # the rest is the same for other shapes of the results
-    torch.library.opcheck(forward, (x, None, weight, bias, EPS, torch.float32), test_utils=fake)
-    torch.library.opcheck(backward, (normed, None, total, weight, *statistics, torch.float32, 2), test_utils=fake)
+    torch.library.opcheck(ops.add_norm.default, (x, None, weight, bias, EPS, torch.float32), test_utils=fake)
+    torch.library.opcheck(
+        ops.add_norm_bwd.default, (normed, None, total, weight, *statistics, torch.float32, 2), test_utils=fake
+    )
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ def test_each_limit_is_checked():
     good = {"registers": 128, "stack": 0, "shared": 48 * 1024}
     for change in ({"registers": 129}, {"stack": 8}, {"shared": 48 * 1024 + 1}):
         assert len(exceeded({"kernels": {"k": {"sm_90": {**good, **change}, "sm_80": good}}})) == 1
+    for change, count in (({"registers": 255, "shared": 68 * 1024}, 0), ({"shared": 69 * 1024}, 1), ({"stack": 8}, 1)):
+        assert len(exceeded({"kernels": {"short_attention_bwd k": {"sm_90": {**good, **change}}}})) == count
 
 
 @pytest.mark.parametrize(("side", "layout", "start"), [(224, "NCHW", 0), (98, "NCHW", 0), (224, "NHWC", 0), (224, "NCHW", 1)])

@@ -17,7 +17,7 @@ from fastmae.model.attention.trial import Verdict
 from fastmae.model.block import choice, fused, measured, probe, trial
 from fastmae.model.block.block import Block
 from fastmae.model.block.choice import BlockShape, fused_names
-from fastmae.model.block.measured import BlockTask, Variant, choose_block, known_block, measure_block
+from fastmae.model.block.measured import BlockTask, Found, Variant, choose_block, known_block, measure_block
 from fastmae.model.block.trial import TRIED, try_out
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -180,11 +180,13 @@ DAMAGED = [3, [], {}, {"best": 3}, {"best": ["math"]}, {"best": [["math"], []]},
 
 
 @pytest.mark.parametrize("entry", DAMAGED)
-def test_a_damaged_entry_is_measured_again_and_replaced(entry, clock):
+def test_a_damaged_entry_is_measured_again_and_replaced(entry, monkeypatch):
+    found = Variant("short", ("linear", "add_norm"))
+    monkeypatch.setattr(measured, "measure_block", lambda task: Found(found, {}, {}))
     cache_file("cpu").parent.mkdir()
     cache_file("cpu").write_text(json.dumps({BLOCKS: {TASK.key: entry}}))
     assert known_block(TASK) is None
-    assert choose_block(TASK) == known_block(TASK) == Variant("short", ("linear", "add_norm"))
+    assert choose_block(TASK) == known_block(TASK) == found
 
 
 def test_other_sources_or_another_triton_are_measured_again(clock, monkeypatch):
@@ -203,6 +205,7 @@ def test_nothing_is_measured_within_unmeasured(monkeypatch):
     assert not cache_file("cpu").exists()
 
 
+@pytest.mark.all
 def test_a_measurement_compiles_and_leaves_this_process_as_it_was(monkeypatch):
     """Random state, gradients' mode, and what torch's compiler keeps."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
@@ -274,3 +277,17 @@ def test_a_child_tries_a_block():
     pairs = [(name, (*SHAPE, "float32")) for name in TRIED] + [("abacus", (*SHAPE, "float32"))]
     found = list(probe_in_child("cpu", None, BF16, pairs, "fastmae.model.block.probe").values())
     assert found[:-1] == [Verdict(None)] * len(TRIED) and "abacus" in found[-1].reason
+
+
+@pytest.mark.gpu
+@pytest.mark.worth(2)
+def test_on_a_gpu_all_is_right_and_its_memory_is_given_back():
+    task = BlockTask("cuda", BF16, FP32, BlockShape(50, 0, 128, 2, 512), "auto")
+    before = torch.cuda.memory_allocated(), torch.cuda.get_rng_state()
+    chosen = choose_block(task)
+    assert chosen == known_block(task) and fused_names("auto", *task[:4]) == chosen.fused
+    entry = json.loads(cache_file("cuda").read_text())[BLOCKS][task.key]
+    assert all(reason.startswith("takes ") for reason in entry["rejected"].values()), entry["rejected"]
+    assert len(entry["microseconds"]) == 5
+    assert torch.cuda.memory_allocated() < before[0] + (64 << 20)  # workspaces of cuBLAS stay
+    assert torch.equal(torch.cuda.get_rng_state(), before[1])

@@ -13,7 +13,7 @@ from fastmae.benchmarks.arguments import DESCRIBED, TRAFFIC_CONTENDERS
 from fastmae.benchmarks.cli import PREDICTIONS, TRAFFIC
 from fastmae.benchmarks.traffic import page
 from fastmae.benchmarks.traffic.contenders import CONTENDERS
-from fastmae.benchmarks.traffic.cost import Rates, attention_seconds, product_seconds, seconds
+from fastmae.benchmarks.traffic.cost import Rates, attention_seconds, flash_padded, product_seconds, seconds
 from fastmae.benchmarks.traffic.described import gradients
 from fastmae.benchmarks.traffic.gpus import GPUS
 from fastmae.benchmarks.traffic.kernel import Attention, Kernel, Product
@@ -127,6 +127,25 @@ def test_attention_pays_for_whole_tiles():
     short = whole._replace(is_whole=True)
     assert attention_seconds(short, 0.0, H100, rates) < 0.5 * attention_seconds(whole, 0.0, H100, rates)
     assert attention_seconds(short, 1.0, H100, rates) == 1.0  # never faster than its bytes
+
+
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_attention_of_80_channels_pays_for_the_padding_of_each_kernel(is_backward):
+    work = Attention(images=1, heads=16, queries=65, keys=65, head_dim=80, is_backward=is_backward, is_whole=True)
+    rates, products = Rates(), 7 if is_backward else 2  # 65 tokens are more than one tile
+    rows, columns = (80, 80) if is_backward else (80, 96)  # blocks of 32 or 64 rows and a tail, by tiles of 16 or 32 columns
+    share = rates.short_backward if is_backward else rates.short_forward
+    expected = 16 * 2 * products * rows * columns * 128 / (H100.flops * share)
+    assert attention_seconds(work, 0.0, H100, rates) == pytest.approx(expected)
+    assert flash_padded(work._replace(is_whole=False, keys=129)) == ((128, 256, 96) if is_backward else (128, 192, 96))
+
+
+def test_the_summary_also_compares_with_a_rival_whose_attention_takes_as_long():
+    rows = [{"model": "base", "gpu": "G", "contender": name, "residual": "fp32", "predicted_milliseconds": time,
+             "predicted_images_per_second": 1e3 / time, "predicted_mfu": 0.5, "forward_backward": {"launches": 1, "bytes": 1},
+             "groups": {"attention": {"milliseconds": attention}}}
+            for name, time, attention in (("fastmae", 10.0, 1.0), ("rival", 15.0, 4.0))]  # fmt: skip
+    assert [line[-2:] for line in page.summary(rows)[1:]] == [["1.50", "1.20"], ["1.00", "1.00"]]
 
 
 @pytest.mark.parametrize("name", DESCRIBED)

@@ -4,7 +4,7 @@ product     waves of tiles, each of which does its share of the multiply-adds an
             and splits of the inner dimension; at least the time of its bytes
 attention   the products of whole tiles of the attention matrix at a share of the products' peak; at least the time of its
             bytes: tiles of FlashAttention 2 (``flash_padded``) and of our kernel (``attention_tiles.padded_flops``)
-the rest    its bytes at a share of the memory's rate
+the rest    its bytes at a share of the memory's rate, less where it has fewer blocks than there are multiprocessors
 all         and a fixed time for each launch
 """
 
@@ -27,7 +27,8 @@ class Rates:
     """What the model assumes of every GPU."""
 
     product_share: float = 0.8
-    """Share of the data sheet's bf16 rate that a tile of the largest size reaches: 790 of 989 TFLOP/s, as on an H200."""
+    """Share of the data sheet's bf16 rate that a tile of the largest size reaches: 790 of 989 TFLOP/s on an H100;
+    an assumption."""
     memory_share: float = 0.82
     """Share of the memory's rate that kernels reach: 2.75 of 3.35 TB/s on an H100; an assumption."""
     flash_forward: float = 0.4
@@ -55,7 +56,7 @@ def seconds(kernel: Kernel, gpu: GPU, rates: Rates) -> float:
         return start + max(moving, product_seconds(kernel.work, gpu, rates))
     if isinstance(kernel.work, Attention):
         return start + attention_seconds(kernel.work, moving, gpu, rates)
-    return start + moving
+    return start + moving * max(1.0, gpu.processors / (kernel.blocks or gpu.processors))
 
 
 def product_seconds(product: Product, gpu: GPU, rates: Rates) -> float:

@@ -19,9 +19,10 @@ from fastmae.benchmarks.traffic.gpus import GPUS
 from fastmae.benchmarks.traffic.kernel import Attention, Kernel, Product
 from fastmae.benchmarks.traffic.predict import CHECK, COUNTED_APART, lowered, row
 from fastmae.errors import InputError
+from fastmae.kernels.add_norm import _bwd_launch as add_norm_launch
 from fastmae.model.config import preset
 from fastmae.model.flops import training_flops
-from tests.benchmarks.traffic_cases import DIM, HIDDEN, ROWS, lower_mlp
+from tests.benchmarks.traffic_cases import DIM, HEAD_DIM, HEADS, HIDDEN, IMAGES, ROWS, TOKENS, lower_both
 
 H100 = GPUS["H100"]
 FREE = Rates(product_share=1.0, memory_share=1.0, launch=1e-30)
@@ -29,12 +30,16 @@ COMMITTED = json.loads(PREDICTIONS.read_text())
 
 
 @pytest.fixture(scope="module")
-def mlp() -> dict[str, dict[str, tuple[int, int]]]:
-    """Launches and bytes of the MLP's groups."""
+def both() -> tuple[dict[str, list[Kernel]], list[Kernel]]:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(lower_mlp).result()
+        return pool.submit(lower_both).result()
+
+
+@pytest.fixture(scope="module")
+def mlp(both) -> dict[str, dict[str, tuple[int, int]]]:
+    """Launches and bytes of the MLP's groups."""
     groups: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, kernels in found.items():
+    for name, kernels in both[0].items():
         for k in kernels:
             launches, size = groups.setdefault(name, {}).get(k.group, (0, 0))
             groups[name][k.group] = (launches + k.launches, size + k.bytes)
@@ -62,6 +67,27 @@ def test_an_eager_mlp_launches_each_of_its_operators(mlp):
     assert found["bias gradients"] == (2, 2 * (hidden + out) + 2 * (HIDDEN + DIM))
     assert found["products"][0] == 5
     assert found["other"][0] == 3  # the loss, its gradient, and the one that this starts from
+
+
+def test_our_operators_count_each_input_and_output_once(both):
+    D, rows, found = HEADS * HEAD_DIM, IMAGES * TOKENS, {k.does[0]: k for k in both[1]}
+    out, lse, row = 2 * rows * D, 4 * IMAGES * HEADS * TOKENS, 4 * rows  # bytes
+    assert found["fastmae::short_attention"].bytes == 3 * out + 4 * 3 * D + out + lse
+    sums = 4 * IMAGES * 2 * D
+    assert found["fastmae::short_attention_bwd"].bytes == out + 3 * out + out + lse + 3 * out + sums
+    assert found["fastmae::add_norm"].bytes == 2 * out + out + 2 * 4 * D + 2 * out + out + 2 * row  # x and its sum are float32
+    partial = 4 * add_norm_launch(torch.empty(rows, D, device="meta"))[0] * 3 * D
+    assert found["fastmae::add_norm_bwd"].bytes == out + 2 * out + 4 * D + 2 * row + 2 * out + out + partial
+    cast = found["fastmae::cast_all"]
+    assert cast.bytes == 6 * (D + 1) * HIDDEN and cast.blocks == 2 and cast.names == ("aten::_foreach_copy_",)
+    assert all(k.launches == 1 for name, k in found.items() if name.startswith("fastmae::"))
+
+
+def test_too_few_blocks_do_not_reach_the_memorys_rate():
+    kernel, rates = Kernel(("aten::_foreach_copy_",), 10**9), Rates(launch=1e-30)
+    time = seconds(kernel, H100, rates)
+    assert seconds(kernel._replace(blocks=33), H100, rates) == pytest.approx(4 * time)
+    assert seconds(kernel._replace(blocks=500), H100, rates) == time
 
 
 def test_nothing_of_it_is_left_in_this_process(mlp):

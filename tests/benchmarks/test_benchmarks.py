@@ -228,8 +228,8 @@ def test_the_last_line_is_one_json_document(capsys, tmp_path):
         (["step", "--models", "tiny", "--reference", "/nowhere"], "model must be one of base, large, huge, got 'tiny'"),
         (["waterfall", "--model", "giant"], "model must be one of tiny, small, base, large, huge, got 'giant'"),
         (
-            ["waterfall", "--device", "cpu", "--only", "a b"],
-            f"only must be a part of a switch's name on cpu ({ON_CPU}), got a b",
+            ["waterfall", "--device", "cpu", "--only", "float images", "a b"],
+            f"only must be a part of a switch's name on cpu ({ON_CPU}), got 'a b'",
         ),
     ],
 )

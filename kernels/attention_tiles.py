@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 SINGLE = 64  # tokens and channels up to which a backward pass is one tile, without loops
 
@@ -72,6 +73,14 @@ def _tiles(rows: int, columns: int, most_rows: int, most_columns: int, warps: in
     if tail == most_rows:
         blocks, tail = blocks + 1, 0
     return Tiles(blocks, most_rows, tail, min(most_columns, width(columns)), warps, registers)
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """``x`` as ``load_rows`` reads it: the channels of a head (or images' counts of keys) side by side, and the tokens of an
+    image within 2**31 elements."""
+    if x is None or (x.stride(-1) == 1 and (x.ndim == 1 or x.stride(1) * x.shape[1] < 2**31)):
+        return x
+    return x.contiguous()
 
 
 @triton.jit

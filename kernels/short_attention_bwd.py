@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmae.kernels.attention_tiles import backward_tiles, is_single, load_rows, store_rows, width
+from fastmae.kernels.attention_tiles import backward_tiles, dense, is_single, load_rows, store_rows, width
 from fastmae.kernels.dispatch import use_triton
 
 
@@ -33,24 +33,34 @@ def short_attention_bwd_ref(
     grad_out: Tensor, packed: Tensor, q: Tensor | None, keys: Tensor | None, out: Tensor, lse: Tensor, wants_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The twin of the backward op, in plain torch."""
-    parts = packed.unbind(2) if q is None else (q, *packed.unbind(2))
-    q_, k, v, do, o = (x.to(lse.dtype).transpose(1, 2) for x in (*parts, grad_out, out))  # (B, H, N or M, d)
+    q_, k, v = wide_parts(packed, q, keys)
+    do, o = (x.to(lse.dtype).transpose(1, 2) for x in (grad_out, out))  # (B, H, N, d)
     scale = q_.shape[-1] ** -0.5
-    p = masked_scores(q_, k, keys).softmax(-1)
-    ds = p * (do @ v.mT - (do * o).sum(-1, keepdim=True))
-    grads = [x.transpose(1, 2) for x in (ds @ k * scale, ds.mT @ q_ * scale, p.mT @ do)]  # (B, N or M, H, d)
+    with torch.autocast(packed.device.type, enabled=False):  # it would round the products
+        p = masked_scores(q_, k, keys).softmax(-1)
+        ds = p * (do @ v.mT - (do * o).sum(-1, keepdim=True))
+        grads = [x.transpose(1, 2) for x in (ds @ k * scale, ds.mT @ q_ * scale, p.mT @ do)]  # (B, N or M, H, d)
     sums = torch.stack([grads[0].sum(1), do.sum(2)], 1).flatten(2) if wants_bias else lse.new_empty(0)
     if q is None:
         return torch.stack(grads, 2).to(packed.dtype), packed.new_empty(0), sums
     return torch.stack(grads[1:], 2).to(packed.dtype), grads[0].contiguous().to(q.dtype), sums
 
 
+def wide_parts(packed: Tensor, q: Tensor | None, keys: Tensor | None) -> list[Tensor]:
+    """q (B, H, N, d), k, v (B, H, M, d) in float32 or float64; k and v are 0 where an image has no key."""
+    dtype = torch.promote_types(packed.dtype, torch.float32)
+    q, *rest = (x.to(dtype).transpose(1, 2) for x in (packed.unbind(2) if q is None else (q, *packed.unbind(2))))
+    return [q, *(rest if keys is None else (x.masked_fill(_has_no_key(x, keys)[..., None], 0) for x in rest))]
+
+
 def masked_scores(q: Tensor, k: Tensor, keys: Tensor | None) -> Tensor:
     """Of q (B, H, N, d) and k (B, H, M, d): (B, H, N, M), -inf where an image has no key."""
     scores = q * q.shape[-1] ** -0.5 @ k.mT
-    if keys is None:
-        return scores
-    return scores.masked_fill(torch.arange(k.shape[2], device=k.device) >= keys[:, None, None, None], -math.inf)
+    return scores if keys is None else scores.masked_fill(_has_no_key(k, keys)[..., None, :], -math.inf)
+
+
+def _has_no_key(k: Tensor, keys: Tensor) -> Tensor:
+    return torch.arange(k.shape[2], device=k.device) >= keys[:, None, None]  # (B, 1, M)
 
 
 @triton.jit
@@ -227,11 +237,6 @@ def _short_attention_bwd_triton(
     return grad_packed, grad_q, sums
 
 
-def dense(x: Tensor) -> Tensor:
-    """``x`` with the channels of a head side by side, which kernels rely on."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _outputs(packed: Tensor, q: Tensor | None, lse: Tensor, wants_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     B, _, _, H, d = packed.shape
     grad_packed = torch.empty_like(packed, memory_format=torch.contiguous_format)
@@ -244,7 +249,7 @@ def _short_attention_bwd(
     grad_out: Tensor, packed: Tensor, q: Tensor | None, keys: Tensor | None, out: Tensor, lse: Tensor, wants_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     body = _short_attention_bwd_triton if use_triton(packed) else short_attention_bwd_ref
-    return body(grad_out.contiguous(), dense(packed), None if q is None else dense(q), keys, out, lse, wants_bias)
+    return body(grad_out.contiguous(), dense(packed), dense(q), dense(keys), out, lse, wants_bias)
 
 
 @_short_attention_bwd.register_fake

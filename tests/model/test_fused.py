@@ -2,17 +2,13 @@
 
 import itertools
 import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastmae import MAE
 from fastmae.benchmarks.training.gradients import errors, wrong_parameters
 from fastmae.model.block import block as block_file
 from fastmae.model.config import FUSED
@@ -21,33 +17,12 @@ from fastmae.train.distributed.world import World
 from fastmae.train.step.loss_module import LossModule
 from fastmae.train.step.parallelize import full, parallelize
 from tests.support.forked import run_together
-from tests.support.models import make
+from tests.support.fused import ALL, OURS, PLAIN, model_of, pass_
 from tests.support.runs import free_port
 
-ALL = ",".join(FUSED)
-PLAIN = {"fused": "off", "attention": "math"}
-OURS = {"fused": ALL, "attention": "short"}
+pytestmark = pytest.mark.worth(2)
+
 SETS = [",".join(names) or "off" for n in range(4) for names in itertools.combinations(FUSED, n)]
-
-
-def model_of(size=(32, 32), **fields) -> MAE:
-    """A small model in float64 whose parameters all matter."""
-    torch.manual_seed(0)
-    return make(3, size, 8, **fields)
-
-
-def pass_(model, call=None, low=None, images=3):
-    """The loss of random images, and the gradients of all parameters by name; under autocast to ``low``."""
-    (p, *_) = model.parameters()
-    H, W = model.config.img_size
-    generator = torch.Generator().manual_seed(1)
-    pixels = torch.randn(images, 3, H, W, generator=generator, dtype=torch.float64).to(p.device, p.dtype)
-    masking = random_masking(images, model.config.patches, 0.6, seed=0, device=p.device)
-    with torch.autocast(p.device.type, dtype=low, enabled=low is not None):
-        loss = (call or model.training_loss)(pixels, masking)
-    model.zero_grad()
-    loss.backward()
-    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 def far(found, exact, most=1e-12):
@@ -233,23 +208,3 @@ def test_without_a_measurement_the_plain_block_runs(monkeypatch):
     pass_(model_of(fused="auto"))
     with pytest.raises(BaseException, match="fused"):
         pass_(model_of(fused="gelu"))
-
-
-INTERPRETED = """
-import sys, torch
-from tests.model.test_fused import OURS, ALL, model_of, pass_
-torch.manual_seed(0)
-torch.save(pass_(model_of(**OURS, decoder_depth=1, depth=1).float(), images=1), sys.argv[1])
-"""
-
-
-def test_the_whole_model_in_the_interpreter_equals_the_twins(tmp_path):
-    """Every kernel of a step at once, each as Triton's interpreter runs it."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTMAE_KERNELS": "triton"}
-    command = [sys.executable, "-c", INTERPRETED, str(tmp_path / "found.pt")]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    exact = pass_(model_of(**PLAIN, decoder_depth=1, depth=1), images=1)
-    plain = errors(pass_(model_of(**PLAIN, decoder_depth=1, depth=1).float(), images=1), exact)
-    found = errors(torch.load(tmp_path / "found.pt"), exact)
-    assert [name for name in found if not found[name] <= 2 * plain[name] + torch.finfo(torch.float32).eps] == []

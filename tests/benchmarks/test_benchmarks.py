@@ -6,6 +6,7 @@ import sys
 import time
 from functools import partial
 from typing import ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -225,6 +226,14 @@ def test_measured_bodies_compute_the_same(case, device, compiler):
         kernels.check_equal(case, name, body, inputs)
         with pytest.raises(LossesDiffer, match=f"{case.name} by {name} differs"):
             kernels.check_equal(case, name, partial(_moved, body), inputs)
+
+
+def test_one_wrong_row_of_many_is_found():
+    case = kernels.Case("copy", inputs=Mock(), op=torch.clone, twin=torch.clone, forward_bytes=Mock())
+    x = torch.randn(50_000, 3, generator=torch.Generator().manual_seed(0))
+    kernels.check_equal(case, "twin", torch.clone, (x,))
+    with pytest.raises(LossesDiffer, match="copy by twin differs"):
+        kernels.check_equal(case, "twin", lambda x: torch.cat([x[:-1], x[:1]]), (x,))
 
 
 def _moved(body, *inputs):

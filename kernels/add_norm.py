@@ -33,7 +33,8 @@ def add_norm(
     ``x`` and ``branch`` (..., D) floating point; without a branch the sum is ``x`` itself, and is not written. ``weight``
     and ``bias`` (D,). ``branch_bias`` (D,) receives the sum over rows of the branch's gradient, not rounded to the branch's
     dtype before. Differentiable, once, in all tensors; with ``use_sum`` false, for the norm that ends a stack of blocks, not
-    through the sum, whose gradient a compiled graph would else fill with zeros. Raises ValueError on a wrong shape or dtype.
+    through the sum, whose gradient a compiled graph would else fill with zeros. No tensor may be passed twice: torch.compile
+    mixes up their gradients. Raises ValueError on a wrong shape or dtype.
     """
     _check(x, branch, weight, bias, branch_bias)
     return _AddNorm.apply(x, branch, weight, bias, eps, branch_bias, x.dtype if dtype is None else dtype, use_sum)

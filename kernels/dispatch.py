@@ -29,7 +29,7 @@ def warps(block: int) -> int:
 
 
 def programs(tiles: int, most: int) -> int:
-    """Programs that share ``tiles`` as equally as at most ``most`` can. Not of the device, so that what they sum is the same
+    """Programs that share ``tiles`` as equally as at most ``most`` can. Not of the device, so that partial sums are the same
     everywhere; ``tiles`` may be symbolic."""
     return triton.cdiv(tiles, torch.sym_max(1, triton.cdiv(tiles, most)))
 

@@ -13,13 +13,14 @@ import torch
 from fastmae.benchmarks.cli import main
 from fastmae.benchmarks.kernels import speed as kernels
 from fastmae.benchmarks.timing import LossesDiffer, Times, check_losses, interleave
-from fastmae.benchmarks.training import waterfall
+from fastmae.benchmarks.training import contenders, waterfall
 from fastmae.benchmarks.training.contenders import NAMES, Workload, make
 from fastmae.benchmarks.training.reference import Draw
 from fastmae.benchmarks.training.step import measure_steps
 from fastmae.benchmarks.training.step import profiles as profiles_of
 from fastmae.benchmarks.training.worker import OutOfMemory
 from fastmae.model.block import linear
+from fastmae.model.block.trial import Variant
 from fastmae.model.config import preset
 
 CPU = torch.device("cpu")
@@ -191,6 +192,21 @@ def test_every_switch_keeps_the_loss(switch, compiler, monkeypatch):
         found.step()
 
 
+def test_fastmae_is_timed_as_a_run_would_choose_and_without_what_a_switch_takes_away(monkeypatch):
+    tasks, adopted = [], []
+    monkeypatch.setattr(contenders, "MEASURED", ("cpu",))
+    monkeypatch.setattr(contenders, "choose_block", lambda task: tasks.append(task) or Variant("short", ("linear", "gelu")))
+    monkeypatch.setattr(contenders, "adopt_block", lambda task, variant: adopted.append(variant))
+    monkeypatch.setattr(contenders, "fastest_alone", lambda *_: "flash")
+    config = preset("base", residual="bf16")
+    assert contenders.choose(config, CPU) == "attention short + linear + gelu"
+    assert [task.shape.tokens for task in tasks] == [50, 197, 197] and {task.is_compiled for task in tasks} == {True}
+    assert {(task.dtype, task.residual) for task in tasks} == {(torch.bfloat16, torch.bfloat16)}
+    assert contenders.choose(config, CPU, "off", ("short", "gelu")) == "attention flash + linear" and not tasks[-1].is_compiled
+    assert adopted == 3 * [Variant("short", ("linear", "gelu"))] + 3 * [Variant("flash", ("linear",))]
+    assert contenders.choose(preset("base", fused="off"), CPU) == "attention auto, fused off" and len(tasks) == 6
+
+
 def test_every_op_is_measured_by_every_body_that_runs_here(compiler):
     found = kernels.measure_kernels(["tiny"], 1, CPU)
     twins = {(c.name, "twin") for c in kernels.CASES}
@@ -208,7 +224,12 @@ def test_measured_bodies_compute_the_same(case, device, compiler):
     for name, body in kernels.bodies(case, torch.device(device)).items():
         kernels.check_equal(case, name, body, inputs)
         with pytest.raises(LossesDiffer, match=f"{case.name} by {name} differs"):
-            kernels.check_equal(case, name, lambda *a, body=body: body(*a) * 1.02 + 1, inputs)
+            kernels.check_equal(case, name, partial(_moved, body), inputs)
+
+
+def _moved(body, *inputs):
+    results = body(*inputs)
+    return tuple(r * 1.02 + 1 for r in results) if isinstance(results, tuple) else results * 1.02 + 1
 
 
 def test_the_last_line_is_one_json_document(capsys, tmp_path):

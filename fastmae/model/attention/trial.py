@@ -13,7 +13,7 @@ from fastmae.model.attention.backends import Shape, attend, prepare
 
 _BATCH = 2  # images of a trial
 _COMPARED = 1 << 28  # elements of attention matrices that math stores for a comparison: 1 GiB in fp32
-_NO_MEMORY = re.compile("out of memory|ALLOC_FAILED", re.I)  # of the driver, and of cuBLAS and cuDNN
+NO_MEMORY = re.compile("out of memory|ALLOC_FAILED", re.I)  # of the driver, and of cuBLAS and cuDNN
 _TOLERANCE = 2e-2  # relative, against SDPA's math: several times the rounding of bf16, far below any mistake
 
 
@@ -83,7 +83,7 @@ def verdict_on(attempt: Callable[[], None], device_type: str) -> Verdict:
     except ArithmeticError as error:
         return Verdict(str(error))
     except Exception as error:  # whatever a third-party kernel raises is its verdict
-        return Verdict(_line(error), lasts=not (isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(str(error))))
+        return Verdict(_line(error), lasts=not (isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(str(error))))
     return Verdict(None)
 
 

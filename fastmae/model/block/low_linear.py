@@ -63,8 +63,10 @@ class _LowLinear(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a`` by ``b``, written in ``dtype``; on CPUs rounded to their own first, since torch has no such product there."""
-    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda and a.dtype != dtype else (a @ b).to(dtype)
+    """``a`` by ``b``, written in ``dtype``. Rounded to their own first where torch has no such product: on CPUs, and in another
+    dtype than float32."""
+    is_direct = a.is_cuda and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16)
+    return torch.mm(a, b, out_dtype=dtype) if is_direct else (a @ b).to(dtype)
 
 
 @torch.library.custom_op("fastmae::cast_all", mutates_args=())

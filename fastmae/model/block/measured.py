@@ -17,6 +17,7 @@ from fastmae.model.attention.backends import RETURN_BIAS
 from fastmae.model.attention.cache import BLOCKS, read_entries, write_entries
 from fastmae.model.attention.choice import adopt, fastest_alone, measures, seconds
 from fastmae.model.attention.probe import why_not
+from fastmae.model.attention.trial import NO_MEMORY
 from fastmae.model.block.choice import BlockShape, adopt_fused
 from fastmae.model.block.probe import probe_blocks, why_not_fused
 from fastmae.model.block.trial import Trial, Variant, attention_of, check
@@ -73,7 +74,9 @@ def choose_block(task: BlockTask) -> Variant:
     if best is None:
         found = measure_block(task)
         best = found.best
-        write_entries(task.device_type, BLOCKS, {task.key: {**found._asdict(), "best": list(best)}})
+        # A lack of memory or of a compiler may be gone at the next start.
+        if str(best) not in found.rejected and not any(map(NO_MEMORY.search, found.rejected.values())):
+            write_entries(task.device_type, BLOCKS, {task.key: {**found._asdict(), "best": list(best)}})
     adopt_block(task, best)
     return best
 

@@ -60,6 +60,7 @@ def add_entries(folder, process):
         write_entries("cpu", BLOCKS, {f"{process} {n}": {"microseconds": process * [1.0]}})
 
 
+@pytest.mark.all
 def test_processes_that_write_at_once_keep_all_entries(tmp_path):
     run_together(add_entries, [(tmp_path / "cache", process) for process in (1, 20)])
     assert len(read_entries("cpu", BLOCKS)) == 20

@@ -104,7 +104,7 @@ def _short_attention_fwd_kernel(out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, keys_ptr,
     v_ptr += b * stride_kb + h * stride_kh
     keys = M
     if HAS_KEYS:
-        keys = tl.load(keys_ptr + b)
+        keys = tl.minimum(tl.load(keys_ptr + b), M)
     for block in range(BLOCKS):
         _attend(out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, block * ROWS, keys, stride_out, stride_qn, stride_km,
                 SCALE, N, M, D, ROWS, COLUMNS, BLOCK_D)  # fmt: skip

@@ -142,7 +142,7 @@ def _short_attention_bwd_kernel(dq_ptr, dk_ptr, dv_ptr, sums_ptr, delta_ptr, do_
     lse_ptr += program * N
     keys = M
     if HAS_KEYS:
-        keys = tl.load(keys_ptr + b)
+        keys = tl.minimum(tl.load(keys_ptr + b), M)
     sum_q = tl.zeros([BLOCK_D], tl.float32)
     sum_v = tl.zeros([BLOCK_D], tl.float32)
     for block in range(blocks_q):
@@ -182,7 +182,7 @@ def _short_attention_bwd_single_kernel(dq_ptr, dk_ptr, dv_ptr, sums_ptr, do_ptr,
     out_ptr += b * N * stride_out + h * D
     keys = M
     if HAS_KEYS:
-        keys = tl.load(keys_ptr + b)
+        keys = tl.minimum(tl.load(keys_ptr + b), M)
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     # Each input is loaded where it is used first, and each result stored at once: fewer registers.
     k = load_rows(k_ptr, 0, keys, stride_km, D, BLOCK_M, BLOCK_D)

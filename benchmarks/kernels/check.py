@@ -33,9 +33,14 @@ ON_GPU = (Shape(), Shape(B=8, H=224, W=224, p=16, D=768))
 
 def measure_errors(shapes: list[str] | None, device: torch.device) -> dict[str, object]:
     """The section ``kernels check`` of a result: a row for each op, dtype, backend and tensor, and in ``wrong`` a line for each
-    that errs more than is allowed. Raises InputError on a shape that is none, or that does not fit into memory."""
+    that errs more than is allowed.
+
+    Raises InputError on a shape that is none or does not fit into memory, and if nothing can run.
+    """
     default = ON_GPU if device.type == "cuda" else ON_CPU
     chosen, notes, rows = backends(device), [], []
+    if not chosen:
+        raise InputError(f"FASTMAE_KERNELS is triton, and {_NEEDS}")
     if "interpreter" in chosen:
         notes.append("Triton's interpreter runs float32 alone: it does not round bf16 and fp16 as a GPU does")
     elif "triton" not in chosen:

@@ -7,10 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastmae.benchmarks.peers import CROSSMAE
 from fastmae.benchmarks.peers.eager import NORM, eager, load
 from fastmae.benchmarks.training.contenders import MASK_RATIO, Contender, Workload
-from fastmae.benchmarks.training.reference import Draw, load_clone
+from fastmae.benchmarks.training.reference import CROSSMAE, Draw, load_clone
 from fastmae.benchmarks.training.twin import TwinMAE
 from fastmae.errors import InputError
 

@@ -21,6 +21,8 @@ from fastmae.errors import InputError
 from fastmae.model.config import ModelConfig
 
 _REPOSITORY = "facebookresearch/mae"
+CROSSMAE = ("models_cross.py", "TonyLianLong/CrossMAE")
+"""The file of a clone that grew from the reference, and whose."""
 _operators: list[torch.library.Library] = []  # torch forgets operators whose library object is gone
 
 

@@ -14,6 +14,7 @@ from fastmae.benchmarks.cli import main
 from fastmae.benchmarks.kernels import check
 from fastmae.benchmarks.kernels.formulas import FORMULAS
 from fastmae.benchmarks.kernels.shape import Shape
+from fastmae.kernels import dispatch
 
 ODD = "B=1,C=2,H=16,W=24,p=4,D=33"
 COMMAND = ["kernels", "--check", "--device", "cpu", "--shape", ODD]
@@ -107,6 +108,14 @@ def test_twins_alone_are_noted(monkeypatch):
     for mode, reason in (("torch", "FASTMAE_KERNELS is torch"), ("auto", "its kernels need a CUDA device")):
         monkeypatch.setenv("FASTMAE_KERNELS", mode)
         assert check.measure_errors([ODD], torch.device("cpu"))["notes"][0].startswith(f"no row for Triton: {reason}")
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="here Triton's kernels run on a CPU")
+def test_kernels_that_cannot_run_are_not_passed(monkeypatch, capsys):
+    monkeypatch.setenv("FASTMAE_KERNELS", "triton")
+    assert main(COMMAND) == 2
+    needs = "its kernels need a CUDA device, or TRITON_INTERPRET=1"
+    assert capsys.readouterr().err == f"fastmae bench: FASTMAE_KERNELS is triton, and {needs}\n"
 
 
 def test_a_shape_without_check_is_one_line(capsys):

@@ -40,7 +40,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[demo,dev]"
 	touch $@
 
-OLDEST_TESTS := tests/test_layers.py $(addsuffix .py,$(addprefix tests/kernels/test_,ahead_of_time add_norm gelu masked_mse patches \
+OLDEST_TESTS := tests/test_layers.py $(addsuffix .py,$(addprefix tests/kernels/test_,ahead_of_time add_norm gelu masked_mse patches short_attention \
 	take_rows decoder_input random_masking resized_crop philox compile) tests/benchmarks/test_gradients tests/model/test_linear \
 	tests/model/test_fused tests/model/test_block_measured tests/model/test_mae tests/step/test_step tests/step/test_parallelize \
 	tests/data/test_to_device tests/data/test_loader)

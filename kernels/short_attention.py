@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmae.kernels.attention_tiles import forward_tiles, load_rows, store_rows, width
+from fastmae.kernels.attention_tiles import dense, forward_tiles, load_rows, store_rows, width
 from fastmae.kernels.dispatch import use_triton
-from fastmae.kernels.short_attention_bwd import dense, masked_scores, short_attention_bwd
+from fastmae.kernels.short_attention_bwd import masked_scores, short_attention_bwd, wide_parts
 
 MOST_TOKENS, MOST_CHANNELS = 320, 128
 _LOG2_E = math.log2(math.e)
@@ -39,10 +39,10 @@ def short_attention(packed: Tensor, q: Tensor | None = None, bias: Tensor | None
 
 def short_attention_ref(packed: Tensor, q: Tensor | None, bias: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor]:
     """The twin of the forward op, in plain torch: out (B, N, H, d) and lse (B, H, N)."""
-    dtype = torch.promote_types(packed.dtype, torch.float32)
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in (packed.unbind(2) if q is None else (q, *packed.unbind(2))))
-    scores = masked_scores(q, k, keys)
-    out = scores.softmax(-1) @ v
+    q, k, v = wide_parts(packed, q, keys)
+    with torch.autocast(packed.device.type, enabled=False):  # it would round the products
+        scores = masked_scores(q, k, keys)
+        out = scores.softmax(-1) @ v
     return out.transpose(1, 2).contiguous().to(packed.dtype), scores.logsumexp(-1) * _LOG2_E
 
 
@@ -128,6 +128,7 @@ def _short_attention_triton(
             out, lse, q, k, v, lse if keys is None else keys, H, H * d, *q.stride()[:3], *k.stride()[:3],
             SCALE=_LOG2_E * d**-0.5, N=N, M=M, D=d, HAS_KEYS=keys is not None, BLOCKS=tiles.blocks, ROWS=tiles.rows,
             TAIL=tiles.tail, COLUMNS=tiles.columns, BLOCK_D=width(d), num_warps=tiles.warps, num_stages=1,
+            maxnreg=tiles.registers,
         )  # fmt: skip
     return out, lse
 
@@ -135,7 +136,7 @@ def _short_attention_triton(
 @torch.library.custom_op("fastmae::short_attention", mutates_args=())
 def _short_attention(packed: Tensor, q: Tensor | None, bias: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor]:
     body = _short_attention_triton if use_triton(packed) else short_attention_ref
-    return body(dense(packed), None if q is None else dense(q), bias, keys)
+    return body(dense(packed), dense(q), bias, dense(keys))
 
 
 @_short_attention.register_fake

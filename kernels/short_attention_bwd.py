@@ -4,8 +4,8 @@
     dv[m] = sum_n p[n, m] do[n],   dk[m] = sum_n ds[n, m] q[n] / sqrt(d),   dq[n] = sum_m ds[n, m] k[m] / sqrt(d)
 
 Letters as in ``short_attention``, ``do`` the gradient of ``out``. One program owns one head of one image, so nothing is added
-up across programs. Up to 64 tokens and channels everything is one tile, and p and ds are computed once. Above, registers do not
-hold the gradients of all keys: p and ds are computed twice, for blocks of queries and then for blocks of keys.
+up across programs. Up to 64 tokens and channels (32 in float32) everything is one tile, and p and ds are computed once. Above,
+registers do not hold the gradients of all keys: both are computed twice, for blocks of queries and then for blocks of keys.
 Sums for the bias: rows of p sum to 1 and rows of ds to 0, so the sum of dv over keys is that of ``do``, and that of dk is 0.
 Source: Dao 2023 (arXiv 2307.08691), section 3.2, without its atomic additions.
 """
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmae.kernels.attention_tiles import backward_tiles, is_single, load_rows, store_rows, width
+from fastmae.kernels.attention_tiles import backward_tiles, dense, is_single, load_rows, store_rows, width
 from fastmae.kernels.dispatch import use_triton
 
 
@@ -33,24 +33,34 @@ def short_attention_bwd_ref(
     grad_out: Tensor, packed: Tensor, q: Tensor | None, keys: Tensor | None, out: Tensor, lse: Tensor, wants_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The twin of the backward op, in plain torch."""
-    parts = packed.unbind(2) if q is None else (q, *packed.unbind(2))
-    q_, k, v, do, o = (x.to(lse.dtype).transpose(1, 2) for x in (*parts, grad_out, out))  # (B, H, N or M, d)
+    q_, k, v = wide_parts(packed, q, keys)
+    do, o = (x.to(lse.dtype).transpose(1, 2) for x in (grad_out, out))  # (B, H, N, d)
     scale = q_.shape[-1] ** -0.5
-    p = masked_scores(q_, k, keys).softmax(-1)
-    ds = p * (do @ v.mT - (do * o).sum(-1, keepdim=True))
-    grads = [x.transpose(1, 2) for x in (ds @ k * scale, ds.mT @ q_ * scale, p.mT @ do)]  # (B, N or M, H, d)
+    with torch.autocast(packed.device.type, enabled=False):  # it would round the products
+        p = masked_scores(q_, k, keys).softmax(-1)
+        ds = p * (do @ v.mT - (do * o).sum(-1, keepdim=True))
+        grads = [x.transpose(1, 2) for x in (ds @ k * scale, ds.mT @ q_ * scale, p.mT @ do)]  # (B, N or M, H, d)
     sums = torch.stack([grads[0].sum(1), do.sum(2)], 1).flatten(2) if wants_bias else lse.new_empty(0)
     if q is None:
         return torch.stack(grads, 2).to(packed.dtype), packed.new_empty(0), sums
     return torch.stack(grads[1:], 2).to(packed.dtype), grads[0].contiguous().to(q.dtype), sums
 
 
+def wide_parts(packed: Tensor, q: Tensor | None, keys: Tensor | None) -> list[Tensor]:
+    """q (B, H, N, d), k, v (B, H, M, d) in float32 or float64; k and v are 0 where an image has no key."""
+    dtype = torch.promote_types(packed.dtype, torch.float32)
+    q, *rest = (x.to(dtype).transpose(1, 2) for x in (packed.unbind(2) if q is None else (q, *packed.unbind(2))))
+    return [q, *(rest if keys is None else (x.masked_fill(_has_no_key(x, keys)[..., None], 0) for x in rest))]
+
+
 def masked_scores(q: Tensor, k: Tensor, keys: Tensor | None) -> Tensor:
     """Of q (B, H, N, d) and k (B, H, M, d): (B, H, N, M), -inf where an image has no key."""
     scores = q * q.shape[-1] ** -0.5 @ k.mT
-    if keys is None:
-        return scores
-    return scores.masked_fill(torch.arange(k.shape[2], device=k.device) >= keys[:, None, None, None], -math.inf)
+    return scores if keys is None else scores.masked_fill(_has_no_key(k, keys)[..., None, :], -math.inf)
+
+
+def _has_no_key(k: Tensor, keys: Tensor) -> Tensor:
+    return torch.arange(k.shape[2], device=k.device) >= keys[:, None, None]  # (B, 1, M)
 
 
 @triton.jit
@@ -212,10 +222,10 @@ def _short_attention_bwd_triton(
         "BLOCK_D": width(d), "num_stages": 1,
     }  # fmt: skip
     with torch.cuda.device_of(q):
-        if is_single(N, M, d):
+        if is_single(N, M, d, q.itemsize):
             _short_attention_bwd_single_kernel[(B * H,)](
                 *grads, sums, *inputs, *strides, **constants, N=N, M=M, BLOCK_N=width(N), BLOCK_M=width(M),
-                num_warps=2 * q.itemsize,
+                num_warps=2 * q.itemsize, maxnreg=255 if q.itemsize == 4 else None,
             )  # fmt: skip
         else:
             by_query, by_key = backward_tiles(N, M, d, q.itemsize), backward_tiles(M, N, d, q.itemsize)
@@ -225,11 +235,6 @@ def _short_attention_bwd_triton(
                 COLUMNS_K=by_query.columns, num_warps=by_key.warps, maxnreg=by_key.registers,
             )  # fmt: skip
     return grad_packed, grad_q, sums
-
-
-def dense(x: Tensor) -> Tensor:
-    """``x`` with the channels of a head side by side, which kernels rely on."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _outputs(packed: Tensor, q: Tensor | None, lse: Tensor, wants_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,7 +249,7 @@ def _short_attention_bwd(
     grad_out: Tensor, packed: Tensor, q: Tensor | None, keys: Tensor | None, out: Tensor, lse: Tensor, wants_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     body = _short_attention_bwd_triton if use_triton(packed) else short_attention_bwd_ref
-    return body(grad_out.contiguous(), dense(packed), None if q is None else dense(q), keys, out, lse, wants_bias)
+    return body(grad_out.contiguous(), dense(packed), dense(q), dense(keys), out, lse, wants_bias)
 
 
 @_short_attention_bwd.register_fake

@@ -22,6 +22,7 @@ from torch._dynamo.device_interface import CudaInterface
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.constant_folding import ConstantFolder
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,6 +59,7 @@ def described(gpu: GPU) -> Iterator[None]:
         for owner, name, answer in answers:
             stack.enter_context(mock.patch.object(owner, name, lambda *_, _answer=answer, **__: _answer))
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
+        stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda *_: None))
         stack.enter_context(mock.patch.object(torch.autograd, "grad", gradients))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _flash))
         stack.enter_context(inductor_config.patch(force_disable_caches=True, compile_threads=1, shape_padding=False))

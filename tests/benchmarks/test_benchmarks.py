@@ -6,6 +6,7 @@ import sys
 import time
 from functools import partial
 from typing import ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -228,6 +229,14 @@ def test_measured_bodies_compute_the_same(case, device, compiler):
             kernels.check_equal(case, name, partial(_moved, body), inputs)
 
 
+def test_one_wrong_row_of_many_is_found():
+    case = kernels.Case("copy", inputs=Mock(), op=torch.clone, twin=torch.clone, forward_bytes=Mock())
+    x = torch.randn(50_000, 3, generator=torch.Generator().manual_seed(0))
+    kernels.check_equal(case, "twin", torch.clone, (x,))
+    with pytest.raises(LossesDiffer, match="copy by twin differs"):
+        kernels.check_equal(case, "twin", lambda x: torch.cat([x[:-1], x[:1]]), (x,))
+
+
 def _moved(body, *inputs):
     results = body(*inputs)
     return tuple(r * 1.02 + 1 for r in results) if isinstance(results, tuple) else results * 1.02 + 1
@@ -250,8 +259,8 @@ def test_the_last_line_is_one_json_document(capsys, tmp_path):
         (["step", "--models", "tiny", "--reference", "/nowhere"], "model must be one of base, large, huge, got 'tiny'"),
         (["waterfall", "--model", "giant"], "model must be one of tiny, small, base, large, huge, got 'giant'"),
         (
-            ["waterfall", "--device", "cpu", "--only", "a b"],
-            f"only must be a part of a switch's name on cpu ({ON_CPU}), got a b",
+            ["waterfall", "--device", "cpu", "--only", "float images", "a b"],
+            f"only must be a part of a switch's name on cpu ({ON_CPU}), got 'a b'",
         ),
     ],
 )

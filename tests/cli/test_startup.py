@@ -75,7 +75,8 @@ def test_benchmarks_need_torch_triton_and_numpy_only():
     """`make gpu` installs nothing. Those that read data need its packages."""
     packages = ("tyro", "tqdm", "PIL", "matplotlib", "jinja2", "safetensors", "simplejpeg", "webdataset", "xxhash")
     modules = ("cli", "training.step", "training.worker", "training.waterfall", "training.gradients", "kernels.speed",
-               "kernels.attention", "kernels.check", "kernels.resources", "scaling.model", "scaling.page")  # fmt: skip
+               "kernels.attention", "kernels.check", "kernels.resources", "scaling.model", "scaling.page",
+               "traffic.predict", "traffic.page")  # fmt: skip
     code = f"""import importlib, sys
 sys.modules.update(dict.fromkeys({packages}))
 for name in {modules}: importlib.import_module(f"fastmae.benchmarks.{{name}}")

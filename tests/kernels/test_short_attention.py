@@ -6,7 +6,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmae.kernels import short_attention
-from fastmae.kernels.attention_tiles import backward_tiles, forward_tiles, is_single, padded_flops
+from fastmae.kernels.attention_tiles import backward_tiles, dense, forward_tiles, is_single, padded_flops
 from fastmae.kernels.dispatch import INTERPRETED
 from tests.support.exactness import assert_as_exact_as_torch
 from tests.support.twins import twin
@@ -90,7 +90,7 @@ def test_missing_keys_are_not_read_and_their_gradients_are_zero(M, device):
     keys = torch.tensor([1, M - 3], dtype=torch.int32, device=device)
     spoiled = packed.detach().clone()
     for b in range(2):
-        spoiled[b, keys[b] :, 1:] = 1e30
+        spoiled[b, keys[b] :, 1:] = torch.nan
     found, expected = (run((x.detach().requires_grad_(), None, bias, keys), grad) for x in (spoiled, packed))
     for b in range(2):
         assert not found[1][b, keys[b] :, 1:].any()
@@ -109,10 +109,25 @@ def test_strided_inputs_give_the_same_bits(device):
         (wide[:, ::2].requires_grad_(), q.detach().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_()),
         (packed.detach().transpose(2, 4).contiguous().transpose(2, 4).requires_grad_(), q),
     ]
-    expected = run((packed, q, bias, None), grad)
+    keys = torch.tensor([[3, 1], [7, 2]], dtype=torch.int32, device=device)[:, 0]
+    expected = run((packed, q, bias, keys.contiguous()), grad)
     for view in views:
-        found = run((*view, bias, None), grad.transpose(1, 2).contiguous().transpose(1, 2))
+        found = run((*view, bias, keys), grad.transpose(1, 2).contiguous().transpose(1, 2))
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_tokens_are_brought_within_reach_of_32_bits():
+    far = torch.empty_strided((4, 9, 3, 2, 8), (48, 2**28, 16, 8, 1), device="meta")  # tokens first, and many images
+    assert dense(far).is_contiguous() and dense(far[:, :7]).stride() == far.stride()
+
+
+def test_autocast_changes_nothing(device):
+    arguments, grad = inputs((2, 5, 9, 2, 8), torch.float32, device)
+    expected = run(arguments, grad)
+    with torch.autocast(device, torch.bfloat16):
+        found = run(arguments, grad)
+        lse = torch.ops.fastmae.short_attention(*arguments)[1]
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True)) and lse.dtype == torch.float32
 
 
 @pytest.mark.parametrize("M", [33, twin(70)])

@@ -41,7 +41,7 @@ _BENCHMARKS = {
             "device out models model batches batch rounds minutes image-size reference crossmae contenders compile profile "
             "only together"),
     "traffic": ("predicted, no GPU needed: launches, bytes and time of a training step by kind of kernel",
-                "models images described residual image-size counted fused attention list docs-traffic"),
+                "models-traffic images described residual image-size counted fused attention list docs-traffic"),
     "scaling": ("a model, no measurement: step time and efficiency on 8 to 512 GPUs",
                 "models gpus effective-batch micro-batch docs"),
 }  # fmt: skip
@@ -105,6 +105,8 @@ _FLAGS: dict[str, dict] = {
     "device": _flag("auto: a GPU if there is one", choices=("auto", "cpu", "cuda"), default="auto"),
     "out": _flag("folder to write <device>-<date>.json, .md and plots to", type=Path, metavar="FOLDER"),
     "models": _flag(f"{', '.join(MODELS)} (default: base, large and huge; fewer on a CPU)", nargs="+", metavar="MODEL"),
+    "models-traffic": _flag(f"{', '.join(MODELS)} (default: base; with --docs: base, large and huge)", nargs="+",
+                            metavar="MODEL"),
     "model": _flag(", ".join(MODELS), default="base", metavar="MODEL"),
     "batches": _flag("images per step (default: 64 to 1024 on a GPU, 16 on a CPU)", type=_positive, nargs="+", metavar="N"),
     "batch": _flag("images (default: 256 on a GPU, 16 on a CPU; gradients on a CPU: 8)", type=_positive, metavar="N"),
@@ -155,12 +157,14 @@ _FLAGS: dict[str, dict] = {
     "attention": _flag("attention kernel of fastmae: short, or sdpa, torch's flash attention", choices=("short", "sdpa"),
                        default="short"),
     "list": _flag("also show every kernel: how often it is launched, its bytes, what it reads and writes", action="store_true"),
-    "docs-traffic": _flag("write docs/traffic.md and benchmarks/predictions/traffic.json", action="store_true"),
+    "docs-traffic": _flag("write docs/traffic.md and benchmarks/predictions/traffic.json, for --models alone if it is given",
+                          action="store_true"),
     "gpus": _flag("numbers of GPUs (default: 8 16 32 64 128 256 512)", type=_positive, nargs="+", metavar="N"),
     "effective-batch": _flag("images per step over all GPUs", type=_positive, default=4096, metavar="N"),
     "micro-batch": _flag("most images per GPU at once", type=_positive, default=128, metavar="N"),
     "docs": _flag("write the tables and the chart of docs/scaling.md", action="store_true"),
 }  # fmt: skip
 _NAMES = {"turns": "rounds", "at-most": "minutes", "photographs": "data", "updates": "steps", "page": "docs",
-          "images": "batch", "described": "gpu", "counted": "contenders", "docs-traffic": "docs"}  # fmt: skip
+          "images": "batch", "described": "gpu", "counted": "contenders", "docs-traffic": "docs",
+          "models-traffic": "models"}  # fmt: skip
 """The flag on the command line, where two benchmarks mean different things by it."""

@@ -2,8 +2,9 @@
 
 product     waves of tiles, each of which does its share of the multiply-adds and a prologue; the best of a few tile sizes
             and splits of the inner dimension; at least the time of its bytes
-attention   whole tiles of the attention matrix at a share of the products' peak; at least the time of its bytes
-the rest    its bytes at a share of the memory's rate
+attention   the products of whole tiles of the attention matrix at a share of the products' peak; at least the time of its
+            bytes: tiles of FlashAttention 2 (``flash_padded``) and of our kernel (``attention_tiles.padded_flops``)
+the rest    its bytes at a share of the memory's rate, less where it has fewer blocks than there are multiprocessors
 all         and a fixed time for each launch
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass, fields
 from fastmae.benchmarks.traffic.gpus import GPU
 from fastmae.benchmarks.traffic.kernel import Attention, Kernel, Product
 from fastmae.errors import InputError
+from fastmae.kernels.attention_tiles import padded_flops
 
 # Rows and columns of a product's tile, and its rate beside that of the largest.
 _TILES = ((128, 256, 1.0), (256, 128, 1.0), (192, 128, 0.95), (128, 128, 0.88), (64, 256, 0.82))
@@ -25,17 +27,18 @@ class Rates:
     """What the model assumes of every GPU."""
 
     product_share: float = 0.8
-    """Share of the data sheet's bf16 rate that a tile of the largest size reaches: 790 of 989 TFLOP/s, as on an H200."""
+    """Share of the data sheet's bf16 rate that a tile of the largest size reaches: 790 of 989 TFLOP/s on an H100;
+    an assumption."""
     memory_share: float = 0.82
     """Share of the memory's rate that kernels reach: 2.75 of 3.35 TB/s on an H100; an assumption."""
     flash_forward: float = 0.4
-    """Share of the data sheet's rate at which flash attention does whole tiles of 128 by 128; an assumption."""
+    """Share of the data sheet's rate at which FlashAttention 2 works on its own tiles; an assumption."""
     flash_backward: float = 0.3
     """The same of its backward pass, which computes five products for the forward's two; an assumption."""
     short_forward: float = 0.3
-    """Share at which ``short_attention`` works on its own tiles, multiples of 16; an assumption."""
+    """Share at which ``short_attention`` works on its own tiles; an assumption."""
     short_backward: float = 0.2
-    """The same of its backward pass; an assumption."""
+    """The same of its backward pass, of five products or, past 64 tokens or channels, of seven; an assumption."""
     launch: float = 1.5e-6
     """Seconds of a kernel beyond its work, from the last byte of the one before to its own first; an assumption."""
 
@@ -53,7 +56,7 @@ def seconds(kernel: Kernel, gpu: GPU, rates: Rates) -> float:
         return start + max(moving, product_seconds(kernel.work, gpu, rates))
     if isinstance(kernel.work, Attention):
         return start + attention_seconds(kernel.work, moving, gpu, rates)
-    return start + moving
+    return start + moving * max(1.0, gpu.processors / (kernel.blocks or gpu.processors))
 
 
 def product_seconds(product: Product, gpu: GPU, rates: Rates) -> float:
@@ -78,12 +81,21 @@ def attention_seconds(work: Attention, moving: float, gpu: GPU, rates: Rates) ->
     """``moving``: seconds of reading its inputs and writing its outputs once."""
     share = {(False, False): rates.flash_forward, (False, True): rates.flash_backward, (True, False): rates.short_forward,
              (True, True): rates.short_backward}[work.is_whole, work.is_backward]  # fmt: skip
-    tile, width = (16, 16) if work.is_whole else (128, 32)
-    queries, keys = (math.ceil(n / tile) * tile for n in (work.queries, work.keys))
-    multiply_adds = work.images * work.heads * queries * keys * math.ceil(work.head_dim / width) * width
-    computing = 2 * (5 if work.is_backward else 2) * multiply_adds / (gpu.flops * share)
     extra = 0.0
+    if work.is_whole:
+        flops = padded_flops(work.queries, work.keys, work.head_dim)[work.is_backward]
+    else:
+        queries, keys, channels = flash_padded(work)
+        flops = 2 * (5 if work.is_backward else 2) * queries * keys * channels
     if work.is_backward and not work.is_whole:  # a pass over both outputs before, and one that rounds float32 dq after it
         rows = work.images * work.heads * work.head_dim
         extra = rows * (2 * 2 * work.queries + 2 * 4 * queries + 2 * work.queries) / (gpu.memory_bytes * rates.memory_share)
+    computing = work.images * work.heads * flops / (gpu.flops * share)
     return max(computing, moving) + extra
+
+
+def flash_padded(work: Attention) -> tuple[int, int, int]:
+    """Queries, keys and channels that FlashAttention 2 computes for a head, by the tiles that it launches on these GPUs."""
+    channels = math.ceil(work.head_dim / 32) * 32
+    rows, columns = (128, 128) if channels <= 64 else (64, 128) if work.is_backward else (128, 64)
+    return math.ceil(work.queries / rows) * rows, math.ceil(work.keys / columns) * columns, channels

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from fastmae.benchmarks.training.kinds import kind_of
 
+CHUNK = 65536  # elements of a tensor that a block of torch's multi_tensor_apply works on
+
 
 class Product(NamedTuple):
     """``batch`` matrix products, (rows, inner) by (inner, columns)."""
@@ -49,6 +51,8 @@ class Kernel(NamedTuple):
     is_small: bool = False
     """Whether nothing in it grows with the batch: weights and their gradients."""
     work: Product | Attention | None = None
+    blocks: int | None = None
+    """Of the launch, where they may be fewer than a GPU has multiprocessors."""
 
     @property
     def launches(self) -> int:

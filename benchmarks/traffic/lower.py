@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from fastmae.benchmarks.traffic.described import gradients
-from fastmae.benchmarks.traffic.kernel import Attention, Kernel, Product
+from fastmae.benchmarks.traffic.kernel import CHUNK, Attention, Kernel, Product
 
 _FINAL_SUM = re.compile(r"= workspace_?\d*\[.*\.view\((\d+), (\d+)\)\.sum\(dim=0\)(\.view\(.*?\))?(\.to\()?")
 _OVERWRITES = ("::zero_", "::fill_", "::copy_", "::_foreach_copy_")
@@ -98,8 +98,9 @@ def _operator(func, args: Sequence[object], results: object, is_backward: bool, 
     size = sum(_touched(x) for x in [*read, *written])
     names = _launches(name, args) if name.startswith("fastmae::") else (name,)
     is_small = max((x.numel() for x in [*read, *written]), default=0) in weights
+    blocks = sum(math.ceil(x.numel() / CHUNK) for x in outputs) if name == "fastmae::cast_all" else None
     return Kernel(names, size, (name,), tuple(_shown(x) for x in [*read, "->", *written]), is_backward, is_small,
-                  _work(name, inputs, outputs))  # fmt: skip
+                  _work(name, inputs, outputs), blocks)  # fmt: skip
 
 
 def _launches(name: str, args: Sequence[object]) -> tuple[str, ...]:

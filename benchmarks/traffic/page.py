@@ -76,15 +76,24 @@ def tables(section: dict) -> dict[str, list[list[str]]]:
 def summary(rows: list[dict]) -> list[list[str]]:
     """Table of predicted images per second, a line for each row."""
     lines = [["model", "GPU", "contender", "residual", "launches", "GB", "predicted ms", "predicted images/s", "predicted MFU",
-              "x rival"]]  # fmt: skip
-    rivals = {(r["model"], r["gpu"]): r["predicted_images_per_second"] for r in rows if r["contender"] == "rival"}
+              "x rival", "x rival, if its attention took as long"]]  # fmt: skip
+    rivals = {(r["model"], r["gpu"]): r for r in rows if r["contender"] == "rival"}
     for r in rows:
         total, rival = r["forward_backward"], rivals.get((r["model"], r["gpu"]))
         lines.append([r["model"], r["gpu"].removeprefix("NVIDIA "), r["contender"], r["residual"], str(total["launches"]),
                       f"{total['bytes'] / 1e9:.1f}", f"{r['predicted_milliseconds']:.1f}",
                       f"{r['predicted_images_per_second']:.0f}", f"{r['predicted_mfu']:.1%}",
-                      f"{r['predicted_images_per_second'] / rival:.2f}" if rival else "-"])  # fmt: skip
+                      *_times_faster(r, rival)])  # fmt: skip
     return lines
+
+
+def _times_faster(row: dict, rival: dict | None) -> tuple[str, str]:
+    """Than the rival as predicted, and than one whose attention takes as long as the row's."""
+    if rival is None:
+        return "-", "-"
+    time, of_rival = row["predicted_milliseconds"], rival["predicted_milliseconds"]
+    attention, of_rivals = (r["groups"]["attention"]["milliseconds"] for r in (row, rival))
+    return f"{of_rival / time:.2f}", f"{(of_rival - of_rivals + attention) / time:.2f}"
 
 
 def by_group(rows: list[dict]) -> list[list[str]]:

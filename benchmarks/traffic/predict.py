@@ -15,7 +15,7 @@ from fastmae.benchmarks.scaling.collectives import trained_elements
 from fastmae.benchmarks.traffic.contenders import Step, kernels_of
 from fastmae.benchmarks.traffic.cost import Rates, seconds
 from fastmae.benchmarks.traffic.gpus import GPUS
-from fastmae.benchmarks.traffic.kernel import Kernel
+from fastmae.benchmarks.traffic.kernel import CHUNK, Kernel
 from fastmae.benchmarks.training.contenders import MASK_RATIO
 from fastmae.cores import usable_cores
 from fastmae.model.config import FUSED, ModelConfig, preset
@@ -25,7 +25,7 @@ COUNTED_APART = ("products", "attention", "optimizer")  # in no total of bytes
 # AdamW's bytes per parameter: fused, it reads weight, gradient and moments and writes all but the gradient; a norm reads the
 # gradient once more. Otherwise each of its eight operations reads and writes, and a loss scaler has divided the gradient.
 _ADAMW = {"fastmae": 32, "standard": 32, "rival": 28, "reference": 96}
-_CHUNK, _CHUNKS = 65536, 320  # of torch's multi_tensor_apply: elements of a block, blocks of a launch
+_CHUNKS = 320  # blocks of a launch of torch's multi_tensor_apply
 
 
 # A model small enough for a test to count again.
@@ -71,7 +71,7 @@ def row(step: Step, kernels: list[Kernel], rates: Rates = Rates()) -> dict[str, 
     totals = {"launches": sum(g["launches"] for g in groups.values()),
               "bytes": sum(g["bytes"] for name, g in groups.items() if name not in COUNTED_APART)}  # fmt: skip
     trained = trained_elements(step.config)
-    launches = -(-trained // (_CHUNK * _CHUNKS)) * (8 if step.contender == "reference" else 1)
+    launches = -(-trained // (CHUNK * _CHUNKS)) * (8 if step.contender == "reference" else 1)
     adamw = Kernel(("multi_tensor_apply",) * launches, _ADAMW[step.contender] * trained)
     groups["optimizer"] = {"launches": launches, "bytes": adamw.bytes, "milliseconds": 1e3 * seconds(adamw, step.gpu, rates)}
     milliseconds = sum(g["milliseconds"] for g in groups.values())

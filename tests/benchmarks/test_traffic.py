@@ -13,15 +13,16 @@ from fastmae.benchmarks.arguments import DESCRIBED, TRAFFIC_CONTENDERS
 from fastmae.benchmarks.cli import PREDICTIONS, TRAFFIC
 from fastmae.benchmarks.traffic import page
 from fastmae.benchmarks.traffic.contenders import CONTENDERS
-from fastmae.benchmarks.traffic.cost import Rates, attention_seconds, product_seconds, seconds
+from fastmae.benchmarks.traffic.cost import Rates, attention_seconds, flash_padded, product_seconds, seconds
 from fastmae.benchmarks.traffic.described import gradients
 from fastmae.benchmarks.traffic.gpus import GPUS
 from fastmae.benchmarks.traffic.kernel import Attention, Kernel, Product
 from fastmae.benchmarks.traffic.predict import CHECK, COUNTED_APART, lowered, row
 from fastmae.errors import InputError
+from fastmae.kernels.add_norm import _bwd_launch as add_norm_launch
 from fastmae.model.config import preset
 from fastmae.model.flops import training_flops
-from tests.benchmarks.traffic_cases import DIM, HIDDEN, ROWS, lower_mlp
+from tests.benchmarks.traffic_cases import DIM, HEAD_DIM, HEADS, HIDDEN, IMAGES, ROWS, TOKENS, lower_both
 
 H100 = GPUS["H100"]
 FREE = Rates(product_share=1.0, memory_share=1.0, launch=1e-30)
@@ -29,12 +30,16 @@ COMMITTED = json.loads(PREDICTIONS.read_text())
 
 
 @pytest.fixture(scope="module")
-def mlp() -> dict[str, dict[str, tuple[int, int]]]:
-    """Launches and bytes of the MLP's groups."""
+def both() -> tuple[dict[str, list[Kernel]], list[Kernel]]:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(lower_mlp).result()
+        return pool.submit(lower_both).result()
+
+
+@pytest.fixture(scope="module")
+def mlp(both) -> dict[str, dict[str, tuple[int, int]]]:
+    """Launches and bytes of the MLP's groups."""
     groups: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, kernels in found.items():
+    for name, kernels in both[0].items():
         for k in kernels:
             launches, size = groups.setdefault(name, {}).get(k.group, (0, 0))
             groups[name][k.group] = (launches + k.launches, size + k.bytes)
@@ -62,6 +67,27 @@ def test_an_eager_mlp_launches_each_of_its_operators(mlp):
     assert found["bias gradients"] == (2, 2 * (hidden + out) + 2 * (HIDDEN + DIM))
     assert found["products"][0] == 5
     assert found["other"][0] == 3  # the loss, its gradient, and the one that this starts from
+
+
+def test_our_operators_count_each_input_and_output_once(both):
+    D, rows, found = HEADS * HEAD_DIM, IMAGES * TOKENS, {k.does[0]: k for k in both[1]}
+    out, lse, row = 2 * rows * D, 4 * IMAGES * HEADS * TOKENS, 4 * rows  # bytes
+    assert found["fastmae::short_attention"].bytes == 3 * out + 4 * 3 * D + out + lse
+    sums = 4 * IMAGES * 2 * D
+    assert found["fastmae::short_attention_bwd"].bytes == out + 3 * out + out + lse + 3 * out + sums
+    assert found["fastmae::add_norm"].bytes == 2 * out + out + 2 * 4 * D + 2 * out + out + 2 * row  # x and its sum are float32
+    partial = 4 * add_norm_launch(torch.empty(rows, D, device="meta"))[0] * 3 * D
+    assert found["fastmae::add_norm_bwd"].bytes == out + 2 * out + 4 * D + 2 * row + 2 * out + out + partial
+    cast = found["fastmae::cast_all"]
+    assert cast.bytes == 6 * (D + 1) * HIDDEN and cast.blocks == 2 and cast.names == ("aten::_foreach_copy_",)
+    assert all(k.launches == 1 for name, k in found.items() if name.startswith("fastmae::"))
+
+
+def test_too_few_blocks_do_not_reach_the_memorys_rate():
+    kernel, rates = Kernel(("aten::_foreach_copy_",), 10**9), Rates(launch=1e-30)
+    time = seconds(kernel, H100, rates)
+    assert seconds(kernel._replace(blocks=33), H100, rates) == pytest.approx(4 * time)
+    assert seconds(kernel._replace(blocks=500), H100, rates) == time
 
 
 def test_nothing_of_it_is_left_in_this_process(mlp):
@@ -127,6 +153,25 @@ def test_attention_pays_for_whole_tiles():
     short = whole._replace(is_whole=True)
     assert attention_seconds(short, 0.0, H100, rates) < 0.5 * attention_seconds(whole, 0.0, H100, rates)
     assert attention_seconds(short, 1.0, H100, rates) == 1.0  # never faster than its bytes
+
+
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_attention_of_80_channels_pays_for_the_padding_of_each_kernel(is_backward):
+    work = Attention(images=1, heads=16, queries=65, keys=65, head_dim=80, is_backward=is_backward, is_whole=True)
+    rates, products = Rates(), 7 if is_backward else 2  # 65 tokens are more than one tile
+    rows, columns = (80, 80) if is_backward else (80, 96)  # blocks of 32 or 64 rows and a tail, by tiles of 16 or 32 columns
+    share = rates.short_backward if is_backward else rates.short_forward
+    expected = 16 * 2 * products * rows * columns * 128 / (H100.flops * share)
+    assert attention_seconds(work, 0.0, H100, rates) == pytest.approx(expected)
+    assert flash_padded(work._replace(is_whole=False, keys=129)) == ((128, 256, 96) if is_backward else (128, 192, 96))
+
+
+def test_the_summary_also_compares_with_a_rival_whose_attention_takes_as_long():
+    rows = [{"model": "base", "gpu": "G", "contender": name, "residual": "fp32", "predicted_milliseconds": time,
+             "predicted_images_per_second": 1e3 / time, "predicted_mfu": 0.5, "forward_backward": {"launches": 1, "bytes": 1},
+             "groups": {"attention": {"milliseconds": attention}}}
+            for name, time, attention in (("fastmae", 10.0, 1.0), ("rival", 15.0, 4.0))]  # fmt: skip
+    assert [line[-2:] for line in page.summary(rows)[1:]] == [["1.50", "1.20"], ["1.00", "1.00"]]
 
 
 @pytest.mark.parametrize("name", DESCRIBED)

@@ -136,6 +136,8 @@ def _reference_run(options: argparse.Namespace) -> Iterator[Part]:
 
 def _kernels(options: argparse.Namespace) -> Iterator[Part]:
     if getattr(options, "check", False):
+        if options.models or options.batch:
+            raise InputError("--check takes its sizes from --shape, not from --models or --batch")
         from fastmae.benchmarks.kernels import check
 
         yield "kernels check", check.measure_errors(options.shape, _device(options)), check.table
@@ -197,6 +199,8 @@ def _all(options: argparse.Namespace) -> Iterator[Part]:
 
 def _kernels_or_resources(options: argparse.Namespace) -> int:
     if not options.resources:
+        if options.save:
+            raise InputError("--save needs --resources, whose table it writes")
         return _report(options)
     from fastmae.benchmarks.kernels import resources
 

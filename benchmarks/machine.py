@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,11 @@ def copy_bytes(device: torch.device) -> float:
     source, target = (torch.empty(n, dtype=torch.uint8, device=device) for _ in range(2))
     source.fill_(1)
     return 2 * n / device_seconds([lambda: target.copy_(source)], device)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether ``error`` is of memory that was not there: torch's, or a library's below it, which have messages of their own."""
+    return bool(re.search("OutOfMemory|out of memory|ALLOC_FAILED|can't allocate memory", f"{type(error).__name__}: {error}"))
 
 
 def _version(package: str) -> str | None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SINGLE = 64  # tokens and channels up to which a backward pass is one tile, without loops
+SINGLE = 64  # tokens and channels up to which a backward pass is one tile, without loops; half the channels in float32
 
 
 class Tiles(NamedTuple):
@@ -33,7 +33,7 @@ class Tiles(NamedTuple):
 def forward_tiles(N: int, M: int, d: int, itemsize: int) -> Tiles:
     """Rows are N queries, columns M keys, of ``d`` channels of ``itemsize`` bytes."""
     if itemsize == 4:
-        return _tiles(N, M, 32, 32, 4) if d <= 64 else _tiles(N, M, 32, 16, 8)
+        return _tiles(N, M, 32, 32, 4, 168) if d <= 64 else _tiles(N, M, 32, 16, 8, 168)
     return _tiles(N, M, 64, 64 if M <= 64 else 32, 4) if d <= 64 else _tiles(N, M, 64, 32, 8)
 
 
@@ -44,9 +44,9 @@ def backward_tiles(rows: int, columns: int, d: int, itemsize: int) -> Tiles:
     return _tiles(rows, columns, 64, 32, 4, 168 if d <= 32 else 255) if d <= 64 else _tiles(rows, columns, 32, 16, 8, 255)
 
 
-def is_single(N: int, M: int, d: int) -> bool:
+def is_single(N: int, M: int, d: int, itemsize: int = 2) -> bool:
     """Whether the backward pass of N queries and M keys is one tile."""
-    return max(N, M, d) <= SINGLE
+    return max(N, M, d * itemsize // 2) <= SINGLE
 
 
 def padded_flops(N: int, M: int, d: int, itemsize: int = 2) -> tuple[int, int]:
@@ -56,7 +56,7 @@ def padded_flops(N: int, M: int, d: int, itemsize: int = 2) -> tuple[int, int]:
     """
     of_one = 2 * width(d)
     forward = 2 * of_one * forward_tiles(N, M, d, itemsize).padded(M)
-    if is_single(N, M, d):
+    if is_single(N, M, d, itemsize):
         return forward, 5 * of_one * width(N) * width(M)
     queries, keys = backward_tiles(N, M, d, itemsize).padded(M), backward_tiles(M, N, d, itemsize).padded(N)
     return forward, of_one * (3 * queries + 4 * keys)

@@ -104,7 +104,7 @@ def _short_attention_fwd_kernel(out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, keys_ptr,
     v_ptr += b * stride_kb + h * stride_kh
     keys = M
     if HAS_KEYS:
-        keys = tl.load(keys_ptr + b)
+        keys = tl.minimum(tl.load(keys_ptr + b), M)
     for block in range(BLOCKS):
         _attend(out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, block * ROWS, keys, stride_out, stride_qn, stride_km,
                 SCALE, N, M, D, ROWS, COLUMNS, BLOCK_D)  # fmt: skip
@@ -128,6 +128,7 @@ def _short_attention_triton(
             out, lse, q, k, v, lse if keys is None else keys, H, H * d, *q.stride()[:3], *k.stride()[:3],
             SCALE=_LOG2_E * d**-0.5, N=N, M=M, D=d, HAS_KEYS=keys is not None, BLOCKS=tiles.blocks, ROWS=tiles.rows,
             TAIL=tiles.tail, COLUMNS=tiles.columns, BLOCK_D=width(d), num_warps=tiles.warps, num_stages=1,
+            maxnreg=tiles.registers,
         )  # fmt: skip
     return out, lse
 

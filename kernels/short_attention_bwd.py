@@ -4,8 +4,8 @@
     dv[m] = sum_n p[n, m] do[n],   dk[m] = sum_n ds[n, m] q[n] / sqrt(d),   dq[n] = sum_m ds[n, m] k[m] / sqrt(d)
 
 Letters as in ``short_attention``, ``do`` the gradient of ``out``. One program owns one head of one image, so nothing is added
-up across programs. Up to 64 tokens and channels everything is one tile, and p and ds are computed once. Above, registers do not
-hold the gradients of all keys: p and ds are computed twice, for blocks of queries and then for blocks of keys.
+up across programs. Up to 64 tokens and channels (32 in float32) everything is one tile, and p and ds are computed once. Above,
+registers do not hold the gradients of all keys: both are computed twice, for blocks of queries and then for blocks of keys.
 Sums for the bias: rows of p sum to 1 and rows of ds to 0, so the sum of dv over keys is that of ``do``, and that of dk is 0.
 Source: Dao 2023 (arXiv 2307.08691), section 3.2, without its atomic additions.
 """
@@ -142,7 +142,7 @@ def _short_attention_bwd_kernel(dq_ptr, dk_ptr, dv_ptr, sums_ptr, delta_ptr, do_
     lse_ptr += program * N
     keys = M
     if HAS_KEYS:
-        keys = tl.load(keys_ptr + b)
+        keys = tl.minimum(tl.load(keys_ptr + b), M)
     sum_q = tl.zeros([BLOCK_D], tl.float32)
     sum_v = tl.zeros([BLOCK_D], tl.float32)
     for block in range(blocks_q):
@@ -182,7 +182,7 @@ def _short_attention_bwd_single_kernel(dq_ptr, dk_ptr, dv_ptr, sums_ptr, do_ptr,
     out_ptr += b * N * stride_out + h * D
     keys = M
     if HAS_KEYS:
-        keys = tl.load(keys_ptr + b)
+        keys = tl.minimum(tl.load(keys_ptr + b), M)
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     # Each input is loaded where it is used first, and each result stored at once: fewer registers.
     k = load_rows(k_ptr, 0, keys, stride_km, D, BLOCK_M, BLOCK_D)
@@ -222,10 +222,10 @@ def _short_attention_bwd_triton(
         "BLOCK_D": width(d), "num_stages": 1,
     }  # fmt: skip
     with torch.cuda.device_of(q):
-        if is_single(N, M, d):
+        if is_single(N, M, d, q.itemsize):
             _short_attention_bwd_single_kernel[(B * H,)](
                 *grads, sums, *inputs, *strides, **constants, N=N, M=M, BLOCK_N=width(N), BLOCK_M=width(M),
-                num_warps=2 * q.itemsize,
+                num_warps=2 * q.itemsize, maxnreg=255 if q.itemsize == 4 else None,
             )  # fmt: skip
         else:
             by_query, by_key = backward_tiles(N, M, d, q.itemsize), backward_tiles(M, N, d, q.itemsize)

@@ -53,7 +53,7 @@ def test_attention(report: Item):
 
 
 @pytest.mark.worth(6)
-@pytest.mark.seconds(110, 30)
+@pytest.mark.seconds(110, 45)
 def test_gradients(report: Item):
     """Gradients of the compiled model against those of the eager one on photographs, parameter by parameter, with Inductor's
     mix-order reduction and without, and with everything fused by name."""

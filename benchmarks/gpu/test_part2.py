@@ -29,7 +29,7 @@ def test_kernels_off(report: Item):
             "waterfall", "--model", "tiny", "--batch", 4, "--image-size", 64, "--rounds", 1, "--only", "exact skipping"
         )
     else:
-        switches = ("kernel ", "Triton", "nothing fused", "everything fused", "bf16 residual")
+        switches = ("kernel ", "Triton", "nothing fused", "all fused", "bf16 residual")
         report.bench("waterfall", "--batch", 256, "--rounds", 3, "--only", *switches,
                      "--together", max(1, report.memory // 20))  # fmt: skip
 

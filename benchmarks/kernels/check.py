@@ -6,6 +6,7 @@ torch's own operations do on the same inputs, plus one ulp. Integers have levels
 may lie half a level from the exact one, which rounding costs, and float32's own error.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -15,12 +16,15 @@ from torch import Tensor
 
 from fastmae.benchmarks.kernels.formulas import FORMULAS, Formula
 from fastmae.benchmarks.kernels.shape import Shape
+from fastmae.benchmarks.machine import lacks_memory
+from fastmae.errors import InputError
 from fastmae.kernels import dispatch
 
 _DRAWS = 4  # one loss may be exact by luck
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MODES = {"triton": "triton", "interpreter": "triton", "twin": "torch"}  # a backend's FASTMAE_KERNELS
 _PIXEL_LEVELS = 0.51
+_NEEDS = "its kernels need a CUDA device, or TRITON_INTERPRET=1"
 
 
 ON_CPU = (Shape(),)
@@ -29,13 +33,19 @@ ON_GPU = (Shape(), Shape(B=8, H=224, W=224, p=16, D=768))
 
 def measure_errors(shapes: list[str] | None, device: torch.device) -> dict[str, object]:
     """The section ``kernels check`` of a result: a row for each op, dtype, backend and tensor, and in ``wrong`` a line for each
-    that errs more than is allowed."""
+    that errs more than is allowed.
+
+    Raises InputError on a shape that is none or does not fit into memory, and if nothing can run.
+    """
     default = ON_GPU if device.type == "cuda" else ON_CPU
     chosen, notes, rows = backends(device), [], []
+    if not chosen:
+        raise InputError(f"FASTMAE_KERNELS is triton, and {_NEEDS}")
     if "interpreter" in chosen:
         notes.append("Triton's interpreter runs float32 alone: it does not round bf16 and fp16 as a GPU does")
     elif "triton" not in chosen:
-        notes.append("no row for Triton: its kernels need a CUDA device, or TRITON_INTERPRET=1")
+        is_off = dispatch.mode() == "torch"
+        notes.append(f"no row for Triton: {'FASTMAE_KERNELS is torch' if is_off else _NEEDS}")
     for shape in [Shape.parse(text) for text in shapes] if shapes else default:
         for formula in FORMULAS:
             if formula.limit(shape):
@@ -44,7 +54,7 @@ def measure_errors(shapes: list[str] | None, device: torch.device) -> dict[str, 
             for dtype in _DTYPES[:1] if formula.is_exact else _DTYPES:
                 for backend in chosen:
                     if backend != "interpreter" or dtype == torch.float32:
-                        rows += [{"shape": str(shape), **row} for row in check(formula, backend, shape, device, dtype)]
+                        rows += _rows(formula, backend, shape, device, dtype)
     wrong = [
         f"{r['op']} by {r['backend']}, inputs {r['inputs']}, {r['shape']}: {r['tensor']} errs by {r['error']:.3g} {r['unit']}, "
         f"allowed are {r['allowed']:.3g}"
@@ -59,6 +69,15 @@ def backends(device: torch.device) -> list[str]:
     kernels = ["interpreter"] if dispatch.INTERPRETED else ["triton"] if device.type == "cuda" else []
     asked = dispatch.mode()
     return [name for name in (*kernels, "twin") if asked in ("auto", _MODES[name])]
+
+
+def _rows(formula: Formula, backend: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> list[dict]:
+    try:
+        return [{"shape": str(shape), **row} for row in check(formula, backend, shape, device, dtype)]
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        raise InputError(f"shape must fit into memory, got {shape}: {formula.name} in {_name(dtype)} does not") from error
 
 
 def check(formula: Formula, backend: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[dict]:
@@ -87,7 +106,7 @@ def compare(found: Tensor, own: Tensor, exact: Tensor) -> dict[str, object]:
     A result of another dtype than torch's, or one that is not finite, has no error that could be allowed.
     """
     error, torch_error = (_greatest(result, exact) for result in (found, own))
-    if found.dtype != own.dtype:
+    if found.dtype != own.dtype or not math.isfinite(error):
         error = float("nan")
     if not found.is_floating_point():
         allowed = _PIXEL_LEVELS if found.dtype == torch.uint8 else 0.0

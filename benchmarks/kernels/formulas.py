@@ -85,6 +85,12 @@ def _add_norm_inputs(s: Shape, device: torch.device, dtype: torch.dtype, residua
     return x, branch, weight, bias, 1e-6, branch_bias, dtype
 
 
+def _norm_inputs(s: Shape, device: torch.device, dtype: torch.dtype) -> tuple:
+    """As the first norm of a model: nothing is added."""
+    x, _, weight, bias, eps, _, _ = _add_norm_inputs(s, device, dtype, torch.float32)
+    return x, None, weight, bias, eps, None, dtype
+
+
 def _gelu_inputs(s: Shape, device: torch.device, dtype: torch.dtype) -> tuple:
     return _normal(s.B, s.N, s.D, device=device, dtype=dtype), _normal(s.D, device=device)
 
@@ -161,7 +167,7 @@ def _attention_limit(s: Shape) -> str:
 
 
 def _add_norm(x, branch, weight, bias, eps, branch_bias, dtype) -> tuple[Tensor, Tensor]:
-    total = (x.to(weight.dtype) + branch.to(weight.dtype) + _added(branch_bias)).to(x.dtype)
+    total = x if branch is None else (x.to(weight.dtype) + branch.to(weight.dtype) + _added(branch_bias)).to(x.dtype)
     return total, F.layer_norm(total.to(weight.dtype), total.shape[-1:], weight, bias, eps).to(dtype)
 
 
@@ -185,6 +191,8 @@ FORMULAS = (
     Formula("add_norm", _add_norm_inputs, kernels.add_norm, _add_norm, ("sum", "normed"), _ADD_NORM),
     Formula("add_norm to fp32", partial(_add_norm_inputs, residual=torch.float32), kernels.add_norm, _add_norm,
             ("sum", "normed"), _ADD_NORM),
+    Formula("add_norm of nothing", _norm_inputs, kernels.add_norm, _add_norm, ("sum", "normed"),
+            {name: _ADD_NORM[name] for name in ("x", "weight", "bias")}),
     Formula("gelu", _gelu_inputs, kernels.gelu, _gelu, differentiable={"x": 0, "bias": 1}),
     Formula("random_masking", _measured("random_masking"), kernels.random_masking, _random_masking,
             ("ids_keep", "ids_predict", "ids_restore"), is_exact=True),

@@ -31,6 +31,10 @@ def check_peers(contenders: Collection[str], crossmae: Path | None) -> None:
     """Raise InputError if one of ``contenders`` lacks its package or its clone: before minutes are spent on the others."""
     if "crossmae" in contenders and crossmae is None:
         raise InputError("contender crossmae needs --crossmae CLONE, a clone of github.com/TonyLianLong/CrossMAE")
+    if "crossmae" in contenders:
+        from fastmae.benchmarks.training.reference import CROSSMAE, file_of_clone  # with it comes torch
+
+        file_of_clone(crossmae, *CROSSMAE)
     for name in NAMES:
         for package in _IMPORTED[name] if name in contenders else ():
             if find_spec(package) is None:

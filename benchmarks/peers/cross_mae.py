@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastmae.benchmarks.peers.eager import NORM, eager, load
 from fastmae.benchmarks.training.contenders import MASK_RATIO, Contender, Workload
-from fastmae.benchmarks.training.reference import Draw, load_clone
+from fastmae.benchmarks.training.reference import CROSSMAE, Draw, load_clone
 from fastmae.benchmarks.training.twin import TwinMAE
 from fastmae.errors import InputError
 
@@ -31,7 +31,7 @@ def cross_mae(workload: Workload) -> Contender:
     c, draw = workload.config, Draw()
     if c.in_chans != 3:
         raise InputError(f"contender crossmae takes images of 3 channels, got {c.in_chans}")
-    module = load_clone(workload.crossmae, "models_cross.py", "TonyLianLong/CrossMAE", draw)
+    module = load_clone(workload.crossmae, *CROSSMAE, draw)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints, where a table and JSON belong
         model = module.MaskedAutoencoderViT(
             img_size=c.img_size[0], patch_size=c.patch_size, embed_dim=c.embed_dim, depth=c.depth, num_heads=c.num_heads,

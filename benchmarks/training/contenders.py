@@ -121,7 +121,7 @@ def choose(config: ModelConfig, device: torch.device, compile: str = "auto", wit
     for shape in block_shapes(config, K, config.patches - K):
         residual = residual_of(config, torch.bfloat16)
         task = BlockTask(device.type, torch.bfloat16, residual, shape, config.attention, compile != "off")
-        attention, fused = choose_block(task)
+        attention, fused = choose_block(task).best
         if attention in without:
             attention = fastest_alone(device.type, task.dtype, attention_of(shape))
         found.append(Variant(attention, tuple(name for name in fused if name not in without)))

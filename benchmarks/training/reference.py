@@ -21,6 +21,8 @@ from fastmae.errors import InputError
 from fastmae.model.config import ModelConfig
 
 _REPOSITORY = "facebookresearch/mae"
+CROSSMAE = ("models_cross.py", "TonyLianLong/CrossMAE")
+"""The file of a clone that grew from the reference, and whose."""
 _operators: list[torch.library.Library] = []  # torch forgets operators whose library object is gone
 
 
@@ -46,7 +48,7 @@ def load_reference(clone: str | Path, draw: Draw | None = None) -> ModuleType:
 
 def load_clone(clone: str | Path, name: str, repository: str, draw: Draw | None = None) -> ModuleType:
     """``load_reference`` for the file ``name`` of a clone of ``repository``, which may be one that grew from the reference."""
-    path = _file(clone, name, repository)
+    path = file_of_clone(clone, name, repository)
     with _todays_packages(repository), _on_path(Path(clone)):
         module = _module(path)
     if draw is not None:
@@ -77,10 +79,11 @@ def build_reference(module: ModuleType, config: ModelConfig, fused: bool) -> nn.
 
 def load_schedule(clone: str | Path) -> Callable[[torch.optim.Optimizer, float, object], float]:
     """``adjust_learning_rate(optimizer, epoch, args)`` of the clone's ``util/lr_sched.py``. Raises InputError if missing."""
-    return _module(_file(clone, "util/lr_sched.py", _REPOSITORY)).adjust_learning_rate
+    return _module(file_of_clone(clone, "util/lr_sched.py", _REPOSITORY)).adjust_learning_rate
 
 
-def _file(clone: str | Path, name: str, repository: str) -> Path:
+def file_of_clone(clone: str | Path, name: str, repository: str) -> Path:
+    """The path of ``name`` in a clone of ``repository``. Raises InputError if there is no such file."""
     path = Path(clone) / name
     if not path.is_file():
         raise InputError(f"{path}: not found; give a clone of github.com/{repository}")

@@ -17,6 +17,7 @@ from fastmae.benchmarks.machine import matmul_flops
 from fastmae.benchmarks.timing import Times, check_losses
 from fastmae.benchmarks.training.contenders import MASK_RATIO, NAMES, Workload, choose, make
 from fastmae.benchmarks.training.gradients import check_gradients
+from fastmae.benchmarks.training.reference import load_reference
 from fastmae.benchmarks.training.worker import OutOfMemory, Worker, losses_of, take_turns
 from fastmae.devices import datasheet_flops
 from fastmae.model.config import preset
@@ -37,10 +38,12 @@ def measure_steps(models: list[str], batches: list[int] | None, device: torch.de
     ``batches`` None: a sweep up to what fits in memory on a GPU, 16 on a CPU. A further batch is skipped if it would not end
     within ``minutes``. ``compile``: what the rival and fastmae compile on a GPU. ``profile``: rows hold ``profile``, where the
     device's time goes (``kinds``). ``contenders`` may hold ``peers.NAMES``, of which ``crossmae`` needs the clone of that name.
-    Raises InputError on an unknown model, or if a peer's package is missing, LossesDiffer if losses do, or fastmae's gradients
-    once compiled.
+    Raises InputError on an unknown model, a wrong clone, or if a peer's package is missing, LossesDiffer if losses do, or
+    fastmae's gradients once compiled.
     """
     peers.check_peers(contenders, crossmae)
+    if clone is not None:
+        load_reference(clone)
     on_gpu = device.type == "cuda"
     batches = batches or (_SWEEP if on_gpu else [16])
     began, longest, rows = time.monotonic(), 0.0, []

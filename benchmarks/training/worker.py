@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fastmae.benchmarks.machine import lacks_memory
 from fastmae.benchmarks.timing import Times, interleave, seconds_per_call
 from fastmae.benchmarks.training.contenders import Contender
 from fastmae.benchmarks.training.kinds import profile_calls
@@ -129,8 +130,7 @@ def _serve(pipe: Connection, build: Callable[[], Contender], device: torch.devic
             answer = ("input", str(error))
         except Exception as error:  # sent to the process that asked
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            # Libraries below torch have their own messages for out of memory.
-            is_full = re.search("OutOfMemory|out of memory|ALLOC_FAILED|can't allocate memory", text)
+            is_full = lacks_memory(error)
             answer = ("memory", "out of memory") if is_full else ("failed", text)
             if not is_full:
                 traceback.print_exc()

@@ -1,16 +1,18 @@
 """The choice of an attention backend: measured, kept, shared between processes, and never in the way."""
 
 import json
+import os
 
 import pytest
 import torch
 
 from fastmae.model.attention import choice
 from fastmae.model.attention.backends import Shape
-from fastmae.model.attention.cache import cache_file
+from fastmae.model.attention.cache import BLOCKS, cache_file, read_entries, write_entries
 from fastmae.model.attention.choice import adopt, fastest, measure, unmeasured
 from fastmae.model.attention.probe import probe, why_not
 from fastmae.model.config import BACKENDS
+from tests.support.forked import run_together
 
 pytestmark = pytest.mark.worth(2)
 
@@ -50,6 +52,18 @@ def test_a_damaged_file_is_measured_again_and_replaced(content, monkeypatch):
     cache_file("cpu").write_text(content.replace("%s", str(SHAPE)))
     assert fastest("cpu", torch.float32, SHAPE) == "math"
     assert json.loads(cache_file("cpu").read_text())["choices"]
+
+
+def add_entries(folder, process):
+    os.environ["FASTMAE_CACHE"] = str(folder)
+    for n in range(10):
+        write_entries("cpu", BLOCKS, {f"{process} {n}": {"microseconds": process * [1.0]}})
+
+
+@pytest.mark.all
+def test_processes_that_write_at_once_keep_all_entries(tmp_path):
+    run_together(add_entries, [(tmp_path / "cache", process) for process in (1, 20)])
+    assert len(read_entries("cpu", BLOCKS)) == 20
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_file(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Which backends work: tried on the run's own shapes, apart from this process where there is a GPU, and remembered."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -167,6 +168,12 @@ def test_a_lack_of_memory_is_not_cached(error, monkeypatch):
     monkeypatch.setattr(trial, "attend", run_out)
     reason = f"{type(error).__name__}: {error}".replace("\n", "")
     assert try_out("sdpa", "cpu", torch.float32, SHAPES[0]) == Verdict(reason, lasts=False)
+
+
+def test_a_full_device_answers_and_a_broken_one_does_not(monkeypatch):
+    for error, expected in ((torch.OutOfMemoryError("CUDA out of memory"), True), (RuntimeError("CUDA error"), False)):
+        monkeypatch.setattr(torch, "ones", mock.Mock(side_effect=error))
+        assert trial.answers("cpu") == expected
 
 
 def test_where_nothing_works_nothing_is_cached_for_other_machines(gpu):

@@ -6,6 +6,7 @@ import sys
 import time
 from functools import partial
 from typing import ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fastmae.benchmarks.training.step import measure_steps
 from fastmae.benchmarks.training.step import profiles as profiles_of
 from fastmae.benchmarks.training.worker import OutOfMemory
 from fastmae.model.block import linear
+from fastmae.model.block.measured import Found
 from fastmae.model.block.trial import Variant
 from fastmae.model.config import preset
 
@@ -193,9 +195,9 @@ def test_every_switch_keeps_the_loss(switch, compiler, monkeypatch):
 
 
 def test_fastmae_is_timed_as_a_run_would_choose_and_without_what_a_switch_takes_away(monkeypatch):
-    tasks, adopted = [], []
+    tasks, adopted, best = [], [], Variant("short", ("linear", "gelu"))
     monkeypatch.setattr(contenders, "MEASURED", ("cpu",))
-    monkeypatch.setattr(contenders, "choose_block", lambda task: tasks.append(task) or Variant("short", ("linear", "gelu")))
+    monkeypatch.setattr(contenders, "choose_block", lambda task: tasks.append(task) or Found(best, {}, {}))
     monkeypatch.setattr(contenders, "adopt_block", lambda task, variant: adopted.append(variant))
     monkeypatch.setattr(contenders, "fastest_alone", lambda *_: "flash")
     config = preset("base", residual="bf16")
@@ -203,7 +205,7 @@ def test_fastmae_is_timed_as_a_run_would_choose_and_without_what_a_switch_takes_
     assert [task.shape.tokens for task in tasks] == [50, 197, 197] and {task.is_compiled for task in tasks} == {True}
     assert {(task.dtype, task.residual) for task in tasks} == {(torch.bfloat16, torch.bfloat16)}
     assert contenders.choose(config, CPU, "off", ("short", "gelu")) == "attention flash + linear" and not tasks[-1].is_compiled
-    assert adopted == 3 * [Variant("short", ("linear", "gelu"))] + 3 * [Variant("flash", ("linear",))]
+    assert adopted == 3 * [best] + 3 * [Variant("flash", ("linear",))]
     assert contenders.choose(preset("base", fused="off"), CPU) == "attention auto, fused off" and len(tasks) == 6
 
 
@@ -225,6 +227,14 @@ def test_measured_bodies_compute_the_same(case, device, compiler):
         kernels.check_equal(case, name, body, inputs)
         with pytest.raises(LossesDiffer, match=f"{case.name} by {name} differs"):
             kernels.check_equal(case, name, partial(_moved, body), inputs)
+
+
+def test_one_wrong_row_of_many_is_found():
+    case = kernels.Case("copy", inputs=Mock(), op=torch.clone, twin=torch.clone, forward_bytes=Mock())
+    x = torch.randn(50_000, 3, generator=torch.Generator().manual_seed(0))
+    kernels.check_equal(case, "twin", torch.clone, (x,))
+    with pytest.raises(LossesDiffer, match="copy by twin differs"):
+        kernels.check_equal(case, "twin", lambda x: torch.cat([x[:-1], x[:1]]), (x,))
 
 
 def _moved(body, *inputs):
@@ -249,8 +259,8 @@ def test_the_last_line_is_one_json_document(capsys, tmp_path):
         (["step", "--models", "tiny", "--reference", "/nowhere"], "model must be one of base, large, huge, got 'tiny'"),
         (["waterfall", "--model", "giant"], "model must be one of tiny, small, base, large, huge, got 'giant'"),
         (
-            ["waterfall", "--device", "cpu", "--only", "a b"],
-            f"only must be a part of a switch's name on cpu ({ON_CPU}), got a b",
+            ["waterfall", "--device", "cpu", "--only", "float images", "a b"],
+            f"only must be a part of a switch's name on cpu ({ON_CPU}), got 'a b'",
         ),
     ],
 )

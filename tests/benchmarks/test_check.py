@@ -14,6 +14,7 @@ from fastmae.benchmarks.cli import main
 from fastmae.benchmarks.kernels import check
 from fastmae.benchmarks.kernels.formulas import FORMULAS
 from fastmae.benchmarks.kernels.shape import Shape
+from fastmae.kernels import dispatch
 
 ODD = "B=1,C=2,H=16,W=24,p=4,D=33"
 COMMAND = ["kernels", "--check", "--device", "cpu", "--shape", ODD]
@@ -58,6 +59,9 @@ def test_errors_are_counted_in_units_of_the_last_place():
     for wrong in (own * float("nan"), own.float()):  # no number, and another dtype than is asked for
         row = check.compare(wrong, own, exact)
         assert not row["error"] <= row["allowed"]
+    infinite = own * float("inf")
+    row = check.compare(infinite, infinite, exact)  # not even where torch's own is
+    assert not row["error"] <= row["allowed"]
     ids, pixels = torch.tensor([3, 1], dtype=torch.int32), torch.tensor([3, 1], dtype=torch.uint8)
     for exact, own, is_right in ((ids, ids, True), (ids.flip(0), ids, False), (pixels + 0.5, pixels, True),
                                  (pixels + 0.6, pixels, False)):  # fmt: skip
@@ -86,6 +90,32 @@ def test_a_wrong_shape_is_one_line(shape, capsys):
     assert main(["kernels", "--check", "--device", "cpu", "--shape", shape]) == 2
     out, error = capsys.readouterr()
     assert out == "" and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--check", "--shape", "B=1,D=1,N=1000000000000000"], "shape must fit into memory, got B=1,C=3,H=64,W=48,p=8,D=1,"),
+    (["--check", "--models", "large"], "--check takes its sizes from --shape, not from --models or --batch"),
+    (["--save"], "--save needs --resources, whose table it writes"),
+])  # fmt: skip
+def test_what_does_not_fit_or_would_be_ignored_is_one_line(flags, message, capsys):
+    assert main(["kernels", "--device", "cpu", *flags]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith(f"fastmae bench: {message}") and error.count("\n") == 1
+
+
+def test_twins_alone_are_noted(monkeypatch):
+    monkeypatch.setattr(check, "FORMULAS", ())
+    for mode, reason in (("torch", "FASTMAE_KERNELS is torch"), ("auto", "its kernels need a CUDA device")):
+        monkeypatch.setenv("FASTMAE_KERNELS", mode)
+        assert check.measure_errors([ODD], torch.device("cpu"))["notes"][0].startswith(f"no row for Triton: {reason}")
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="here Triton's kernels run on a CPU")
+def test_kernels_that_cannot_run_are_not_passed(monkeypatch, capsys):
+    monkeypatch.setenv("FASTMAE_KERNELS", "triton")
+    assert main(COMMAND) == 2
+    needs = "its kernels need a CUDA device, or TRITON_INTERPRET=1"
+    assert capsys.readouterr().err == f"fastmae bench: FASTMAE_KERNELS is triton, and {needs}\n"
 
 
 def test_a_shape_without_check_is_one_line(capsys):

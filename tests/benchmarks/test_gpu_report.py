@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.gpu import conftest
 from benchmarks.gpu.archive import pack
 from benchmarks.gpu.checkout import ROOT, environment
 from benchmarks.gpu.command import Outcome
 from benchmarks.gpu.item import Item, counts_of, reason_in, worths_of
+from fastmae.benchmarks.training.waterfall import SWITCHES
 
 ITEMS = r"""
 import sys, pytest
@@ -163,6 +165,19 @@ def running(folder: Path, **fields) -> Item:
     (folder / "items").mkdir()
     return Item(name="part1-x", results=folder, memory=0, tiny=False, data=None, reference=None, environment={},
                 deadline=time.monotonic() + 60, **{"device": "cuda", **fields})  # fmt: skip
+
+
+def test_the_waterfall_of_a_report_asks_for_switches_that_exist(tmp_path, monkeypatch, request):
+    for marker in conftest._MARKERS:
+        request.config.addinivalue_line("markers", marker)
+    from benchmarks.gpu.test_part2 import test_kernels_off
+
+    asked = []
+    monkeypatch.setattr(Item, "bench", lambda self, *words: asked.extend(words))
+    test_kernels_off(running(tmp_path))
+    texts = asked[asked.index("--only") + 1 : asked.index("--together")]
+    names = [s.name for s in SWITCHES if "cuda" in s.devices]
+    assert [text for text in texts if not any(text in name for name in names)] == []
 
 
 @pytest.mark.parametrize("rows", [[], [{"contender": "rival"}]])

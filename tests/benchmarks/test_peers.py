@@ -87,8 +87,15 @@ def test_crossmae_needs_a_clone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(peers, "find_spec", lambda name: object())
     assert main(["step", "--device", "cpu", "--models", "tiny", "--contenders", "crossmae"]) == 2
     assert "contender crossmae needs --crossmae CLONE" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"models_cross.py: not found; give a clone of github.com/TonyLianLong/CrossMAE"):
-        peers.make_peer("crossmae", workload(crossmae=tmp_path))
+    assert main(["step", "--device", "cpu", "--models", "tiny", "--contenders", "crossmae", "--crossmae", str(tmp_path)]) == 2
+    missing = f"{tmp_path}/models_cross.py: not found; give a clone of github.com/TonyLianLong/CrossMAE"
+    assert capsys.readouterr().err == f"fastmae bench: {missing}\n"
+
+
+def test_a_clone_that_is_not_there_is_named_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr("fastmae.benchmarks.training.step.matmul_flops", lambda device: pytest.fail("was measured"))
+    assert main(["step", "--device", "cpu", "--models", "base", "--reference", "nowhere"]) == 2
+    assert "nowhere/models_mae.py: not found; give a clone of github.com/facebookresearch/mae" in capsys.readouterr().err
 
 
 def test_peers_take_square_images_only():

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastmae.errors import InputError
 from fastmae.model.attention import choice as attention_choice
 from fastmae.model.attention.backends import Shape
-from fastmae.model.attention.cache import BLOCKS, cache_file
+from fastmae.model.attention.cache import BLOCKS, PROBES, cache_file
 from fastmae.model.attention.choice import unmeasured
 from fastmae.model.attention.trial import Verdict
 from fastmae.model.block import choice, fused, measured, probe, trial
@@ -75,9 +76,12 @@ def test_a_difference_that_may_be_noise_takes_nothing(clock):
     assert measure_block(TASK, tokens=15).best == Variant("math")
 
 
-def test_an_attention_asked_for_by_name_stays(clock):
+def test_an_attention_asked_for_by_name_stays(clock, monkeypatch):
+    asked = []
+    monkeypatch.setattr(measured, "probe_blocks", lambda *place: asked.append(place[-1]))
     assert measure_block(TASK._replace(attention="sdpa"), tokens=15).best == Variant("sdpa", ("linear", "add_norm"))
     assert measure_block(TASK._replace(attention="short"), tokens=15).best == Variant("short", ("linear", "add_norm"))
+    assert asked == [ALL, (*ALL, "short")]
 
 
 def test_without_autocast_there_is_nothing_to_cast(clock):
@@ -138,7 +142,9 @@ def test_where_nothing_compiles_nothing_is_fused(clock, monkeypatch):
         raise RuntimeError("no C compiler")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    assert choose_block(TASK) == Variant("math") and fused_names("auto", *TASK[:4]) == ()
+    found = choose_block(TASK)
+    assert found.best == Variant("math") and fused_names("auto", *TASK[:4]) == ()
+    assert found.failure == "RuntimeError: no C compiler"
     assert known_block(TASK) is None  # the next start tries again
 
 
@@ -147,7 +153,20 @@ def test_a_lack_of_memory_is_not_kept(clock, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(fused, "gelu", run_out)
-    assert choose_block(TASK).fused == ("linear", "add_norm") and known_block(TASK) is None
+    assert choose_block(TASK).best.fused == ("linear", "add_norm") and known_block(TASK) is None
+
+
+def test_what_breaks_the_gpu_at_full_size_ends_the_run_and_is_not_tried_again(clock, monkeypatch):
+    def break_it(*_):
+        monkeypatch.setattr(measured, "answers", lambda _: False)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(fused, "gelu", break_it)
+    with pytest.raises(InputError, match=r"^attention math \+ linear \+ add_norm \+ gelu broke the GPU's context while"):
+        choose_block(TASK)
+    kept = json.loads(cache_file("cpu").read_text())
+    reason = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert list(kept[PROBES].values()) == [{"gelu": reason}] and kept[BLOCKS] == {}
 
 
 @pytest.mark.parametrize("name", TRIED)
@@ -158,7 +177,7 @@ def test_what_is_right_works(name, shape):
 
 
 def test_a_choice_is_kept_for_the_next_process(clock, monkeypatch):
-    chosen = choose_block(TASK)
+    chosen = choose_block(TASK).best
     place = "cpu", BF16, FP32, SHAPE
     assert fused_names("auto", *place) == chosen.fused == ("linear", "add_norm")
     assert attention_choice.fastest("cpu", BF16, Shape(3, 5, 2, 8)) == "short"
@@ -174,7 +193,7 @@ def test_a_choice_is_kept_for_the_next_process(clock, monkeypatch):
     monkeypatch.setattr(attention_choice, "_chosen", {})
     monkeypatch.setattr(measured, "measure_block", lambda task: pytest.fail("measured again"))
     assert fused_names("auto", *place) == ()
-    assert choose_block(TASK) == chosen
+    assert choose_block(TASK) == Found(chosen, {}, {})
     assert fused_names("auto", *place) == chosen.fused and fused_names("off", *place) == ()
     assert attention_choice.fastest("cpu", BF16, Shape(3, 5, 2, 8)) == "short"
     assert known_block(TASK._replace(residual=BF16)) is known_block(TASK._replace(is_compiled=False)) is None
@@ -193,7 +212,7 @@ def test_a_damaged_entry_is_measured_again_and_replaced(entry, monkeypatch):
     cache_file("cpu").parent.mkdir()
     cache_file("cpu").write_text(json.dumps({BLOCKS: {TASK.key: entry}}))
     assert known_block(TASK) is None
-    assert choose_block(TASK) == known_block(TASK) == found
+    assert choose_block(TASK).best == known_block(TASK) == found
 
 
 def test_other_sources_or_another_triton_are_measured_again(clock, monkeypatch):
@@ -208,7 +227,7 @@ def test_other_sources_or_another_triton_are_measured_again(clock, monkeypatch):
 def test_nothing_is_measured_within_unmeasured(monkeypatch):
     monkeypatch.setattr(measured, "measure_block", lambda task: pytest.fail("measured"))
     with unmeasured():
-        assert choose_block(TASK) == Variant("auto") and fused_names("auto", "cpu", BF16, FP32, SHAPE) == ()
+        assert choose_block(TASK).best == Variant("auto") and fused_names("auto", "cpu", BF16, FP32, SHAPE) == ()
     assert not cache_file("cpu").exists()
 
 
@@ -237,7 +256,7 @@ def test_a_measurement_compiles_and_leaves_this_process_as_it_was(monkeypatch):
 def test_on_a_gpu_all_is_right_and_its_memory_is_given_back():
     task = BlockTask("cuda", BF16, FP32, BlockShape(50, 0, 128, 2, 512), "auto")
     before = torch.cuda.memory_allocated(), torch.cuda.get_rng_state()
-    chosen = choose_block(task)
+    chosen = choose_block(task).best
     assert chosen == known_block(task) and fused_names("auto", *task[:4]) == chosen.fused
     entry = json.loads(cache_file("cuda").read_text())[BLOCKS][task.key]
     assert all(reason.startswith("takes ") for reason in entry["rejected"].values()), entry["rejected"]

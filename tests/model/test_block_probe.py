@@ -58,6 +58,11 @@ def test_on_a_gpu_a_child_tries_first_what_might_crash(gpu, monkeypatch):
     probe.probe_blocks(*task[:3], [SHAPE])
     probe.probe_blocks("cpu", BF16, FP32, [SHAPE])
     assert len(gpu) == 2
+    probe.keep_fault("linear", *task[:4], "illegal memory access")
+    monkeypatch.setattr(probe, "_found", {})
+    probe.probe_blocks(*task[:3], [SHAPE], ("linear", "add_norm", "gelu"))
+    found = [probe.why_not_fused(name, *task[:4]) for name in ALL]
+    assert found == ["illegal memory access", None, "crashed"] and len(gpu) == 2
 
 
 def test_where_no_child_can_open_the_gpu_the_measurement_finds_out(gpu, monkeypatch):

@@ -63,6 +63,7 @@ def checkpoint(folder, recipe=RECIPE, **attention):
     return Checkpoint(folder, {"model": recipe.model.to_json(), "attention": saved})
 
 
+@pytest.mark.all  # with fused blocks it is shown in every run of the tests (test_fused_choice.py)
 def test_a_resumed_run_computes_with_the_backend_of_its_checkpoint(shard_folder, tmp_path, monkeypatch, measured, capsys):
     whole = pretrain.pretrain(RECIPE, run_of(shard_folder, tmp_path / "whole"))
     assert measured == SHAPES

@@ -43,12 +43,14 @@ def blocks(monkeypatch):
 
     class Measured(list):
         best = Variant("short", ("add_norm", "gelu"))
+        others = {"attention math": 1.0}, {}
 
     found = Measured()
 
     def measure_block(task):
         found.append(task)
-        return Found(found.best if task.attention == "auto" else found.best._replace(attention=task.attention), {}, {})
+        best = found.best if task.attention == "auto" else found.best._replace(attention=task.attention)
+        return Found(best, *found.others)
 
     monkeypatch.setattr("fastmae.model.attention.dot_product.MEASURED", ("cpu",))
     monkeypatch.setattr(fused_choice, "MEASURED", ("cpu",))
@@ -71,7 +73,7 @@ def test_a_resumed_run_fuses_what_its_checkpoint_says(shard_folder, tmp_path, mo
     whole = pretrain.pretrain(RECIPE, run_of(shard_folder, tmp_path / "whole"))
     assert [(task.shape, task.attention, task.is_compiled) for task in blocks] == [(s, "auto", True) for s in SHAPES]
     assert "attention short, fused: add_norm, gelu\n" in (said := capsys.readouterr().out)
-    assert "blocks were measured once for this device, in 0 s\n" in said
+    assert "blocks were measured for this device, in 0 s\n" in said
     with monkeypatch.context() as patch:
         signal_after(patch, 3)
         first = pretrain.pretrain(RECIPE, run_of(shard_folder, tmp_path / "halves"))
@@ -130,6 +132,13 @@ def test_names_that_are_not_known_here_are_chosen_again(tmp_path, blocks):
     assert [task.shape for task in blocks] == [ENCODER]
     assert found.fused == {str(ENCODER): ["add_norm", "gelu"], str(LAST): ["gelu"]} == fused_now()
     assert found.notes[0] == "fused operations ['add_norm', 'abacus'] of the checkpoint are not known here: chosen again"
+
+
+def test_a_measurement_that_fails_is_reported_with_its_reason(blocks):
+    blocks.best, blocks.others = Variant("math"), ({}, {"attention math": "RuntimeError: no C compiler"})
+    assert choose_attention(RECIPE, FP32, ALONE).notes == (
+        "blocks could not be measured, so that nothing is fused: RuntimeError: no C compiler",
+    )
 
 
 def test_what_does_not_work_where_a_run_is_resumed_is_chosen_again(tmp_path, blocks, monkeypatch):

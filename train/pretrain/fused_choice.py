@@ -10,7 +10,7 @@ from fastmae.errors import InputError
 from fastmae.model.attention.backends import RETURN_BIAS, Shape
 from fastmae.model.attention.dot_product import MEASURED
 from fastmae.model.block.choice import BlockShape, adopt_fused, block_shapes, residual_of
-from fastmae.model.block.measured import BlockTask, choose_block, known_block
+from fastmae.model.block.measured import BlockTask, choose_block
 from fastmae.model.block.probe import probe_blocks, why_not_fused
 from fastmae.model.block.trial import TRIED, attention_of
 from fastmae.model.config import FUSED, ModelConfig, kept_patches
@@ -77,7 +77,7 @@ def choose_fused(recipe: Recipe, device: str, dtype: torch.dtype, attention: Map
         lines.append(f"what blocks fuse is chosen again: {here}, and the checkpoint's was chosen for {saved.where}")
     elif saved and saved.where == here:
         lines, before = [*saved.notes], saved.names
-    chosen, measured, began = {}, 0, time.monotonic()
+    chosen, found, began = {}, [], time.monotonic()
     for shape in shapes:
         task = BlockTask(device, dtype, residual, shape, attention[attention_of(shape)], compiles)
         names, reason = before.get(str(shape)), None
@@ -87,15 +87,17 @@ def choose_fused(recipe: Recipe, device: str, dtype: torch.dtype, attention: Map
         if names is None or reason:
             if device not in MEASURED:
                 continue
-            measured += known_block(task) is None
-            names = list(choose_block(task).fused)
+            found.append(choose_block(task))
+            names = list(found[-1].best.fused)
         if reason:
             lines.append(f"fused {', '.join(before[str(shape)])} of the checkpoint does not work here, {reason}; "
                          f"{', '.join(names) or 'nothing'} is used for {shape}")  # fmt: skip
         chosen[str(shape)] = names
     adopt_run(recipe, device, dtype, chosen)
-    if measured:
-        lines.append(f"blocks were measured once for this device, in {time.monotonic() - began:.0f} s")
+    if any(each.microseconds for each in found):
+        lines.append(f"blocks were measured for this device, in {time.monotonic() - began:.0f} s")
+    for failure in dict.fromkeys(each.failure for each in found if each.failure):
+        lines.append(f"blocks could not be measured, so that nothing is fused: {failure}")
     return chosen, lines
 
 

@@ -17,6 +17,7 @@ import triton
 import fastmae.kernels
 from fastmae.errors import InputError
 from fastmae.files import cache_folder, write_atomically
+from fastmae.lock import FolderLock
 from fastmae.model.attention.backends import Shape, cudnn_version
 
 PROBES, CHOICES, BLOCKS = "probes", "choices", "blocks"
@@ -49,12 +50,17 @@ def write_entries(device_type: str, section: str, entries: dict[str, dict]) -> N
     path = cache_file(device_type)
     if path is None:
         return
-    sections = {name: read_entries(device_type, name) for name in (PROBES, CHOICES, BLOCKS)}
-    sections[section] |= entries
+    lock = FolderLock(path.parent, "measurement")
     with contextlib.suppress(OSError, InputError):  # then every process measures for itself
         path.parent.mkdir(parents=True, exist_ok=True)
-        with write_atomically(path) as file:
-            file.write(json.dumps({**_identity(device_type), **sections}, indent=1).encode())
+        lock.acquire()  # entries that another process adds now would be lost
+        try:
+            sections = {name: read_entries(device_type, name) for name in (PROBES, CHOICES, BLOCKS)}
+            sections[section] |= entries
+            with write_atomically(path) as file:
+                file.write(json.dumps({**_identity(device_type), **sections}, indent=1).encode())
+        finally:
+            lock.release()
 
 
 def _identity(device_type: str) -> dict[str, str]:

@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import torch
 
+from fastmae.errors import InputError
 from fastmae.model.attention.backends import RETURN_BIAS
 from fastmae.model.attention.cache import BLOCKS, read_entries, write_entries
 from fastmae.model.attention.choice import adopt, fastest_alone, measures, seconds
 from fastmae.model.attention.probe import why_not
-from fastmae.model.attention.trial import NO_MEMORY
+from fastmae.model.attention.trial import NO_MEMORY, answers
 from fastmae.model.block.choice import BlockShape, adopt_fused
-from fastmae.model.block.probe import probe_blocks, why_not_fused
+from fastmae.model.block.probe import keep_fault, probe_blocks, why_not_fused
 from fastmae.model.block.trial import Trial, Variant, attention_of, check
 from fastmae.model.config import BACKENDS, FUSED
 
@@ -36,6 +37,16 @@ class Found(NamedTuple):
     """Of each variant that was timed: the median of its rounds."""
     rejected: dict[str, str]
     """Variants that were not taken, and why."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing could be compared; None if it could."""
+        return self.rejected.get(str(self.best))
+
+    @property
+    def lasts(self) -> bool:
+        """Whether another start would find the same: a lack of memory or of a compiler may be gone then."""
+        return self.failure is None and not any(map(NO_MEMORY.search, self.rejected.values()))
 
 
 class BlockTask(NamedTuple):
@@ -66,19 +77,17 @@ class BlockTask(NamedTuple):
         return next(filter(None, reasons), None) or why_not(variant.attention, *place, attention_of(self.shape))
 
 
-def choose_block(task: BlockTask) -> Variant:
-    """How such blocks compute from now on: known from the disk, or measured now; torch's own way within ``unmeasured``."""
+def choose_block(task: BlockTask) -> Found:
+    """How such blocks compute from now on: known from the disk, where no times are given, or measured now; torch's own way
+    within ``unmeasured``. Raises InputError as ``measure_block`` does."""
     best = known_block(task)
     if best is None and not measures():
-        return Variant(task.attention)
-    if best is None:
-        found = measure_block(task)
-        best = found.best
-        # A lack of memory or of a compiler may be gone at the next start.
-        if str(best) not in found.rejected and not any(map(NO_MEMORY.search, found.rejected.values())):
-            write_entries(task.device_type, BLOCKS, {task.key: {**found._asdict(), "best": list(best)}})
-    adopt_block(task, best)
-    return best
+        return Found(Variant(task.attention), {}, {})
+    found = Found(best, {}, {}) if best else measure_block(task)
+    if best is None and found.lasts:
+        write_entries(task.device_type, BLOCKS, {task.key: {**found._asdict(), "best": list(found.best)}})
+    adopt_block(task, found.best)
+    return found
 
 
 def adopt_block(task: BlockTask, variant: Variant) -> None:
@@ -103,10 +112,11 @@ def known_block(task: BlockTask) -> Variant | None:
 def measure_block(task: BlockTask, tokens: int = _TOKENS) -> Found:
     """The fastest variant, over about ``tokens`` tokens.
 
-    Afterwards random numbers and memory of this process are as before, and what it has compiled is forgotten.
+    Afterwards random numbers and memory of this process are as before, and what it has compiled is forgotten. Raises InputError
+    if a variant has left the GPU unusable for this process; the next start does not try it.
     """
     on_gpu = task.device_type == "cuda"
-    probe_blocks(task.device_type, task.dtype, task.residual, [task.shape])
+    probe_blocks(task.device_type, task.dtype, task.residual, [task.shape], _changes(task))
     try:
         # Compilers draw random numbers.
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []):
@@ -115,14 +125,19 @@ def measure_block(task: BlockTask, tokens: int = _TOKENS) -> Found:
         if task.is_compiled:
             torch.compiler.reset()  # it keeps the graphs with their memory, and few variants of one function
         if on_gpu:
-            torch.cuda.empty_cache()  # which a step needs
+            with contextlib.suppress(RuntimeError):  # of a GPU that has failed, which is reported
+                torch.cuda.empty_cache()  # a step needs it
+
+
+def _changes(task: BlockTask) -> tuple[str, ...]:
+    """What may be tried, of ``trial.TRIED``."""
+    fused = (name for name in FUSED if name != "linear" or task.dtype != torch.float32)  # which casts nothing then
+    return *fused, *(b for b in RETURN_BIAS if task.attention in ("auto", b))
 
 
 def _measured(task: BlockTask, images: int) -> Found:
     device_type, dtype, residual, shape, attention, is_compiled = task
     attention = fastest_alone(device_type, dtype, attention_of(shape)) if attention == "auto" else attention
-    changes = [name for name in FUSED if name != "linear" or dtype != torch.float32]  # which casts nothing then
-    changes += [b for b in RETURN_BIAS if task.attention == "auto"]
     best, times, rejected = Variant(attention), {}, {}
     with torch.inference_mode(False), torch.enable_grad():
         try:
@@ -131,9 +146,13 @@ def _measured(task: BlockTask, images: int) -> Found:
             run = trial.run(best, is_compiled)
             run()
         except Exception as failure:  # as without a compiler, or memory: nothing can be compared
+            if not answers(device_type):
+                raise
             return Found(best, times, {str(best): _line(failure)})
-        for change in changes:
+        for change in _changes(task):
             other = best._replace(attention=change) if change in RETURN_BIAS else best._replace(fused=(*best.fused, change))
+            if other == best:  # our own attention, asked for by name
+                continue
             try:
                 if (reason := task.why_not(other)) is not None:
                     raise RuntimeError(reason)
@@ -141,6 +160,10 @@ def _measured(task: BlockTask, images: int) -> Found:
                 check(candidate(), exact)
                 pair = _in_turns([run, candidate], device_type)
             except Exception as failure:  # whatever a compiler or kernel raises is the verdict on the variant
+                if not answers(device_type):  # as after an illegal memory access
+                    keep_fault(change, device_type, dtype, residual, shape, _line(failure))
+                    raise InputError(f"{other} broke the GPU's context while it was measured, {_line(failure)}; start the same "
+                                     "command again, which does not try it any more") from failure  # fmt: skip
                 rejected[str(other)] = _line(failure)
                 continue
             for variant, taken in zip((best, other), pair, strict=True):

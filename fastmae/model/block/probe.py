@@ -61,6 +61,13 @@ def probe_blocks(device_type: str, dtype: torch.dtype, residual: torch.dtype, sh
         write_entries(device_type, PROBES, kept)
 
 
+def keep_fault(name: str, device_type: str, dtype: torch.dtype, residual: torch.dtype, shape: BlockShape, reason: str) -> None:
+    """Keep ``reason`` why ``name`` must not be used, which its trial has not shown, on disk for processes to come."""
+    key = _key(dtype, residual, shape)
+    known = read_entries(device_type, PROBES).get(key, {})
+    write_entries(device_type, PROBES, {key: known | {name: reason}})
+
+
 def _key(dtype: torch.dtype, residual: torch.dtype, shape: BlockShape) -> str:
     return f"{dtype}, residual {residual}: {shape}"
 

@@ -20,7 +20,8 @@ from fastmae.benchmarks.traffic.kernel import Attention, Kernel, Product
 from fastmae.benchmarks.traffic.predict import CHECK, COUNTED_APART, lowered, row
 from fastmae.errors import InputError
 from fastmae.kernels.add_norm import _bwd_launch as add_norm_launch
-from fastmae.model.config import preset
+from fastmae.model.attention.dot_product import attention_shapes
+from fastmae.model.config import kept_patches, preset
 from fastmae.model.flops import training_flops
 from tests.benchmarks.traffic_cases import DIM, HEAD_DIM, HEADS, HIDDEN, IMAGES, ROWS, TOKENS, lower_both
 
@@ -219,6 +220,24 @@ def test_every_committed_row_adds_up():
         # fastmae leaves out work that makes no difference; the others do all of it.
         done = r["product_flops"] / (r["batch"] * training_flops(config, 0.75))
         assert 0.85 < done < 1.05 and (r["contender"] != "reference" or done > 0.99)
+
+
+def test_committed_attention_is_that_of_the_models_shapes():
+    rows = [r for r in COMMITTED["rows"] if r["attention"] == "short"]
+    assert {r["model"] for r in rows} == {"base", "large", "huge"}
+    for r in rows:
+        config, B, gpu = preset(r["model"]), r["batch"], next(gpu for gpu in GPUS.values() if gpu.name == r["gpu"])
+        kept = kept_patches(config.patches, 0.75)
+        shapes = attention_shapes(config, kept, config.patches - kept)
+        size = time = 0
+        for (N, M, H, d), times in zip(shapes, (config.depth, config.decoder_depth - 1, 1), strict=True):
+            q, kv, lse = 2 * B * N * H * d, 4 * B * M * H * d, 4 * B * H * N  # bytes
+            for is_backward, moved in enumerate((2 * q + kv + lse + 12 * H * d, 4 * q + 2 * kv + lse + 8 * B * H * d)):
+                work = Attention(B, H, N, M, d, bool(is_backward), True)
+                size += times * moved
+                time += times * seconds(Kernel(("_short_attention",), moved, work=work), gpu, Rates())
+        found = r["groups"]["attention"]
+        assert found["bytes"] == size and found["milliseconds"] == pytest.approx(1e3 * time)
 
 
 def test_fused_kernels_move_less_than_torchs_own():

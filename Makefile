@@ -58,7 +58,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check --target-version py312 --ignore UP040,UP046,UP047 .
 	$(BIN)/ruff format --check .
 
-# A time-limited report of this machine's GPU, the most informative items first: PART=1 takes at most 6 minutes, PART=2 at most 4 and finds
+# A time-limited report of this machine's GPU, the most informative items first: PART=1 takes at most 8 minutes, PART=2 at most 4 and finds
 # what part 1 compiled and chose; without PART both run, and MINUTES=N gives each part N. Uses PYTHON's own torch, triton, numpy
 # and pytest, and installs nothing. RESULTS: the folder to write; ARCHIVE: that of the archive; DATA: shards (default: generated);
 # REFERENCE: a clone of facebookresearch/mae (needs timm). DEVICE=cpu TINY=1 is a dry run.

@@ -54,11 +54,11 @@ def resources(launch: Launch) -> Resources:
     return Resources(registers, stack, shared, occupancy(launch.target, registers=registers, shared=shared, warps=warps))
 
 
-def measure(targets: tuple[int, ...] = TARGETS) -> dict[str, object]:
-    """Every launch of every case on every target: plain JSON, with the version of Triton that compiled it."""
+def measure(targets: tuple[int, ...] = TARGETS, rare: bool = True) -> dict[str, object]:
+    """Every launch of every case (``uses.cases``) on every target: plain JSON, with the version of Triton that compiled it."""
     rows: dict[str, dict[str, dict[str, int]]] = {}
     known: dict[str, Resources] = {}
-    for case, call in cases():
+    for case, call in cases(rare):
         for target in targets:
             seen: Counter[str] = Counter()
             for launch in launches(call, target):

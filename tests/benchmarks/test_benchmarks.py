@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastmae.benchmarks.cli import main
+from fastmae.benchmarks.kernels import attention
 from fastmae.benchmarks.kernels import speed as kernels
 from fastmae.benchmarks.timing import LossesDiffer, Times, check_losses, interleave
 from fastmae.benchmarks.training import contenders, waterfall
@@ -209,7 +210,8 @@ def test_fastmae_is_timed_as_a_run_would_choose_and_without_what_a_switch_takes_
     assert contenders.choose(preset("base", fused="off"), CPU) == "attention auto, fused off" and len(tasks) == 6
 
 
-def test_every_op_is_measured_by_every_body_that_runs_here(compiler):
+def test_every_op_is_measured_by_every_body_that_runs_here(compiler, monkeypatch):
+    monkeypatch.setattr(kernels, "_MOST_SETS", 2)
     found = kernels.measure_kernels(["tiny"], 1, CPU)
     twins = {(c.name, "twin") for c in kernels.CASES}
     compiled = {(c.name, "compiled twin") for c in kernels.CASES if c.name != "resized_crop"}  # its graph would be one batch's
@@ -242,7 +244,8 @@ def _moved(body, *inputs):
     return tuple(r * 1.02 + 1 for r in results) if isinstance(results, tuple) else results * 1.02 + 1
 
 
-def test_the_last_line_is_one_json_document(capsys, tmp_path):
+def test_the_last_line_is_one_json_document(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(attention, "_CPU_TOKENS", 400)
     assert main(["attention", "--models", "tiny", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     document = json.loads(lines[-1])["attention"]

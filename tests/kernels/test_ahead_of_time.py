@@ -11,13 +11,15 @@ import triton
 from fastmae import kernels
 from fastmae.benchmarks.kernels.launches import launches
 from fastmae.benchmarks.kernels.resources import TABLE, TARGETS, exceeded, measure
+from fastmae.benchmarks.kernels.uses import cases
 
-OTHERS = [pytest.param(target, marks=pytest.mark.all) for target in TARGETS if target != 90]
+EVERYTHING = [pytest.param((target, True), marks=pytest.mark.all, id=f"sm_{target}") for target in TARGETS]
 
 
-@pytest.fixture(scope="module", params=[90, *OTHERS], ids=lambda target: f"sm_{target}")
+@pytest.fixture(scope="module", params=[pytest.param((90, False), id="sm_90 of usual steps"), *EVERYTHING])
 def found(request):
-    return measure((request.param,))
+    target, rare = request.param
+    return measure((target,), rare)
 
 
 def test_no_kernel_spills_or_needs_too_much(found):
@@ -32,9 +34,10 @@ def test_every_kernel_is_in_the_table(found):
 
 def test_the_committed_table_is_what_the_compiler_says(found):
     committed = json.loads(TABLE.read_text())
-    assert committed["kernels"].keys() == found["kernels"].keys()
+    names = {f"{launch.name} {case}" for case, call in cases() for launch in launches(call, 90)}
+    assert {name.removesuffix(" in the gradient") for name in committed["kernels"]} == names
     asked = next(iter(found["kernels"].values())).keys()
-    committed["kernels"] = {name: {target: row[target] for target in asked} for name, row in committed["kernels"].items()}
+    committed["kernels"] = {name: {t: committed["kernels"][name][t] for t in asked} for name in found["kernels"]}
     if committed["triton"] != triton.__version__:
         pytest.skip(f"the table is of triton {committed['triton']}; this is {triton.__version__}, which counts otherwise")
     assert committed == found, "rewrite it: python -m fastmae.benchmarks kernels --resources --save"

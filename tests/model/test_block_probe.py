@@ -76,6 +76,7 @@ def test_where_no_child_can_open_the_gpu_the_measurement_finds_out(gpu, monkeypa
     assert probe.why_not_fused("gelu", "cuda", BF16, FP32, SHAPE) is None and not cache_file("cuda").exists()
 
 
+@pytest.mark.all  # attention's own child is tried in every run
 def test_a_child_tries_a_block():
     pairs = [(name, (*SHAPE, "float32")) for name in TRIED] + [("abacus", (*SHAPE, "float32"))]
     found = list(probe_in_child("cpu", None, BF16, pairs, "fastmae.model.block.probe").values())

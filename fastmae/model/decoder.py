@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmae.kernels import decoder_input, take_rows
-from fastmae.model.block.block import LAYER_NORM_EPS, Block, compute_dtype, residual_dtype, run_blocks
-from fastmae.model.block.linear import Linear
+from fastmae.model.block.block import LAYER_NORM_EPS, Block, run_blocks
+from fastmae.model.block.linear import Linear, compute_dtype, residual_dtype
 from fastmae.model.config import ModelConfig
 from fastmae.model.masking import Masking
 from fastmae.model.positions import sincos_positions

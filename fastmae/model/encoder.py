@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmae.kernels import gather_patches
-from fastmae.model.block.block import LAYER_NORM_EPS, Block, compute_dtype, residual_dtype, run_blocks
-from fastmae.model.block.linear import linear
+from fastmae.model.block.block import LAYER_NORM_EPS, Block, run_blocks
+from fastmae.model.block.linear import compute_dtype, linear, residual_dtype
 from fastmae.model.config import ModelConfig
 from fastmae.model.positions import resized, sincos_positions
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fastmae.model.attention.dot_product import attention
 from fastmae.model.block.choice import BlockShape, fused_names
 from fastmae.model.block.fused import add_and_norm, fused_block, joined
-from fastmae.model.block.linear import Linear, gelu_linear, is_plain, linear, norm_linear
+from fastmae.model.block.linear import Linear, compute_dtype, gelu_linear, is_plain, linear, norm_linear
 
 LAYER_NORM_EPS = 1e-6
 
@@ -122,17 +122,3 @@ def run_blocks(
 
 def _run_and_add(block: Block, x: Tensor, first: int) -> Tensor:
     return joined(*block(x, None, None, first))
-
-
-def compute_dtype(x: Tensor, norms: bool = False) -> torch.dtype:
-    """The dtype of products of ``x``, autocast's if it is on; with ``norms`` that of LayerNorms, float32 under autocast but for
-    CPUs, where it is that of ``x``."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or (norms and device == "cpu"):
-        return x.dtype
-    return torch.float32 if norms else torch.get_autocast_dtype(device)
-
-
-def residual_dtype(x: Tensor, residual: str) -> torch.dtype:
-    """The dtype of the residual stream of ``x``: its own, or autocast's if ``residual`` is bf16."""
-    return compute_dtype(x) if residual == "bf16" else x.dtype

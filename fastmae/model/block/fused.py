@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastmae.kernels import add_norm, gelu
 from fastmae.model.attention.backends import RETURN_BIAS
 from fastmae.model.attention.dot_product import attention, resolved
+from fastmae.model.block.linear import compute_dtype
 from fastmae.model.block.low_linear import low_linear, weights_of
 
 
@@ -23,7 +24,7 @@ def fused_block(
     ``config.FUSED``."""
     attn, mlp = block.attn, block.mlp
     adds, activates = "add_norm" in names, "gelu" in names
-    low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    low = compute_dtype(x)
     is_cast = "linear" in names and low != attn.qkv.weight.dtype
     qkv, proj, fc1, fc2 = weights_of([attn.qkv, attn.proj, mlp.fc1, mlp.fc2], low if is_cast else None)
 

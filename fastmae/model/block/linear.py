@@ -41,6 +41,20 @@ def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     return _GeluLinear.apply(x, layer.weight, layer.bias)
 
 
+def compute_dtype(x: Tensor, norms: bool = False) -> torch.dtype:
+    """The dtype of products of ``x``, autocast's if it is on; with ``norms`` that of LayerNorms, float32 under autocast but for
+    CPUs, where it is that of ``x``."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or (norms and device == "cpu"):
+        return x.dtype
+    return torch.float32 if norms else torch.get_autocast_dtype(device)
+
+
+def residual_dtype(x: Tensor, residual: str) -> torch.dtype:
+    """The dtype of the residual stream of ``x``: its own, or autocast's if ``residual`` is bf16."""
+    return compute_dtype(x) if residual == "bf16" else x.dtype
+
+
 def _by_onednn(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()

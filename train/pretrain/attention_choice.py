@@ -1,23 +1,24 @@
 """Which attention a run computes with and what its blocks fuse: the same on all of its ranks, and again where it is resumed."""
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 import torch
 
 from fastmae.errors import InputError
 from fastmae.model.attention.backends import Shape, prepare, refusal
 from fastmae.model.attention.choice import adopt
-from fastmae.model.attention.dot_product import attention_shapes, resolve
+from fastmae.model.attention.dot_product import resolve
 from fastmae.model.attention.probe import notes, probe, why_not
-from fastmae.model.config import BACKENDS, ModelConfig, kept_patches
+from fastmae.model.block.trial import attention_of
+from fastmae.model.config import BACKENDS, ModelConfig
 from fastmae.train.checkpoint.format import Checkpoint
 from fastmae.train.config.precision import AUTOCAST, precision_of
 from fastmae.train.config.recipes import Recipe
 from fastmae.train.config.run import Run
 from fastmae.train.distributed.launcher import read_launcher
 from fastmae.train.distributed.world import World, trains_on_gpu
-from fastmae.train.pretrain.fused_choice import SavedFused, adopt_run, choose_fused, probe_fused
+from fastmae.train.pretrain.fused_choice import SavedFused, adopt_run, choose_fused, probe_fused, run_block_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,7 @@ def probe_attention(recipe: Recipe, run: Run) -> None:
 
 def run_shapes(recipe: Recipe) -> list[Shape]:
     """The attention shapes of training, at all of its image sizes."""
-    shapes = []
-    for size in (recipe.model.img_size, *(size for _, size in recipe.progressive)):
-        model = replace(recipe.model, img_size=size)
-        K = kept_patches(model.patches, recipe.mask_ratio)
-        shapes += attention_shapes(model, K, model.patches - K)
-    return list(dict.fromkeys(shapes))
+    return list(dict.fromkeys(attention_of(shape) for shape in run_block_shapes(recipe)))
 
 
 def choose_attention(recipe: Recipe, dtype: torch.dtype, world: World, checkpoint: Checkpoint | None = None,

@@ -6,14 +6,12 @@ import sys
 import time
 from functools import partial
 from typing import ClassVar
-from unittest.mock import Mock
 
 import pytest
 import torch
 
 from fastmae.benchmarks.cli import main
 from fastmae.benchmarks.kernels import attention
-from fastmae.benchmarks.kernels import speed as kernels
 from fastmae.benchmarks.timing import LossesDiffer, Times, check_losses, interleave
 from fastmae.benchmarks.training import contenders, waterfall
 from fastmae.benchmarks.training.contenders import NAMES, Workload, make
@@ -33,12 +31,6 @@ ON_CPU = "; ".join(s.name for s in waterfall.SWITCHES if "cpu" in s.devices)
 def workload(**more):
     config = preset("tiny", norm_pix_loss=True, img_size=32, depth=2, decoder_depth=2)
     return Workload(name="tiny", config=config, batch=2, device=CPU, **more)
-
-
-@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.all)])
-def compiler(request, monkeypatch):
-    """What torch.compile compiles with: Inductor's own work on CPUs is torch's affair, and takes a minute."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=request.param))
 
 
 def test_all_contenders_train_on_the_same_loss():
@@ -210,40 +202,6 @@ def test_fastmae_is_timed_as_a_run_would_choose_and_without_what_a_switch_takes_
     assert contenders.choose(preset("base", fused="off"), CPU) == "attention auto, fused off" and len(tasks) == 6
 
 
-def test_every_op_is_measured_by_every_body_that_runs_here(compiler, monkeypatch):
-    monkeypatch.setattr(kernels, "_MOST_SETS", 2)
-    found = kernels.measure_kernels(["tiny"], 1, CPU)
-    twins = {(c.name, "twin") for c in kernels.CASES}
-    compiled = {(c.name, "compiled twin") for c in kernels.CASES if c.name != "resized_crop"}  # its graph would be one batch's
-    assert {(r["op"], r["body"]) for r in found["rows"]} == twins | compiled
-    assert found["notes"] == ["no row for Triton: its kernels need a CUDA device"]
-    for row in found["rows"]:
-        assert row["share_of_copy"] == pytest.approx(row["bytes"] / row["microseconds"] * 1e6 / found["copy_bytes_per_second"])
-
-
-@pytest.mark.parametrize("case", kernels.CASES, ids=lambda c: c.name)
-def test_measured_bodies_compute_the_same(case, device, compiler):
-    sizes = kernels.Sizes.of(preset("tiny", img_size=32), 2)
-    inputs = case.inputs(sizes, torch.device(device), torch.float32)
-    for name, body in kernels.bodies(case, torch.device(device)).items():
-        kernels.check_equal(case, name, body, inputs)
-        with pytest.raises(LossesDiffer, match=f"{case.name} by {name} differs"):
-            kernels.check_equal(case, name, partial(_moved, body), inputs)
-
-
-def test_one_wrong_row_of_many_is_found():
-    case = kernels.Case("copy", inputs=Mock(), op=torch.clone, twin=torch.clone, forward_bytes=Mock())
-    x = torch.randn(50_000, 3, generator=torch.Generator().manual_seed(0))
-    kernels.check_equal(case, "twin", torch.clone, (x,))
-    with pytest.raises(LossesDiffer, match="copy by twin differs"):
-        kernels.check_equal(case, "twin", lambda x: torch.cat([x[:-1], x[:1]]), (x,))
-
-
-def _moved(body, *inputs):
-    results = body(*inputs)
-    return tuple(r * 1.02 + 1 for r in results) if isinstance(results, tuple) else results * 1.02 + 1
-
-
 def test_the_last_line_is_one_json_document(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "_CPU_TOKENS", 400)
     assert main(["attention", "--models", "tiny", "--out", str(tmp_path)]) == 0
@@ -288,12 +246,6 @@ def test_the_command_line_hands_over(tmp_path):
     assert wrong.returncode == 2 and wrong.stderr.startswith("fastmae bench: model must be one of")
     help = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
     assert all(name in help for name in ("step", "kernels", "attention", "waterfall", "all")) and "readme" not in help
-
-
-@pytest.mark.gpu
-def test_kernels_are_measured_on_a_gpu():
-    found = kernels.measure_kernels(["tiny"], 8, torch.device("cuda"))
-    assert {r["body"] for r in found["rows"]} == {"triton", "twin", "compiled twin"}
 
 
 @pytest.mark.gpu
